@@ -1,0 +1,203 @@
+//! What a node does by itself as time passes: membership, leadership, retention, memory, and, as metadata leader, the plan.
+
+use crate::group::{Group, Machine};
+use crate::ids::{BrokerId, GroupId, META_GROUP, ReplicaId, Ticket};
+use crate::membership::{Step, next_step};
+use crate::meta::command::{Command, Kind, Reassign, Settled};
+use crate::meta::plan;
+use crate::meta::state::Assignment;
+use crate::node::{LeaderInfo, Node};
+use crate::retention;
+
+/// Ticket of the node's own proposals; nobody waits for them.
+const NOBODY: Ticket = Ticket(0);
+/// Ticks between two looks at membership and plan.
+const MEMBERSHIP_TICKS: u64 = 4;
+/// Ticks between two announcements of all groups led.
+const ANNOUNCE_TICKS: u64 = 40;
+/// Ticks between two looks at retention.
+const RETENTION_TICKS: u64 = 100;
+
+impl Node {
+    pub(crate) fn run_duties(&mut self) {
+        if self.ticks.is_multiple_of(2) {
+            self.trim_memory();
+        }
+        if self.ticks.is_multiple_of(MEMBERSHIP_TICKS) {
+            self.tend_leaders();
+            self.tend_cluster();
+        }
+        if self.ticks.is_multiple_of(ANNOUNCE_TICKS) {
+            self.announce_all();
+        }
+        if self.ticks.is_multiple_of(RETENTION_TICKS) {
+            self.retain();
+        }
+    }
+
+    /// Keeps recent entries of all groups within the budget, the same share for each.
+    fn trim_memory(&mut self) {
+        let total: u64 = self.groups.values().map(|g| g.log().tail().bytes()).sum();
+        if total <= self.limits.tail_bytes_max {
+            return;
+        }
+        let busy = self.groups.values().filter(|g| g.log().tail().bytes() > 64 << 10).count().max(1) as u64;
+        let share = self.limits.tail_bytes_max / busy;
+        self.groups.values_mut().for_each(|g| g.evict(share));
+    }
+
+    /// Membership, balance and announcements of the groups led here.
+    fn tend_leaders(&mut self) {
+        let led: Vec<GroupId> = self.groups.values().filter(|g| g.is_leader()).map(Group::id).collect();
+        for id in led {
+            let Some(assignment) = self.meta.assignment(id).cloned() else { continue };
+            let mut info = LeaderInfo { group: id, term: 0, settled_epoch: None, damaged: ReplicaId(0) };
+            let resigning = self.resigning;
+            let now = self.now.mono_ms;
+            let balance_after_ms = self.limits.balance_after_ms;
+            let Some(group) = self.groups.get_mut(&id) else { continue };
+            info.term = group.term();
+            if resigning {
+                resign(group);
+            } else if tend_membership(group, &assignment) {
+                info.settled_epoch = Some(assignment.epoch);
+                balance(group, &assignment, now, balance_after_ms);
+            }
+            if group.has_work() {
+                self.dirty.insert(id);
+            }
+            if info.settled_epoch.is_some() && !assignment.is_settled() {
+                self.settled.insert(id, assignment.epoch);
+                self.out.announce.push(info);
+            }
+        }
+        for (group, replica) in self.damaged.clone() {
+            self.to_renew.insert(group, replica);
+            self.out.announce.push(LeaderInfo { group, term: 0, settled_epoch: None, damaged: replica });
+        }
+    }
+
+    /// As metadata leader: records what was reached, replaces damaged replicas, carries out the plan.
+    fn tend_cluster(&mut self) {
+        let Some(group) = self.groups.get(&META_GROUP) else { return };
+        if !group.is_leader() || group.unapplied() > 0 || self.resigning {
+            return;
+        }
+        let mut commands: Vec<Command> = Vec::new();
+        for (group, epoch) in &self.settled {
+            if self.meta.assignment(*group).is_some_and(|a| a.epoch == *epoch && !a.is_settled()) {
+                commands.push(Kind::Settled(Settled { group: group.0, epoch: *epoch }).into());
+            }
+        }
+        for (group, replica) in &self.to_renew {
+            commands.extend(self.meta.assignment(*group).and_then(|a| renew(*group, a, *replica)));
+        }
+        if commands.is_empty() {
+            commands = plan::plan(&self.meta);
+        }
+        for command in commands {
+            self.command(NOBODY, &command);
+        }
+    }
+
+    fn announce_all(&mut self) {
+        let info = |g: &Group| LeaderInfo { group: g.id(), term: g.term(), settled_epoch: None, damaged: ReplicaId(0) };
+        let led: Vec<LeaderInfo> = self.groups.values().filter(|g| g.is_leader()).map(info).collect();
+        self.out.announce.extend(led);
+    }
+
+    /// Removes what retention no longer keeps, each replica for itself.
+    fn retain(&mut self) {
+        let meta = self.meta.clone();
+        for topic in meta.topics.values() {
+            for id in topic.groups.iter().map(|g| GroupId(*g)) {
+                let Some(group) = self.groups.get_mut(&id) else { continue };
+                let Machine::Partition(state) = group.machine() else { continue };
+                let readers = || meta.subscriptions_of(crate::ids::TopicId(topic.id));
+                let keep = readers().map(|s| state.cursors.get(s.id).map_or(0, |c| c.position())).min();
+                let newest = group.log().checkpoints().back().copied();
+                let interval = (topic.spec.retention_ms / 16).max(1_000);
+                let aged = topic.spec.retention_ms > 0
+                    && newest.is_some_and(|c| c.append_time_ms + interval <= self.now.log_ms);
+                if aged {
+                    group.checkpoint(&mut self.ops);
+                }
+                let oldest = group.log().oldest().map_or(0, |c| c.index);
+                let total = group.kept_bytes() + group.log().oldest().map_or(0, |c| c.log_bytes);
+                let points = group.log().checkpoints().iter();
+                let cut = retention::cut(points, &topic.spec, total, self.now.log_ms, keep);
+                if let Some(index) = cut.filter(|i| *i > oldest)
+                    && let Err(error) = group.truncate(index, &mut self.ops)
+                {
+                    self.out.damage.push(error);
+                }
+            }
+        }
+    }
+
+    /// Begins a planned stop: leadership is handed over, and no new one is taken on.
+    pub fn resign(&mut self) {
+        self.resigning = true;
+        self.tend_leaders();
+    }
+
+    /// Writes a checkpoint of every group, so that the next start has nothing to replay.
+    pub fn checkpoint_all(&mut self) {
+        self.groups.values_mut().for_each(|g| g.checkpoint(&mut self.ops));
+    }
+
+    /// Groups led here that another replica could lead.
+    pub fn led_with_others(&self) -> usize {
+        self.groups.values().filter(|g| g.is_leader() && g.conf().voters.len() > 1).count()
+    }
+
+    /// Whether a broker of this name may be replaced: the one that had it is silent.
+    pub fn is_silent(&self, broker: BrokerId, silence_ms: u64) -> bool {
+        self.heard_ms.get(&broker).is_none_or(|at| self.now.mono_ms - at >= silence_ms)
+    }
+}
+
+/// One step of membership; true where it is as wanted.
+fn tend_membership(group: &mut Group, assignment: &Assignment) -> bool {
+    let ids = |learner: bool| -> Vec<u64> {
+        assignment.replicas.iter().filter(|r| r.learner == learner).map(|r| r.id).collect()
+    };
+    let step = next_step(group.replica().0, group.conf(), &ids(false), &ids(true), |id| group.caught_up(id));
+    match step {
+        Step::Settled => return true,
+        Step::Wait => {}
+        Step::Change(change) => group.change_membership(&change),
+        Step::Transfer(to) => group.transfer(to),
+    }
+    false
+}
+
+/// Hands leadership to the preferred replica once this one has led for a while.
+fn balance(group: &mut Group, assignment: &Assignment, now_ms: u64, after_ms: u64) {
+    if group.leader_since_ms == 0 {
+        group.leader_since_ms = now_ms.max(1);
+    }
+    let Some(preferred) = assignment.replicas.first().map(|r| r.id) else { return };
+    if preferred != group.replica().0 && now_ms - group.leader_since_ms >= after_ms && group.caught_up(preferred) {
+        group.leader_since_ms = 0;
+        group.transfer(preferred);
+    }
+}
+
+fn resign(group: &mut Group) {
+    let best = group.conf().voters.iter().copied().filter(|id| *id != group.replica().0);
+    if let Some(to) = best.filter(|id| group.caught_up(*id)).min_by_key(|id| group.lag(*id)) {
+        group.transfer(to);
+    }
+}
+
+fn renew(group: GroupId, assignment: &Assignment, damaged: ReplicaId) -> Option<Command> {
+    assignment.replicas.iter().find(|r| r.id == damaged.0)?;
+    let brokers = assignment.replicas.iter().map(|r| r.broker).collect();
+    let learners = assignment.replicas.iter().any(|r| r.learner);
+    let voters_max = if group == META_GROUP || learners { plan::META_VOTERS_MAX as u32 } else { 0 };
+    let change =
+        Reassign { group: group.0, expected_epoch: assignment.epoch, brokers, voters_max, renew: damaged.0 };
+    Some(Kind::Reassign(change).into())
+}
+

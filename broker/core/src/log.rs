@@ -1,0 +1,225 @@
+//! One group's log as Raft sees it: the shared tail in memory, the store behind it.
+
+use crate::ids::GroupId;
+use crate::storage::{Checkpoint, HardState, Store, StoreError};
+use crate::tail::Tail;
+use raft::eraftpb::{ConfState, Entry, HardState as RaftHardState, Snapshot};
+use raft::{GetEntriesContext, RaftState, Result as RaftResult, Storage, StorageError};
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// What stays in memory of each checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CheckpointInfo {
+    /// Raft index.
+    pub index: u64,
+    /// High watermark there.
+    pub next_offset: u64,
+    /// Bytes of log up to there.
+    pub log_bytes: u64,
+    /// Append time of the last entry up to there, ms since the epoch.
+    pub append_time_ms: u64,
+}
+
+impl From<&Checkpoint> for CheckpointInfo {
+    fn from(c: &Checkpoint) -> Self {
+        Self { index: c.index, next_offset: c.next_offset, log_bytes: c.log_bytes, append_time_ms: c.append_time_ms }
+    }
+}
+
+/// The log of one group.
+pub struct GroupLog {
+    group: GroupId,
+    store: Arc<dyn Store>,
+    tail: Arc<Tail>,
+    hard: HardState,
+    conf: ConfState,
+    /// the truncation point; `None` for a replica that waits for its first checkpoint
+    oldest: Option<Checkpoint>,
+    checkpoints: VecDeque<CheckpointInfo>,
+    last_index: u64,
+}
+
+impl GroupLog {
+    /// A log as it was found in the store; the newest checkpoint gives membership and applied state.
+    pub fn new(
+        group: GroupId,
+        store: Arc<dyn Store>,
+        hard: HardState,
+        checkpoints: &[Checkpoint],
+        last_index: u64,
+    ) -> Self {
+        let newest = checkpoints.last();
+        let tail = Arc::new(Tail::default());
+        tail.reset(newest.map_or(0, |c| c.index) + 1, newest.map_or(0, |c| c.next_offset));
+        tail.set_high_watermark(newest.map_or(0, |c| c.next_offset));
+        tail.set_start_offset(checkpoints.first().map_or(0, |c| c.next_offset));
+        Self {
+            group,
+            store,
+            tail,
+            hard,
+            conf: newest.map(Checkpoint::conf_state).unwrap_or_default(),
+            oldest: checkpoints.first().cloned(),
+            checkpoints: checkpoints.iter().map(CheckpointInfo::from).collect(),
+            last_index: last_index.max(newest.map_or(0, |c| c.index)),
+        }
+    }
+
+    /// Reads what follows the newest checkpoint into the tail. To be called once, before Raft starts.
+    pub fn load_tail(&self) -> Result<(), StoreError> {
+        let mut next = self.tail.first_index();
+        while next <= self.last_index {
+            let entries = self.store.entries(self.group, next, self.last_index + 1, 4 << 20)?;
+            next += entries.len() as u64;
+            self.tail.append(&entries);
+        }
+        Ok(())
+    }
+
+    /// The shared tail.
+    pub fn tail(&self) -> &Arc<Tail> {
+        &self.tail
+    }
+
+    /// The truncation point, which is also what a follower that is too far behind gets first.
+    pub fn oldest(&self) -> Option<&Checkpoint> {
+        self.oldest.as_ref()
+    }
+
+    /// All checkpoints, oldest first.
+    pub fn checkpoints(&self) -> &VecDeque<CheckpointInfo> {
+        &self.checkpoints
+    }
+
+    /// Takes appended entries into the tail; see [`Tail::append`].
+    pub fn append(&mut self, entries: &[Entry]) -> Option<(u64, u64)> {
+        let replaced = self.tail.append(entries);
+        if let Some(last) = entries.last() {
+            self.last_index = last.index;
+        }
+        replaced
+    }
+
+    /// Replaces everything by a checkpoint from the leader.
+    pub fn install(&mut self, checkpoint: Checkpoint) {
+        self.tail.reset(checkpoint.index + 1, checkpoint.next_offset);
+        self.tail.set_high_watermark(checkpoint.next_offset);
+        self.tail.set_start_offset(checkpoint.next_offset);
+        self.last_index = checkpoint.index;
+        self.conf = checkpoint.conf_state();
+        self.checkpoints = VecDeque::from([CheckpointInfo::from(&checkpoint)]);
+        self.oldest = Some(checkpoint);
+    }
+
+    /// Remembers a new checkpoint.
+    pub fn add_checkpoint(&mut self, checkpoint: &Checkpoint) {
+        self.checkpoints.push_back(checkpoint.into());
+    }
+
+    /// Forgets every second checkpoint between the oldest and the newest; returns their indexes.
+    pub fn thin_checkpoints(&mut self) -> Vec<u64> {
+        let mut dropped = Vec::new();
+        let last = self.checkpoints.len() - 1;
+        let mut at = 0;
+        self.checkpoints.retain(|c| {
+            let keep = at == 0 || at == last || at % 2 == 0;
+            at += 1;
+            if !keep {
+                dropped.push(c.index);
+            }
+            keep
+        });
+        dropped
+    }
+
+    /// Moves the truncation point to one of the checkpoints; `None` where it is not in the store yet.
+    pub fn truncate(&mut self, index: u64) -> Result<Option<CheckpointInfo>, StoreError> {
+        let Some(checkpoint) = self.store.checkpoint(self.group, index)? else { return Ok(None) };
+        let info = CheckpointInfo::from(&checkpoint);
+        self.checkpoints.retain(|c| c.index >= index);
+        self.oldest = Some(checkpoint);
+        self.tail.evict(index, 0);
+        self.tail.set_start_offset(info.next_offset);
+        Ok(Some(info))
+    }
+
+    fn first(&self) -> u64 {
+        self.oldest.as_ref().map_or(0, |c| c.index) + 1
+    }
+}
+
+fn other(error: StoreError) -> raft::Error {
+    match error {
+        StoreError::Compacted { .. } => raft::Error::Store(StorageError::Compacted),
+        error => raft::Error::Store(StorageError::Other(Box::new(error))),
+    }
+}
+
+impl Storage for GroupLog {
+    fn initial_state(&self) -> RaftResult<RaftState> {
+        let HardState { term, vote, commit } = self.hard;
+        let hard = RaftHardState { term, vote, commit, ..Default::default() };
+        Ok(RaftState { hard_state: hard, conf_state: self.conf.clone() })
+    }
+
+    fn entries(
+        &self,
+        low: u64,
+        high: u64,
+        max_size: impl Into<Option<u64>>,
+        _: GetEntriesContext,
+    ) -> RaftResult<Vec<Entry>> {
+        if low < self.first() {
+            return Err(raft::Error::Store(StorageError::Compacted));
+        }
+        let bytes_max = max_size.into().unwrap_or(u64::MAX);
+        if let Some(entries) = self.tail.entries(low, high, bytes_max) {
+            return Ok(entries);
+        }
+        let high = high.min(self.tail.first_index());
+        self.store.entries(self.group, low, high, bytes_max).map_err(other)
+    }
+
+    fn term(&self, index: u64) -> RaftResult<u64> {
+        if let Some(term) = self.tail.term(index) {
+            return Ok(term);
+        }
+        match &self.oldest {
+            Some(oldest) if index == oldest.index => Ok(oldest.term),
+            Some(oldest) if index < oldest.index => Err(raft::Error::Store(StorageError::Compacted)),
+            None if index == 0 => Ok(0),
+            _ if index > self.last_index => Err(raft::Error::Store(StorageError::Unavailable)),
+            _ => match self.store.entries(self.group, index, index + 1, 0) {
+                Ok(entries) => Ok(entries[0].term),
+                Err(error) => Err(other(error)),
+            },
+        }
+    }
+
+    fn first_index(&self) -> RaftResult<u64> {
+        Ok(self.first())
+    }
+
+    fn last_index(&self) -> RaftResult<u64> {
+        Ok(self.last_index)
+    }
+
+    fn snapshot(&self, _request_index: u64, _to: u64) -> RaftResult<Snapshot> {
+        let Some(oldest) = &self.oldest else {
+            return Err(raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable));
+        };
+        Ok(to_snapshot(oldest))
+    }
+}
+
+/// A checkpoint as Raft carries it.
+pub fn to_snapshot(checkpoint: &Checkpoint) -> Snapshot {
+    let mut snapshot = Snapshot::default();
+    let meta = snapshot.mut_metadata();
+    meta.index = checkpoint.index;
+    meta.term = checkpoint.term;
+    meta.set_conf_state(checkpoint.conf_state());
+    snapshot.data = prost::Message::encode_to_vec(checkpoint).into();
+    snapshot
+}

@@ -1,0 +1,152 @@
+//! Where replicas go: pure functions over counts. Spread over racks first, then by load; stable: asked again, they change as little as they can.
+
+use super::state::{MetaState, Phase};
+use crate::ids::BrokerId;
+use std::collections::{BTreeMap, BTreeSet};
+use thiserror::Error;
+
+/// Why no placement exists.
+#[derive(Debug, Error, Clone, PartialEq, Eq)]
+pub enum PlacementError {
+    /// More replicas than brokers.
+    #[error("{replicas} replicas need {replicas} brokers, {brokers} are active")]
+    TooFewBrokers { replicas: u32, brokers: u32 },
+}
+
+/// A broker as placement sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// The broker.
+    pub id: BrokerId,
+    /// Its failure domain.
+    pub rack: String,
+    /// Replicas it holds (wanted).
+    pub replicas: u32,
+    /// Partitions whose preferred leader it is.
+    pub leaders: u32,
+}
+
+/// Active brokers with their loads.
+pub fn candidates(meta: &MetaState) -> Vec<Candidate> {
+    let mut loads: BTreeMap<u64, (u32, u32)> = BTreeMap::new();
+    for assignment in meta.groups.values().filter(|a| a.topic != 0) {
+        for (at, replica) in assignment.replicas.iter().enumerate() {
+            let load = loads.entry(replica.broker).or_default();
+            load.0 += 1;
+            load.1 += u32::from(at == 0);
+        }
+    }
+    let active = meta.brokers.values().filter(|b| b.phase() == Phase::Active);
+    active
+        .map(|b| {
+            let (replicas, leaders) = loads.get(&b.id).copied().unwrap_or_default();
+            Candidate { id: BrokerId(b.id), rack: b.rack.clone(), replicas, leaders }
+        })
+        .collect()
+}
+
+/// Brokers for `partitions` new partitions, the preferred leader first.
+pub fn place(
+    mut brokers: Vec<Candidate>,
+    partitions: u32,
+    replicas: u32,
+) -> Result<Vec<Vec<BrokerId>>, PlacementError> {
+    if replicas == 0 || brokers.len() < replicas as usize {
+        return Err(PlacementError::TooFewBrokers { replicas, brokers: brokers.len() as u32 });
+    }
+    let mut out = Vec::new();
+    for _ in 0..partitions {
+        let mut chosen: Vec<BrokerId> = Vec::new();
+        for _ in 0..replicas {
+            chosen.push(next_broker(&brokers, &chosen).expect("checked: enough brokers"));
+        }
+        for b in brokers.iter_mut().filter(|b| chosen.contains(&b.id)) {
+            b.replicas += 1;
+        }
+        // the one that leads least is the preferred leader
+        let leader = brokers.iter().filter(|b| chosen.contains(&b.id)).min_by_key(|b| (b.leaders, b.id)).map(|b| b.id);
+        let leader = leader.expect("at least one replica");
+        chosen.sort_by_key(|id| *id != leader);
+        brokers.iter_mut().filter(|b| b.id == leader).for_each(|b| b.leaders += 1);
+        out.push(chosen);
+    }
+    Ok(out)
+}
+
+/// The best broker to add to `chosen`: from the rack used least, then the one with the fewest replicas.
+pub fn next_broker(brokers: &[Candidate], chosen: &[BrokerId]) -> Option<BrokerId> {
+    let racks: Vec<&str> = brokers.iter().filter(|b| chosen.contains(&b.id)).map(|b| b.rack.as_str()).collect();
+    brokers
+        .iter()
+        .filter(|b| !chosen.contains(&b.id))
+        .min_by_key(|b| (racks.iter().filter(|r| **r == b.rack).count(), b.replicas, b.leaders, b.id))
+        .map(|b| b.id)
+}
+
+/// One move that evens out replicas: from the fullest broker to the emptiest, where they differ by more than one.
+/// Returns (group, from, to).
+pub fn rebalance_step(meta: &MetaState) -> Option<(u64, BrokerId, BrokerId)> {
+    let brokers = candidates(meta);
+    let fullest = brokers.iter().max_by_key(|b| (b.replicas, b.id))?;
+    let emptiest = brokers.iter().min_by_key(|b| (b.replicas, b.id))?;
+    if fullest.replicas <= emptiest.replicas + 1 {
+        return None;
+    }
+    let racks: BTreeMap<u64, &str> = brokers.iter().map(|b| (b.id.0, b.rack.as_str())).collect();
+    let spread = |ids: &mut dyn Iterator<Item = u64>| ids.filter_map(|id| racks.get(&id)).collect::<BTreeSet<_>>().len();
+    meta.groups
+        .iter()
+        .filter(|(_, a)| a.topic != 0 && a.is_settled())
+        .filter(|(_, a)| a.replica_on(fullest.id).is_some() && a.replica_on(emptiest.id).is_none())
+        .filter(|(_, a)| {
+            let before = spread(&mut a.replicas.iter().map(|r| r.broker));
+            let swap = |b: u64| if b == fullest.id.0 { emptiest.id.0 } else { b };
+            spread(&mut a.replicas.iter().map(|r| swap(r.broker))) >= before
+        })
+        // moving a replica that leads costs a leader change: prefer the others
+        .min_by_key(|(id, a)| (a.replicas[0].broker == fullest.id.0, **id))
+        .map(|(id, _)| (*id, fullest.id, emptiest.id))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn brokers(racks: &[&str]) -> Vec<Candidate> {
+        let one = |(i, r): (usize, &&str)| Candidate {
+            id: BrokerId(i as u64 + 1),
+            rack: (*r).to_owned(),
+            replicas: 0,
+            leaders: 0,
+        };
+        racks.iter().enumerate().map(one).collect()
+    }
+
+    #[test]
+    fn more_replicas_than_brokers_is_refused() {
+        let error = place(brokers(&["a", "b"]), 1, 3).unwrap_err();
+        assert_eq!(error, PlacementError::TooFewBrokers { replicas: 3, brokers: 2 });
+    }
+
+    proptest! {
+        #[test]
+        fn placements_are_even_distinct_and_spread_over_racks(n in 1usize..9, partitions in 1u32..40, replicas in 1u32..5) {
+            let racks: Vec<&str> = (0..n).map(|i| ["a", "b", "c"][i % 3]).collect();
+            prop_assume!(n >= replicas as usize);
+            let placed = place(brokers(&racks), partitions, replicas).unwrap();
+            let mut leaders = vec![0; n + 1];
+            for ids in &placed {
+                let distinct: BTreeSet<_> = ids.iter().collect();
+                prop_assert_eq!(distinct.len(), replicas as usize);
+                let used: BTreeSet<_> = ids.iter().map(|b| racks[b.0 as usize - 1]).collect();
+                prop_assert_eq!(used.len(), (replicas as usize).min(n.min(3)));
+                leaders[ids[0].0 as usize] += 1;
+            }
+            if n % 3 == 0 {
+                let (min, max) = (leaders[1..].iter().min().unwrap(), leaders[1..].iter().max().unwrap());
+                prop_assert!(max - min <= 2, "{:?}", leaders);
+            }
+        }
+    }
+}

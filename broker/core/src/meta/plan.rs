@@ -1,0 +1,179 @@
+//! What the metadata leader does next: one list of commands out of the state and who is alive. Pure; asked again and again,
+//! it has nothing to say once all is as wanted.
+
+use super::command::{Command, Kind, Reassign, SetPhase};
+use super::placement::{candidates, next_broker, rebalance_step};
+use super::state::{Assignment, MetaState, Phase};
+use crate::ids::{BrokerId, META_GROUP};
+
+/// Voters of the metadata group; brokers beyond them follow as learners.
+pub const META_VOTERS_MAX: usize = 5;
+/// Groups that may change their replicas at one time: live traffic keeps its throughput.
+pub const MOVES_MAX: usize = 4;
+
+/// Commands to propose now.
+pub fn plan(meta: &MetaState) -> Vec<Command> {
+    let mut out: Vec<Command> = Vec::new();
+    out.extend(plan_meta_group(meta));
+    let mut moving = meta.groups.values().filter(|a| a.topic != 0 && !a.is_settled()).count();
+    for (group, assignment) in meta.groups.iter().filter(|(_, a)| a.topic != 0 && a.is_settled()) {
+        if moving >= MOVES_MAX {
+            break;
+        }
+        if let Some(brokers) = replacements(meta, assignment) {
+            let change = Reassign { group: *group, expected_epoch: assignment.epoch, brokers, ..Default::default() };
+            out.push(Kind::Reassign(change).into());
+            moving += 1;
+        }
+    }
+    if out.is_empty() && moving == 0 {
+        out.extend(rebalance(meta));
+    }
+    out.extend(plan_removals(meta));
+    out
+}
+
+/// The metadata group has a replica on every broker that takes part, the first [`META_VOTERS_MAX`] voting.
+fn plan_meta_group(meta: &MetaState) -> Option<Command> {
+    let assignment = meta.assignment(META_GROUP)?;
+    if !assignment.is_settled() {
+        return None;
+    }
+    let leaving = |id: u64| !matches!(meta.brokers.get(&id).map(|b| b.phase()), Some(Phase::Active));
+    let mut brokers: Vec<u64> = assignment.replicas.iter().map(|r| r.broker).filter(|b| !leaving(*b)).collect();
+    let missing = meta.brokers.values().filter(|b| b.phase() == Phase::Active && !brokers.contains(&b.id));
+    let missing: Vec<u64> = missing.map(|b| b.id).collect();
+    if missing.is_empty() && brokers.len() == assignment.replicas.len() {
+        return None;
+    }
+    brokers.extend(missing);
+    if brokers.is_empty() {
+        return None;
+    }
+    let voters_max = META_VOTERS_MAX as u32;
+    let change = Reassign { group: 0, expected_epoch: assignment.epoch, brokers, voters_max, renew: 0 };
+    Some(Kind::Reassign(change).into())
+}
+
+/// New brokers for the replicas whose broker is drained or lost; `None` where nothing is to do or no broker is free.
+fn replacements(meta: &MetaState, assignment: &Assignment) -> Option<Vec<u64>> {
+    let active = |id: u64| meta.brokers.get(&id).is_some_and(|b| b.phase() == Phase::Active);
+    if assignment.replicas.iter().all(|r| active(r.broker)) {
+        return None;
+    }
+    let mut free = candidates(meta);
+    let mut brokers: Vec<BrokerId> =
+        assignment.replicas.iter().map(|r| BrokerId(r.broker)).filter(|b| active(b.0)).collect();
+    let mut changed = false;
+    for replica in assignment.replicas.iter().filter(|r| !active(r.broker)) {
+        free.retain(|b| !brokers.contains(&b.id) || active(b.id.0));
+        match next_broker(&free, &brokers) {
+            Some(id) => {
+                brokers.push(id);
+                changed = true;
+            }
+            // nowhere to go: a drained broker keeps its replica, and the drain waits
+            None => brokers.push(BrokerId(replica.broker)),
+        }
+    }
+    changed.then(|| brokers.iter().map(|b| b.0).collect())
+}
+
+fn rebalance(meta: &MetaState) -> Option<Command> {
+    let (group, from, to) = rebalance_step(meta)?;
+    let assignment = &meta.groups[&group];
+    let swap = |b: u64| if b == from.0 { to.0 } else { b };
+    let brokers = assignment.replicas.iter().map(|r| swap(r.broker)).collect();
+    Some(Kind::Reassign(Reassign { group, expected_epoch: assignment.epoch, brokers, ..Default::default() }).into())
+}
+
+/// Drained and lost brokers that hold nothing any more.
+fn plan_removals(meta: &MetaState) -> Vec<Command> {
+    let holds = |id: u64| meta.groups.values().any(|a| a.replicas.iter().chain(&a.leaving).any(|r| r.broker == id));
+    let done = |b: &&super::state::Broker| matches!(b.phase(), Phase::Draining | Phase::Lost) && !holds(b.id);
+    let remove = |id| Kind::SetPhase(SetPhase { broker: id, phase: 0, removed: true }).into();
+    meta.brokers.values().filter(done).map(|b| remove(b.id)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::command::*;
+    use super::super::state::*;
+    use super::*;
+
+    fn cluster(brokers: u64, partitions: u32) -> MetaState {
+        let list: Vec<Broker> =
+            (1..=brokers).map(|id| Broker { id, name: format!("b-{id}"), ..Default::default() }).collect();
+        let mut state = MetaState::form("c", &list);
+        let placed = super::super::placement::place(candidates(&state), partitions, 3).unwrap();
+        let placements = placed.iter().map(|p| Placement { brokers: p.iter().map(|b| b.0).collect() }).collect();
+        let spec = TopicSpec { partitions, replicas: 3, ..Default::default() };
+        let topic = ApplyTopic { name: "default/t".into(), spec, placements, ..Default::default() };
+        state.apply(&Kind::ApplyTopic(topic).into()).unwrap();
+        state
+    }
+
+    /// Runs the plan with every move settling at once, until it has nothing to say.
+    fn run(state: &mut MetaState) {
+        for _ in 0..1000 {
+            let commands = plan(state);
+            if commands.is_empty() {
+                return;
+            }
+            for command in commands {
+                state.apply(&command).unwrap();
+            }
+            let moved: Vec<(u64, u64)> =
+                state.groups.iter().filter(|(_, a)| !a.is_settled()).map(|(g, a)| (*g, a.epoch)).collect();
+            assert!(moved.iter().filter(|(g, _)| *g != 0).count() <= MOVES_MAX);
+            for (group, epoch) in moved {
+                state.apply(&Kind::Settled(Settled { group, epoch }).into()).unwrap();
+            }
+        }
+        panic!("the plan never ends");
+    }
+
+    fn counts(state: &MetaState) -> Vec<u32> {
+        candidates(state).iter().map(|b| b.replicas).collect()
+    }
+
+    #[test]
+    fn added_brokers_take_their_share_and_drained_ones_leave_with_nothing() {
+        let mut state = cluster(3, 10);
+        run(&mut state);
+        assert_eq!(counts(&state), vec![10, 10, 10]);
+        for name in ["b-4", "b-5", "b-6"] {
+            let broker = Broker { name: name.into(), ..Default::default() };
+            state.apply(&Kind::Expect(broker.clone()).into()).unwrap();
+            state.apply(&Kind::Register(broker).into()).unwrap();
+        }
+        run(&mut state);
+        assert_eq!(counts(&state), vec![5; 6]);
+        assert_eq!(state.groups[&0].replicas.iter().filter(|r| !r.learner).count(), META_VOTERS_MAX);
+        let ids: Vec<u64> = state.brokers.keys().copied().skip(3).collect();
+        for id in ids {
+            let phase = Phase::Draining.into();
+            state.apply(&Kind::SetPhase(SetPhase { broker: id, phase, removed: false }).into()).unwrap();
+        }
+        run(&mut state);
+        assert_eq!((counts(&state), state.brokers.len()), (vec![10, 10, 10], 3));
+    }
+
+    #[test]
+    fn a_lost_disk_is_replaced_by_the_new_broker_of_that_name() {
+        let mut state = cluster(3, 4);
+        state.apply(&Kind::Register(Broker { name: "b-2".into(), ..Default::default() }).into()).unwrap();
+        run(&mut state);
+        assert_eq!(counts(&state), vec![4, 4, 4]);
+        assert!(!state.brokers.contains_key(&2));
+    }
+
+    #[test]
+    fn a_drain_without_a_place_to_go_waits() {
+        let mut state = cluster(3, 2);
+        let phase = Phase::Draining.into();
+        state.apply(&Kind::SetPhase(SetPhase { broker: 3, phase, removed: false }).into()).unwrap();
+        run(&mut state);
+        assert!(state.brokers.contains_key(&3));
+    }
+}

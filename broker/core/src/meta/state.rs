@@ -1,0 +1,290 @@
+//! The metadata state. It is a protobuf message, so that a checkpoint of it is its own encoding; tags are stable.
+
+use crate::ids::{BrokerId, GroupId, META_GROUP, Replica, ReplicaId, SubscriptionId, TopicId};
+use std::collections::BTreeMap;
+
+/// Whether a broker takes replicas.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, prost::Enumeration)]
+#[repr(i32)]
+pub enum Phase {
+    /// Takes replicas.
+    Active = 0,
+    /// Its replicas are moved away, then it is removed.
+    Draining = 1,
+    /// Its disk is gone: it never comes back; its replicas are replaced.
+    Lost = 2,
+    /// Named by an administrator, has not joined yet.
+    Expected = 3,
+}
+
+/// A broker.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Broker {
+    /// Its id.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// Its name (a StatefulSet's pod name, say); a new disk under an old name is a new broker.
+    #[prost(string, tag = "2")]
+    pub name: String,
+    /// Where clients reach it, `host:port`.
+    #[prost(string, tag = "3")]
+    pub client_address: String,
+    /// Where peers reach it.
+    #[prost(string, tag = "4")]
+    pub peer_address: String,
+    /// Where administrators reach it.
+    #[prost(string, tag = "5")]
+    pub admin_address: String,
+    /// Failure domain; empty for none.
+    #[prost(string, tag = "6")]
+    pub rack: String,
+    /// See [`Phase`].
+    #[prost(enumeration = "Phase", tag = "7")]
+    pub phase: i32,
+}
+
+/// What a topic promises.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct TopicSpec {
+    /// Number of partitions.
+    #[prost(uint32, tag = "1")]
+    pub partitions: u32,
+    /// Replicas of each.
+    #[prost(uint32, tag = "2")]
+    pub replicas: u32,
+    /// Records older than this may go, ms; 0 keeps them.
+    #[prost(uint64, tag = "3")]
+    pub retention_ms: u64,
+    /// A partition larger than this loses its oldest records, bytes; 0 for no limit.
+    #[prost(uint64, tag = "4")]
+    pub retention_bytes: u64,
+    /// Largest batch taken, bytes.
+    #[prost(uint32, tag = "5")]
+    pub message_bytes_max: u32,
+    /// Whether an ack waits for a majority's disk sync (default) or only for its memory.
+    #[prost(bool, tag = "6")]
+    pub quorum_memory: bool,
+}
+
+/// A topic.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Topic {
+    /// Its id.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// `namespace/name`.
+    #[prost(string, tag = "2")]
+    pub name: String,
+    /// What it promises.
+    #[prost(message, required, tag = "3")]
+    pub spec: TopicSpec,
+    /// Groups of its partitions, in order.
+    #[prost(uint64, repeated, tag = "4")]
+    pub groups: Vec<u64>,
+    /// Who declared it: the uid of a resource.
+    #[prost(string, tag = "5")]
+    pub owner_uid: String,
+    /// Generation of that resource.
+    #[prost(uint64, tag = "6")]
+    pub generation: u64,
+}
+
+/// A replica as the metadata group records it.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct ReplicaRecord {
+    /// The replica's id.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// Its broker.
+    #[prost(uint64, tag = "2")]
+    pub broker: u64,
+    /// A learner: follows, never votes. (In the metadata group, from the sixth broker on.)
+    #[prost(bool, tag = "3")]
+    pub learner: bool,
+}
+
+impl From<ReplicaRecord> for Replica {
+    fn from(r: ReplicaRecord) -> Self {
+        Self { id: ReplicaId(r.id), broker: BrokerId(r.broker) }
+    }
+}
+
+/// Where the replicas of a group should be.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Assignment {
+    /// The topic; 0 for the metadata group.
+    #[prost(uint64, tag = "1")]
+    pub topic: u64,
+    /// The partition.
+    #[prost(uint32, tag = "2")]
+    pub partition: u32,
+    /// Wanted replicas, the preferred leader first.
+    #[prost(message, repeated, tag = "3")]
+    pub replicas: Vec<ReplicaRecord>,
+    /// Replicas of earlier assignments that may still be members.
+    #[prost(message, repeated, tag = "4")]
+    pub leaving: Vec<ReplicaRecord>,
+    /// Counts the assignments; 0 is the one the group was made with.
+    #[prost(uint64, tag = "5")]
+    pub epoch: u64,
+    /// The epoch whose membership the group's leader has reported as reached.
+    #[prost(uint64, tag = "6")]
+    pub settled_epoch: u64,
+}
+
+impl Assignment {
+    /// The broker of a replica, wanted or leaving.
+    pub fn broker_of(&self, replica: ReplicaId) -> Option<BrokerId> {
+        self.replicas.iter().chain(&self.leaving).find(|r| r.id == replica.0).map(|r| BrokerId(r.broker))
+    }
+
+    /// The wanted replica on a broker.
+    pub fn replica_on(&self, broker: BrokerId) -> Option<ReplicaRecord> {
+        self.replicas.iter().find(|r| r.broker == broker.0).copied()
+    }
+
+    /// Whether membership is what is wanted.
+    pub fn is_settled(&self) -> bool {
+        self.epoch == self.settled_epoch
+    }
+}
+
+/// Where a new subscription starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, prost::Enumeration)]
+#[repr(i32)]
+pub enum Start {
+    /// With records published after it was made.
+    Latest = 0,
+    /// With the oldest record kept.
+    Earliest = 1,
+}
+
+/// What a subscription promises.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct SubscriptionSpec {
+    /// The topic's full name.
+    #[prost(string, tag = "1")]
+    pub topic: String,
+    /// Where it starts.
+    #[prost(enumeration = "Start", tag = "2")]
+    pub start: i32,
+    /// How long a consumer may hold a message unacknowledged, ms.
+    #[prost(uint64, tag = "3")]
+    pub ack_deadline_ms: u64,
+}
+
+/// A subscription.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Subscription {
+    /// Its id.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// `namespace/name`.
+    #[prost(string, tag = "2")]
+    pub name: String,
+    /// What it promises.
+    #[prost(message, required, tag = "3")]
+    pub spec: SubscriptionSpec,
+    /// The topic's id when it was made.
+    #[prost(uint64, tag = "4")]
+    pub topic_id: u64,
+    /// Who declared it.
+    #[prost(string, tag = "5")]
+    pub owner_uid: String,
+    /// Generation of that resource.
+    #[prost(uint64, tag = "6")]
+    pub generation: u64,
+}
+
+/// Everything the metadata group knows.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct MetaState {
+    /// The cluster's id.
+    #[prost(string, tag = "1")]
+    pub cluster_id: String,
+    /// Counts changes; a `Metadata` answer carries it.
+    #[prost(uint64, tag = "2")]
+    pub version: u64,
+    /// Last id given, of any kind: ids are never reused.
+    #[prost(uint64, tag = "3")]
+    pub last_id: u64,
+    /// Next producer id.
+    #[prost(uint64, tag = "4")]
+    pub next_producer_id: u64,
+    /// Brokers by id.
+    #[prost(btree_map = "uint64, message", tag = "5")]
+    pub brokers: BTreeMap<u64, Broker>,
+    /// Topics by full name.
+    #[prost(btree_map = "string, message", tag = "6")]
+    pub topics: BTreeMap<String, Topic>,
+    /// Assignments by group id, the metadata group's own (0) among them.
+    #[prost(btree_map = "uint64, message", tag = "7")]
+    pub groups: BTreeMap<u64, Assignment>,
+    /// Subscriptions by full name.
+    #[prost(btree_map = "string, message", tag = "8")]
+    pub subscriptions: BTreeMap<String, Subscription>,
+    /// Groups whose topic was deleted: the recorded decision without which no data is removed.
+    #[prost(btree_map = "uint64, bool", tag = "9")]
+    pub deleted_groups: BTreeMap<u64, bool>,
+}
+
+impl MetaState {
+    /// The state a cluster is formed with: its brokers with ids 1.. in the order given, up to five of them voting.
+    pub fn form(cluster_id: &str, brokers: &[Broker]) -> Self {
+        let replicas = brokers
+            .iter()
+            .enumerate()
+            .map(|(at, b)| ReplicaRecord { id: b.id, broker: b.id, learner: at >= crate::meta::plan::META_VOTERS_MAX })
+            .collect();
+        Self {
+            cluster_id: cluster_id.to_owned(),
+            version: 1,
+            last_id: brokers.iter().map(|b| b.id).max().unwrap_or(0),
+            next_producer_id: 1,
+            brokers: brokers.iter().map(|b| (b.id, b.clone())).collect(),
+            groups: BTreeMap::from([(META_GROUP.0, Assignment { replicas, ..Default::default() })]),
+            ..Default::default()
+        }
+    }
+
+    /// A broker by id.
+    pub fn broker(&self, id: BrokerId) -> Option<&Broker> {
+        self.brokers.get(&id.0)
+    }
+
+    /// The broker that last had a name and is not lost.
+    pub fn broker_named(&self, name: &str) -> Option<&Broker> {
+        self.brokers.values().find(|b| b.name == name && b.phase() != Phase::Lost)
+    }
+
+    /// An assignment by group.
+    pub fn assignment(&self, group: GroupId) -> Option<&Assignment> {
+        self.groups.get(&group.0)
+    }
+
+    /// The topic a group belongs to.
+    pub fn topic_of(&self, group: GroupId) -> Option<&Topic> {
+        let topic = TopicId(self.assignment(group)?.topic);
+        self.topics.values().find(|t| t.id == topic.0)
+    }
+
+    /// The group of a topic's partition.
+    pub fn group_of(&self, topic: &str, partition: u32) -> Option<GroupId> {
+        self.topics.get(topic)?.groups.get(partition as usize).map(|g| GroupId(*g))
+    }
+
+    /// Subscriptions of one topic.
+    pub fn subscriptions_of(&self, topic: TopicId) -> impl Iterator<Item = &Subscription> {
+        self.subscriptions.values().filter(move |s| s.topic_id == topic.0)
+    }
+
+    /// A subscription by id.
+    pub fn subscription_by_id(&self, id: SubscriptionId) -> Option<&Subscription> {
+        self.subscriptions.values().find(|s| s.id == id.0)
+    }
+
+    pub(crate) fn take_id(&mut self) -> u64 {
+        self.last_id += 1;
+        self.last_id
+    }
+}

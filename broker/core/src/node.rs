@@ -1,0 +1,554 @@
+//! A broker's core: all its groups behind one set of inputs. Each call takes an input; [`Node::drain`] then gives the
+//! effects: at most one round to write, messages that may leave now, replies. Messages that must wait for the disk
+//! are kept here until [`Node::written`] or [`Node::synced`] names their round.
+
+use crate::batch::BatchHeader;
+use crate::entry::Control;
+use crate::group::{Group, Machine, Part};
+use crate::ids::{BrokerId, GroupId, META_GROUP, ReplicaId, Ticket};
+use crate::meta::command::{Answer, Command, MetaError};
+use crate::meta::state::{Assignment, MetaState};
+use crate::producer::SequenceError;
+use crate::storage::{Checkpoint, Store, StoreError, StoredGroup, WriteOp};
+use bytes::Bytes;
+use raft::eraftpb::Message;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use thiserror::Error;
+
+/// Named bounds of a node.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Length of a tick, ms.
+    pub tick_ms: u64,
+    /// Ticks between heartbeats.
+    pub heartbeat_ticks: usize,
+    /// Shortest election timeout, ticks; the longest is twice that.
+    pub election_ticks: usize,
+    /// Entries sent to a peer in one message, bytes.
+    pub message_bytes_max: u64,
+    /// Proposed and not yet committed, bytes for each group.
+    pub uncommitted_bytes_max: u64,
+    /// Log between two checkpoints, bytes.
+    pub checkpoint_bytes: u64,
+    /// Checkpoints kept of each group.
+    pub checkpoints_max: usize,
+    /// Recent entries of all groups kept in memory, bytes.
+    pub tail_bytes_max: u64,
+    /// Rounds handed to the disk and not yet confirmed.
+    pub rounds_max: usize,
+    /// A message whose term is further than this beyond ours is refused.
+    pub term_jump_max: u64,
+    /// How long a leader leads before it hands over to the preferred one, ms.
+    pub balance_after_ms: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            tick_ms: 50,
+            heartbeat_ticks: 2,
+            election_ticks: 8,
+            message_bytes_max: 1 << 20,
+            uncommitted_bytes_max: 64 << 20,
+            checkpoint_bytes: 16 << 20,
+            checkpoints_max: 64,
+            tail_bytes_max: 96 << 20,
+            rounds_max: 32,
+            term_jump_max: 1 << 20,
+            balance_after_ms: 5_000,
+        }
+    }
+}
+
+/// Time as the shell sees it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Now {
+    /// Monotonic, ms; all timeouts go by it.
+    pub mono_ms: u64,
+    /// For append times and retention, ms since the epoch: the wall clock at start, moved on monotonically.
+    pub log_ms: u64,
+}
+
+/// Raft's message between two replicas of a group.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Envelope {
+    /// The group.
+    pub group: GroupId,
+    /// From and to are replica ids.
+    pub message: Message,
+}
+
+/// Who leads a group, as its leader says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LeaderInfo {
+    /// The group.
+    pub group: GroupId,
+    /// In which term.
+    pub term: u64,
+    /// The assignment epoch whose membership is reached, where it is.
+    pub settled_epoch: Option<u64>,
+    /// Replica that has lost its data, as the leader or its broker found; 0 for none.
+    pub damaged: ReplicaId,
+}
+
+/// What brokers tell each other.
+#[derive(Clone, Debug, PartialEq)]
+pub enum PeerMessage {
+    /// Raft.
+    Raft(Envelope),
+    /// Groups the sender leads (or, with `damaged`, of which it holds a damaged replica).
+    Leaders(Vec<LeaderInfo>),
+}
+
+/// Why a request was not carried out. It changed nothing, except after [`Refusal::LeadershipLost`], when it may have.
+#[derive(Debug, Error, Clone, PartialEq, Eq)]
+pub enum Refusal {
+    /// Another replica leads.
+    #[error("this broker does not lead the partition")]
+    NotLeader,
+    /// Leadership went while the request was under way: it may or may not take effect.
+    #[error("leadership moved while the request was under way; whether it took effect is unknown")]
+    LeadershipLost,
+    /// Too much is under way.
+    #[error("too much is waiting to be replicated")]
+    Overloaded,
+    /// No such group here.
+    #[error("this broker holds no replica of the partition")]
+    UnknownGroup,
+    /// Idempotence.
+    #[error("{0}")]
+    Sequence(SequenceError),
+}
+
+/// The answer to a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reply {
+    /// A batch is committed.
+    Published { base_offset: u64, append_time_ms: u64 },
+    /// A control record is committed.
+    Done,
+    /// A metadata command was applied.
+    Meta(Result<Answer, MetaError>),
+    /// Not carried out.
+    Refused(Refusal),
+}
+
+/// Work for the disk: one atomic write, then a sync where it says so.
+#[derive(Debug)]
+pub struct Round {
+    /// Counts rounds.
+    pub id: u64,
+    /// What to write.
+    pub ops: Vec<WriteOp>,
+    /// Whether a sync must follow before [`Node::synced`].
+    pub sync: bool,
+}
+
+/// What the node wants done.
+#[derive(Default)]
+pub struct Effects {
+    /// To write.
+    pub round: Option<Round>,
+    /// To send now.
+    pub messages: Vec<(BrokerId, Envelope)>,
+    /// To tell all other brokers.
+    pub announce: Vec<LeaderInfo>,
+    /// To answer.
+    pub replies: Vec<(Ticket, Reply)>,
+    /// Groups whose high watermark moved.
+    pub advanced: Vec<(GroupId, u64)>,
+    /// Groups whose leader, as known here, changed.
+    pub leaders: Vec<GroupId>,
+    /// The metadata changed.
+    pub meta: Option<Arc<MetaState>>,
+    /// Groups opened or removed.
+    pub opened: Vec<GroupId>,
+    /// Damage found, for people.
+    pub damage: Vec<StoreError>,
+}
+
+/// Mixes 64 bits (SplitMix64's finisher, <https://prng.di.unimi.it/splitmix64.c>).
+pub fn mix(mut z: u64) -> u64 {
+    z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// A broker's core.
+pub struct Node {
+    pub(crate) broker: BrokerId,
+    store: Arc<dyn Store>,
+    pub(crate) limits: Limits,
+    seed: u64,
+    pub(crate) now: Now,
+    pub(crate) last_tick_ms: u64,
+    pub(crate) ticks: u64,
+    pub(crate) groups: BTreeMap<GroupId, Group>,
+    /// replicas that were found damaged and take part in nothing
+    pub(crate) damaged: BTreeMap<GroupId, ReplicaId>,
+    pub(crate) meta: Arc<MetaState>,
+    pub(crate) dirty: BTreeSet<GroupId>,
+    /// operations that belong to no Raft round: creations, checkpoints, removals
+    pub(crate) ops: Vec<WriteOp>,
+    next_round: u64,
+    rounds: VecDeque<(u64, Vec<Part>)>,
+    /// leaders of groups as other brokers announced them
+    announced: HashMap<GroupId, (u64, BrokerId)>,
+    pub(crate) heard_ms: BTreeMap<BrokerId, u64>,
+    /// settled epochs other leaders have reported and the metadata group has not recorded
+    pub(crate) settled: BTreeMap<GroupId, u64>,
+    pub(crate) to_renew: BTreeMap<GroupId, ReplicaId>,
+    pub(crate) resigning: bool,
+    pub(crate) out: Effects,
+}
+
+impl Node {
+    /// Opens what the store holds. A damaged group does not stop the others.
+    pub fn open(broker: BrokerId, store: Arc<dyn Store>, limits: Limits, seed: u64, now: Now) -> Result<Self, StoreError> {
+        let mut node = Self {
+            broker,
+            store: store.clone(),
+            limits,
+            seed,
+            now,
+            last_tick_ms: now.mono_ms,
+            ticks: 0,
+            groups: BTreeMap::new(),
+            damaged: BTreeMap::new(),
+            meta: Arc::default(),
+            dirty: BTreeSet::new(),
+            ops: Vec::new(),
+            next_round: 1,
+            rounds: VecDeque::new(),
+            announced: HashMap::new(),
+            heard_ms: BTreeMap::new(),
+            settled: BTreeMap::new(),
+            to_renew: BTreeMap::new(),
+            resigning: false,
+            out: Effects::default(),
+        };
+        for stored in store.load()? {
+            node.open_group(&stored);
+        }
+        if let Some(Machine::Meta(meta)) = node.groups.get(&META_GROUP).map(Group::machine) {
+            node.set_meta(meta.clone());
+        }
+        Ok(node)
+    }
+
+    /// Makes the replica of the metadata group, on an empty disk: with the state a cluster is formed with,
+    /// or without, as a broker that joins and waits for its first checkpoint.
+    pub fn create_meta(&mut self, replica: ReplicaId, formed: Option<&MetaState>) {
+        let checkpoint = formed.map(|state| {
+            let assignment = state.assignment(META_GROUP).expect("formed with one");
+            initial_checkpoint(assignment, prost::Message::encode_to_vec(state).into())
+        });
+        self.create_group(META_GROUP, replica, checkpoint);
+        if let Some(state) = formed {
+            self.set_meta(Arc::new(state.clone()));
+        }
+    }
+
+    fn create_group(&mut self, group: GroupId, replica: ReplicaId, checkpoint: Option<Checkpoint>) {
+        self.ops.push(WriteOp::Create { group, replica, checkpoint: checkpoint.clone() });
+        let last_index = checkpoint.as_ref().map_or(0, |c| c.index);
+        let checkpoints = checkpoint.into_iter().collect();
+        let stored =
+            StoredGroup { group, replica, quarantined: false, hard: Default::default(), checkpoints, last_index };
+        self.open_group(&stored);
+    }
+
+    fn open_group(&mut self, stored: &StoredGroup) {
+        let opened = if stored.quarantined {
+            let what = "quarantined before".to_owned();
+            Err(StoreError::Damaged { group: stored.group, index: 0, what })
+        } else {
+            Group::open(stored, self.store.clone(), &self.limits)
+        };
+        match opened {
+            Ok(group) => {
+                self.groups.insert(stored.group, group);
+                self.dirty.insert(stored.group);
+                self.out.opened.push(stored.group);
+            }
+            Err(error) => self.quarantine(stored.group, stored.replica, error),
+        }
+    }
+
+    /// Takes a replica out of everything: it answers nothing, votes for nobody, and waits to be replaced.
+    fn quarantine(&mut self, group: GroupId, replica: ReplicaId, error: StoreError) {
+        self.groups.remove(&group);
+        self.damaged.insert(group, replica);
+        self.ops.push(WriteOp::Quarantine { group });
+        self.out.damage.push(error);
+        self.out.opened.push(group);
+    }
+
+    /// This broker.
+    pub fn broker(&self) -> BrokerId {
+        self.broker
+    }
+
+    /// The metadata as applied here.
+    pub fn meta(&self) -> &Arc<MetaState> {
+        &self.meta
+    }
+
+    /// A group held here.
+    pub fn group(&self, id: GroupId) -> Option<&Group> {
+        self.groups.get(&id)
+    }
+
+    /// All groups held here.
+    pub fn groups(&self) -> impl Iterator<Item = &Group> {
+        self.groups.values()
+    }
+
+    /// Replicas held here that were found damaged.
+    pub fn damaged(&self) -> &BTreeMap<GroupId, ReplicaId> {
+        &self.damaged
+    }
+
+    /// The leader of a group, as known here: from its own replica, else as announced. With the term.
+    pub fn leader_of(&self, group: GroupId) -> Option<(u64, BrokerId)> {
+        let own = self.groups.get(&group).and_then(|g| {
+            let leader = g.leader()?;
+            let broker = if leader == g.replica() { Some(self.broker) } else { g.brokers.get(&leader.0).copied() };
+            broker.map(|b| (g.term(), b))
+        });
+        let announced = self.announced.get(&group).copied();
+        own.into_iter().chain(announced).max()
+    }
+
+    /// When a broker was last heard of, monotonic ms.
+    pub fn heard_ms(&self, broker: BrokerId) -> Option<u64> {
+        self.heard_ms.get(&broker).copied()
+    }
+
+    /// Lets time pass. A node that was stopped for long does not make up for it all at once.
+    pub fn tick(&mut self, now: Now) {
+        self.now = now;
+        let late = now.mono_ms.saturating_sub(self.last_tick_ms) / self.limits.tick_ms;
+        if late == 0 {
+            return;
+        }
+        self.last_tick_ms = if late > 4 { now.mono_ms } else { self.last_tick_ms + late * self.limits.tick_ms };
+        for _ in 0..late.min(4) {
+            self.ticks += 1;
+            let salt = self.salt();
+            for (id, group) in &mut self.groups {
+                group.tick(salt);
+                if group.has_work() {
+                    self.dirty.insert(*id);
+                }
+            }
+        }
+        self.run_duties();
+    }
+
+    fn salt(&self) -> u64 {
+        mix(self.seed ^ (self.ticks >> 4))
+    }
+
+    /// Takes what a peer said. `from` is the broker as the connection proved it.
+    pub fn peer(&mut self, from: BrokerId, message: PeerMessage) {
+        self.heard_ms.insert(from, self.now.mono_ms);
+        match message {
+            PeerMessage::Raft(envelope) => self.raft_message(from, envelope),
+            PeerMessage::Leaders(list) => list.iter().for_each(|info| self.leader_info(from, info)),
+        }
+    }
+
+    fn raft_message(&mut self, from: BrokerId, envelope: Envelope) {
+        let Envelope { group: id, message } = envelope;
+        let assigned = self.meta.assignment(id).and_then(|a| a.broker_of(ReplicaId(message.from)));
+        let salt = self.salt();
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        if message.to != group.replica().0 || assigned.is_some_and(|b| b != from) {
+            return;
+        }
+        // a replica nobody assigned may only speak to one that knows nothing yet, or about the metadata group
+        if assigned.is_none() && id != META_GROUP && self.meta.assignment(id).is_some() {
+            return;
+        }
+        group.brokers.insert(message.from, from);
+        let replica = group.replica();
+        match group.step(message, salt) {
+            Ok(()) => {
+                self.dirty.insert(id);
+            }
+            Err(error) => self.quarantine(id, replica, error),
+        }
+    }
+
+    fn leader_info(&mut self, from: BrokerId, info: &LeaderInfo) {
+        if info.damaged != ReplicaId(0) {
+            self.to_renew.insert(info.group, info.damaged);
+            return;
+        }
+        let known = self.announced.entry(info.group).or_insert((0, from));
+        if info.term >= known.0 && *known != (info.term, from) {
+            *known = (info.term, from);
+            self.out.leaders.push(info.group);
+        }
+        if let Some(epoch) = info.settled_epoch {
+            self.settled.insert(info.group, epoch);
+        }
+    }
+
+    /// Publishes a batch whose header was checked; the reply comes with the ticket.
+    pub fn publish(&mut self, ticket: Ticket, id: GroupId, data: Bytes, header: &BatchHeader) {
+        let log_ms = self.now.log_ms;
+        self.with_group(ticket, id, |g| g.publish(ticket, data, header, log_ms));
+    }
+
+    /// Appends a control record to a partition's log.
+    pub fn control(&mut self, ticket: Ticket, id: GroupId, control: &Control) {
+        let log_ms = self.now.log_ms;
+        self.with_group(ticket, id, |g| g.control(ticket, control, log_ms));
+    }
+
+    /// Proposes a metadata command, where this broker leads the metadata group.
+    pub fn command(&mut self, ticket: Ticket, command: &Command) {
+        let log_ms = self.now.log_ms;
+        self.with_group(ticket, META_GROUP, |g| g.command(ticket, command, log_ms));
+    }
+
+    fn with_group(&mut self, ticket: Ticket, id: GroupId, run: impl FnOnce(&mut Group) -> Result<(), Refusal>) {
+        let result = match self.groups.get_mut(&id) {
+            Some(group) => run(group),
+            None => Err(Refusal::UnknownGroup),
+        };
+        match result {
+            Ok(()) => {
+                self.dirty.insert(id);
+            }
+            Err(refusal) => self.out.replies.push((ticket, Reply::Refused(refusal))),
+        }
+    }
+
+    /// A round up to `round` is written, not yet synced.
+    pub fn written(&mut self, round: u64) {
+        let mut ready = Vec::new();
+        for (_, parts) in self.rounds.iter_mut().take_while(|(id, _)| *id <= round) {
+            let waits = |p: &mut Part| !p.sync;
+            ready.extend(parts.extract_if(.., waits));
+        }
+        self.confirm(ready);
+    }
+
+    /// All rounds up to `round` are on disk.
+    pub fn synced(&mut self, round: u64) {
+        let mut ready = Vec::new();
+        while self.rounds.front().is_some_and(|(id, _)| *id <= round) {
+            ready.extend(self.rounds.pop_front().expect("just seen").1);
+        }
+        self.confirm(ready);
+    }
+
+    fn confirm(&mut self, parts: Vec<Part>) {
+        for part in parts {
+            let id = part.group;
+            if let Some(group) = self.groups.get_mut(&id) {
+                group.persisted(part, &mut self.out);
+                self.dirty.insert(id);
+            }
+        }
+    }
+
+    /// Everything to do now. While too many rounds are under way, what needs the disk waits.
+    pub fn drain(&mut self) -> Effects {
+        if self.rounds.len() < self.limits.rounds_max {
+            self.drain_groups();
+        }
+        std::mem::take(&mut self.out)
+    }
+
+    fn drain_groups(&mut self) {
+        let mut parts = Vec::new();
+        // applying metadata may open groups, whose work is then done in the same call
+        while let Some(id) = self.dirty.pop_first() {
+            let Some(group) = self.groups.get_mut(&id) else { continue };
+            let replica = group.replica();
+            if let Err(error) = group.drain(&mut self.ops, &mut parts, &mut self.out) {
+                self.quarantine(id, replica, error);
+            }
+            if let Some(meta) = self.out.meta.clone()
+                && !Arc::ptr_eq(&meta, &self.meta)
+            {
+                self.set_meta(meta);
+            }
+        }
+        let ops = std::mem::take(&mut self.ops);
+        if ops.is_empty() && parts.is_empty() {
+            return;
+        }
+        let structural = |op: &WriteOp| !matches!(op, WriteOp::Append { .. } | WriteOp::SetHardState { .. } | WriteOp::PutCheckpoint { .. } | WriteOp::DropCheckpoint { .. });
+        let sync = parts.iter().any(|p| p.sync) || ops.iter().any(structural);
+        let id = self.next_round;
+        self.next_round += 1;
+        self.rounds.push_back((id, parts));
+        self.out.round = Some(Round { id, ops, sync });
+    }
+
+    /// Takes over new metadata: opens, renews and removes replicas.
+    fn set_meta(&mut self, meta: Arc<MetaState>) {
+        self.meta = meta.clone();
+        self.out.meta = Some(meta.clone());
+        self.settled.retain(|g, _| meta.assignment(*g).is_some_and(|a| !a.is_settled()));
+        self.to_renew.retain(|g, r| meta.assignment(*g).is_some_and(|a| a.replicas.iter().any(|x| x.id == r.0)));
+        for (id, assignment) in &meta.groups {
+            let id = GroupId(*id);
+            if let Some(mine) = assignment.replica_on(self.broker) {
+                self.ensure_replica(id, ReplicaId(mine.id), assignment);
+            }
+            if let Some(group) = self.groups.get_mut(&id) {
+                for replica in assignment.replicas.iter().chain(&assignment.leaving) {
+                    group.brokers.insert(replica.id, BrokerId(replica.broker));
+                }
+                group.memory = meta.topics.values().any(|t| t.id == assignment.topic && t.spec.quorum_memory);
+            }
+        }
+        let held: Vec<GroupId> = self.groups.keys().chain(self.damaged.keys()).copied().collect();
+        for id in held {
+            // only a recorded decision removes data: the topic was deleted, or the group settled without this broker
+            let left = meta.assignment(id).is_some_and(|a| a.is_settled() && a.replica_on(self.broker).is_none());
+            if id != META_GROUP && (meta.deleted_groups.contains_key(&id.0) || left) {
+                self.destroy(id);
+            }
+        }
+    }
+
+    fn ensure_replica(&mut self, id: GroupId, replica: ReplicaId, assignment: &Assignment) {
+        let held = self.groups.get(&id).map(Group::replica).or_else(|| self.damaged.get(&id).copied());
+        match held {
+            Some(held) if held == replica => return,
+            None if id == META_GROUP => return, // made when the broker formed or joined the cluster
+            Some(_) => self.destroy(id),
+            None => {}
+        }
+        let first = assignment.epoch == 0;
+        self.create_group(id, replica, first.then(|| initial_checkpoint(assignment, Bytes::new())));
+        let preferred = assignment.replicas.first().is_some_and(|r| r.id == replica.0);
+        if let Some(group) = self.groups.get_mut(&id).filter(|_| first && preferred) {
+            group.campaign();
+        }
+    }
+
+    fn destroy(&mut self, id: GroupId) {
+        if let Some(group) = self.groups.remove(&id) {
+            group.log().tail().reset(0, 0);
+        }
+        self.damaged.remove(&id);
+        self.ops.push(WriteOp::Destroy { group: id });
+        self.out.opened.push(id);
+    }
+}
+
+/// The first checkpoint of a group: index 1, so that a replica that has nothing always needs it and learns the membership.
+fn initial_checkpoint(assignment: &Assignment, state: Bytes) -> Checkpoint {
+    let ids = |learner: bool| assignment.replicas.iter().filter(|r| r.learner == learner).map(|r| r.id).collect();
+    Checkpoint { index: 1, term: 1, voters: ids(false), learners: ids(true), state, ..Default::default() }
+}

@@ -1,0 +1,5 @@
+//! The core's storage trait over RocksDB ([`rocks`]) and over memory ([`mem`]). [`keys`] documents every key and value.
+
+pub mod keys;
+pub mod mem;
+pub mod rocks;

@@ -1,0 +1,178 @@
+//! The store in memory, which keeps what was only written apart from what was synced: [`MemStore::crash`] forgets the former.
+//! For tests and the simulation.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use weir_core::eraftpb::Entry;
+use weir_core::entry::{Context, Kind};
+use weir_core::ids::{GroupId, ReplicaId};
+use weir_core::storage::{Checkpoint, HardState, Store, StoreError, StoredGroup, WriteOp};
+
+#[derive(Clone, Debug, Default)]
+struct Held {
+    replica: ReplicaId,
+    quarantined: bool,
+    hard: HardState,
+    checkpoints: BTreeMap<u64, Checkpoint>,
+    entries: BTreeMap<u64, Entry>,
+}
+
+impl Held {
+    fn batches(&self) -> impl Iterator<Item = (u64, Context)> + '_ {
+        let context = |(index, entry): (&u64, &Entry)| Some((*index, Context::of(entry)?));
+        self.entries.iter().filter_map(context).filter(|(_, c)| c.kind == Kind::Batch)
+    }
+}
+
+type Groups = BTreeMap<GroupId, Held>;
+
+#[derive(Default)]
+struct Inner {
+    written: Groups,
+    synced: Groups,
+    unsynced: Vec<WriteOp>,
+}
+
+/// See the module.
+#[derive(Default)]
+pub struct MemStore(Mutex<Inner>);
+
+impl MemStore {
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Power is lost: what was not synced is gone, except the first `kept` writes of it.
+    pub fn crash(&self, kept: usize) {
+        let mut inner = self.inner();
+        let unsynced = std::mem::take(&mut inner.unsynced);
+        unsynced.iter().take(kept).for_each(|op| apply(&mut inner.synced, op));
+        inner.written = inner.synced.clone();
+    }
+
+    /// Writes that a crash now would lose.
+    pub fn unsynced(&self) -> usize {
+        self.inner().unsynced.len()
+    }
+}
+
+fn apply(groups: &mut Groups, op: &WriteOp) {
+    match op {
+        WriteOp::Create { group, replica, checkpoint } => {
+            let checkpoints = checkpoint.iter().map(|c| (c.index, c.clone())).collect();
+            groups.insert(*group, Held { replica: *replica, checkpoints, ..Default::default() });
+        }
+        WriteOp::Destroy { group } => {
+            groups.remove(group);
+        }
+        WriteOp::Append { group, .. }
+        | WriteOp::SetHardState { group, .. }
+        | WriteOp::PutCheckpoint { group, .. }
+        | WriteOp::DropCheckpoint { group, .. }
+        | WriteOp::Truncate { group, .. }
+        | WriteOp::Install { group, .. }
+        | WriteOp::Quarantine { group } => {
+            if let Some(held) = groups.get_mut(group) {
+                apply_to(held, op);
+            }
+        }
+    }
+}
+
+fn apply_to(held: &mut Held, op: &WriteOp) {
+    match op {
+        WriteOp::Append { entries, replace_from, .. } => {
+            if let Some((index, _)) = replace_from {
+                held.entries.split_off(index);
+            }
+            held.entries.extend(entries.iter().map(|e| (e.index, e.clone())));
+        }
+        WriteOp::SetHardState { hard, .. } => held.hard = *hard,
+        WriteOp::PutCheckpoint { checkpoint, .. } => {
+            held.checkpoints.insert(checkpoint.index, checkpoint.clone());
+        }
+        WriteOp::DropCheckpoint { index, .. } => {
+            held.checkpoints.remove(index);
+        }
+        WriteOp::Truncate { index, .. } => {
+            held.entries = held.entries.split_off(&(index + 1));
+            held.checkpoints = held.checkpoints.split_off(index);
+        }
+        WriteOp::Install { checkpoint, .. } => {
+            held.entries.clear();
+            held.checkpoints = BTreeMap::from([(checkpoint.index, checkpoint.clone())]);
+        }
+        WriteOp::Quarantine { .. } => held.quarantined = true,
+        WriteOp::Create { .. } | WriteOp::Destroy { .. } => {}
+    }
+}
+
+impl Store for MemStore {
+    fn load(&self) -> Result<Vec<StoredGroup>, StoreError> {
+        let stored = |(group, held): (&GroupId, &Held)| StoredGroup {
+            group: *group,
+            replica: held.replica,
+            quarantined: held.quarantined,
+            hard: held.hard,
+            checkpoints: held.checkpoints.values().cloned().collect(),
+            last_index: held.entries.keys().chain(held.checkpoints.keys()).max().copied().unwrap_or(0),
+        };
+        Ok(self.inner().written.iter().map(stored).collect())
+    }
+
+    fn entries(&self, group: GroupId, low: u64, high: u64, bytes_max: u64) -> Result<Vec<Entry>, StoreError> {
+        let inner = self.inner();
+        let mut out: Vec<Entry> = Vec::new();
+        let mut bytes = 0;
+        let held = inner.written.get(&group);
+        for (index, entry) in held.into_iter().flat_map(|h| h.entries.range(low..high)) {
+            if *index != low + out.len() as u64 {
+                break;
+            }
+            bytes += weir_core::entry::entry_bytes(entry);
+            if !out.is_empty() && bytes > bytes_max {
+                break;
+            }
+            out.push(entry.clone());
+        }
+        if out.is_empty() {
+            let what = "missing".to_owned();
+            return Err(StoreError::Damaged { group, index: low, what });
+        }
+        Ok(out)
+    }
+
+    fn locate_offset(&self, group: GroupId, offset: u64) -> Result<Option<u64>, StoreError> {
+        let inner = self.inner();
+        let held = inner.written.get(&group);
+        let found = held.and_then(|h| h.batches().find(|(_, c)| c.end_offset() > offset));
+        Ok(found.map(|(index, _)| index))
+    }
+
+    fn locate_time(&self, group: GroupId, time_ms: u64) -> Result<Option<u64>, StoreError> {
+        let inner = self.inner();
+        let held = inner.written.get(&group);
+        let found = held.and_then(|h| h.batches().find(|(_, c)| c.append_time_ms >= time_ms));
+        Ok(found.map(|(index, _)| index))
+    }
+
+    fn checkpoint(&self, group: GroupId, index: u64) -> Result<Option<Checkpoint>, StoreError> {
+        Ok(self.inner().written.get(&group).and_then(|h| h.checkpoints.get(&index)).cloned())
+    }
+
+    fn write(&self, ops: &[WriteOp]) -> Result<(), StoreError> {
+        let mut inner = self.inner();
+        for op in ops {
+            apply(&mut inner.written, op);
+            inner.unsynced.push(op.clone());
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<(), StoreError> {
+        let mut inner = self.inner();
+        let unsynced = std::mem::take(&mut inner.unsynced);
+        unsynced.iter().for_each(|op| apply(&mut inner.synced, op));
+        Ok(())
+    }
+}

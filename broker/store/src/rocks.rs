@@ -1,0 +1,351 @@
+//! The store over RocksDB. One database a broker, four column families, one WriteBatch a round.
+//!
+//! Large values of the log go to blob files when a memtable is flushed, so that compaction moves keys, not payloads.
+//! A torn tail of the write-ahead log is accepted at start, nothing else: point-in-time recovery would open an
+//! older state as if all were well.
+
+use crate::keys::{self, log, offsets, state};
+use bytes::Bytes;
+use rocksdb::{
+    BlockBasedOptions, ColumnFamily, ColumnFamilyDescriptor, DB, DBRecoveryMode, Direction, IteratorMode, Options,
+    ReadOptions, WriteBatch, WriteOptions,
+};
+use std::path::Path;
+use weir_core::eraftpb::Entry;
+use weir_core::entry::{Context, Kind, entry_bytes};
+use weir_core::ids::{GroupId, ReplicaId};
+use weir_core::storage::{Checkpoint, HardState, Store, StoreError, StoredGroup, WriteOp};
+
+const LOG: &str = "log";
+const OFFSETS: &str = "offsets";
+const STATE: &str = "state";
+const META: &str = "meta";
+/// Values of at least this many bytes are kept in blob files once flushed.
+const BLOB_BYTES_MIN: u64 = 1 << 10;
+
+/// See the module.
+pub struct RocksStore {
+    db: DB,
+}
+
+fn io(error: rocksdb::Error) -> StoreError {
+    StoreError::Io(error.into_string())
+}
+
+fn database_options() -> Options {
+    let mut options = Options::default();
+    options.create_if_missing(true);
+    options.create_missing_column_families(true);
+    options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
+    options.set_track_and_verify_wals_in_manifest(true);
+    options.set_max_total_wal_size(512 << 20);
+    options.set_db_write_buffer_size(192 << 20);
+    options.set_max_background_jobs(3);
+    options.set_bytes_per_sync(1 << 20);
+    options.set_keep_log_file_num(3);
+    options.set_max_open_files(512);
+    options
+}
+
+fn log_options() -> Options {
+    let mut options = Options::default();
+    options.set_write_buffer_size(64 << 20);
+    options.set_max_write_buffer_number(4);
+    options.set_enable_blob_files(true);
+    options.set_min_blob_size(BLOB_BYTES_MIN);
+    options.set_blob_file_size(256 << 20);
+    options.set_enable_blob_gc(true);
+    options.set_blob_gc_age_cutoff(0.5);
+    options.set_block_based_table_factory(&tables());
+    options
+}
+
+fn small_options() -> Options {
+    let mut options = Options::default();
+    options.set_write_buffer_size(16 << 20);
+    options.set_block_based_table_factory(&tables());
+    options
+}
+
+fn tables() -> BlockBasedOptions {
+    let mut tables = BlockBasedOptions::default();
+    tables.set_bloom_filter(10.0, false);
+    tables
+}
+
+impl RocksStore {
+    /// Opens or creates the database in `path`.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let families = [(LOG, log_options()), (OFFSETS, small_options()), (STATE, small_options()), (META, small_options())];
+        let families = families.map(|(name, options)| ColumnFamilyDescriptor::new(name, options));
+        let db = DB::open_cf_descriptors(&database_options(), path, families).map_err(io)?;
+        Ok(Self { db })
+    }
+
+    fn family(&self, name: &str) -> &ColumnFamily {
+        self.db.cf_handle(name).expect("opened with it")
+    }
+
+    /// A value of the broker itself (its identity), not of a group.
+    pub fn meta(&self, key: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        self.db.get_cf(self.family(META), key).map_err(io)
+    }
+
+    /// Writes and syncs a value of the broker itself.
+    pub fn put_meta(&self, key: &str, value: &[u8]) -> Result<(), StoreError> {
+        let mut options = WriteOptions::default();
+        options.set_sync(true);
+        self.db.put_cf_opt(self.family(META), key, value, &options).map_err(io)
+    }
+
+    /// A number RocksDB keeps of itself, such as `rocksdb.estimate-live-data-size`.
+    pub fn property(&self, name: &str) -> Option<u64> {
+        self.db.property_int_value_cf(self.family(LOG), name).ok().flatten()
+    }
+
+    fn add_op(&self, batch: &mut WriteBatch, op: &WriteOp, buffer: &mut Vec<u8>) {
+        match op {
+            WriteOp::Create { group, replica, checkpoint } => {
+                self.wipe(batch, *group);
+                self.put_replica(batch, *group, *replica, false);
+                checkpoint.iter().for_each(|c| self.put_checkpoint(batch, *group, c));
+            }
+            WriteOp::Append { group, entries, replace_from } => {
+                if let Some((index, offset)) = replace_from {
+                    batch.delete_range_cf(self.family(LOG), log::key(group.0, *index), log::key(group.0, u64::MAX));
+                    let from = offsets::key(group.0, *offset);
+                    batch.delete_range_cf(self.family(OFFSETS), from, offsets::key(group.0, u64::MAX));
+                }
+                entries.iter().for_each(|e| self.put_entry(batch, *group, e, buffer));
+            }
+            WriteOp::SetHardState { group, hard } => {
+                let key = state::key(group.0, state::HARD);
+                batch.put_cf(self.family(STATE), key, state::encode_hard(&key, hard));
+            }
+            WriteOp::PutCheckpoint { group, checkpoint } => self.put_checkpoint(batch, *group, checkpoint),
+            WriteOp::DropCheckpoint { group, index } => {
+                batch.delete_cf(self.family(STATE), state::checkpoint_key(group.0, *index));
+            }
+            WriteOp::Truncate { group, index, offset } => {
+                batch.delete_range_cf(self.family(LOG), log::key(group.0, 0), log::key(group.0, index + 1));
+                batch.delete_range_cf(self.family(OFFSETS), offsets::key(group.0, 0), offsets::key(group.0, *offset));
+                let (from, to) = (state::checkpoint_key(group.0, 0), state::checkpoint_key(group.0, *index));
+                batch.delete_range_cf(self.family(STATE), from, to);
+            }
+            WriteOp::Install { group, checkpoint } => {
+                self.wipe_log(batch, *group);
+                self.put_checkpoint(batch, *group, checkpoint);
+            }
+            WriteOp::Quarantine { group } => {
+                if let Ok(Some((replica, _))) = self.replica(*group) {
+                    self.put_replica(batch, *group, replica, true);
+                }
+            }
+            WriteOp::Destroy { group } => self.wipe(batch, *group),
+        }
+    }
+
+    fn put_entry(&self, batch: &mut WriteBatch, group: GroupId, entry: &Entry, buffer: &mut Vec<u8>) {
+        let key = log::key(group.0, entry.index);
+        buffer.clear();
+        log::encode(&key, entry, buffer);
+        batch.put_cf(self.family(LOG), key, &*buffer);
+        if let Some(context) = Context::of(entry).filter(|c| c.kind == Kind::Batch) {
+            let key = offsets::key(group.0, context.end_offset() - 1);
+            batch.put_cf(self.family(OFFSETS), key, offsets::value(entry.index, context.append_time_ms));
+        }
+    }
+
+    fn put_checkpoint(&self, batch: &mut WriteBatch, group: GroupId, checkpoint: &Checkpoint) {
+        let key = state::checkpoint_key(group.0, checkpoint.index);
+        batch.put_cf(self.family(STATE), key, state::encode_checkpoint(&key, checkpoint));
+    }
+
+    fn put_replica(&self, batch: &mut WriteBatch, group: GroupId, replica: ReplicaId, quarantined: bool) {
+        let key = state::key(group.0, state::REPLICA);
+        batch.put_cf(self.family(STATE), key, state::encode_replica(&key, replica, quarantined));
+    }
+
+    fn wipe_log(&self, batch: &mut WriteBatch, group: GroupId) {
+        batch.delete_range_cf(self.family(LOG), log::key(group.0, 0), log::key(group.0, u64::MAX));
+        batch.delete_range_cf(self.family(OFFSETS), offsets::key(group.0, 0), offsets::key(group.0, u64::MAX));
+        let (from, to) = (state::checkpoint_key(group.0, 0), state::checkpoint_key(group.0, u64::MAX));
+        batch.delete_range_cf(self.family(STATE), from, to);
+    }
+
+    fn wipe(&self, batch: &mut WriteBatch, group: GroupId) {
+        self.wipe_log(batch, group);
+        batch.delete_cf(self.family(STATE), state::key(group.0, state::HARD));
+        batch.delete_cf(self.family(STATE), state::key(group.0, state::REPLICA));
+    }
+
+    fn replica(&self, group: GroupId) -> Result<Option<(ReplicaId, bool)>, StoreError> {
+        let key = state::key(group.0, state::REPLICA);
+        let value = self.db.get_cf(self.family(STATE), key).map_err(io)?;
+        Ok(value.and_then(|v| state::decode_replica(&key, &v)))
+    }
+
+    /// Index of the last entry of a group.
+    fn last_index(&self, group: GroupId) -> Result<u64, StoreError> {
+        let end = log::key(group.0, u64::MAX);
+        let mut iterator = self.db.iterator_cf(self.family(LOG), IteratorMode::From(&end, Direction::Reverse));
+        match iterator.next().transpose().map_err(io)? {
+            Some((key, _)) if key.starts_with(&keys::group_prefix(group.0)) => Ok(keys::u64_at(&key, 8).unwrap_or(0)),
+            _ => Ok(0),
+        }
+    }
+
+    fn load_group(&self, group: u64, rows: &[(Box<[u8]>, Box<[u8]>)]) -> Result<StoredGroup, StoreError> {
+        let group = GroupId(group);
+        let last_index = self.last_index(group)?;
+        let mut stored = StoredGroup {
+            group,
+            replica: ReplicaId(0),
+            quarantined: false,
+            hard: HardState::default(),
+            checkpoints: Vec::new(),
+            last_index,
+        };
+        let mut whole = true;
+        for (key, value) in rows {
+            match key[8] {
+                state::CHECKPOINT => match state::decode_checkpoint(key, value) {
+                    Some(checkpoint) => stored.checkpoints.push(checkpoint),
+                    None => whole = false,
+                },
+                state::HARD => match state::decode_hard(key, value) {
+                    Some(hard) => stored.hard = hard,
+                    None => whole = false,
+                },
+                state::REPLICA => match state::decode_replica(key, value) {
+                    Some((replica, quarantined)) => (stored.replica, stored.quarantined) = (replica, quarantined),
+                    None => whole = false,
+                },
+                _ => {}
+            }
+        }
+        stored.quarantined |= !whole || stored.replica == ReplicaId(0);
+        stored.last_index = stored.last_index.max(stored.checkpoints.last().map_or(0, |c| c.index));
+        Ok(stored)
+    }
+
+    fn offset_row(&self, group: GroupId, from: u64) -> Result<Option<(u64, u64, u64)>, StoreError> {
+        let mut options = ReadOptions::default();
+        options.set_iterate_upper_bound(offsets::key(group.0, u64::MAX).to_vec());
+        let from = offsets::key(group.0, from);
+        let mode = IteratorMode::From(&from, Direction::Forward);
+        let row = self.db.iterator_cf_opt(self.family(OFFSETS), options, mode).next().transpose().map_err(io)?;
+        Ok(row.and_then(|(key, value)| {
+            let (index, time) = offsets::decode(&value)?;
+            Some((keys::u64_at(&key, 8)?, index, time))
+        }))
+    }
+}
+
+impl Store for RocksStore {
+    fn load(&self) -> Result<Vec<StoredGroup>, StoreError> {
+        let mut groups = Vec::new();
+        let mut rows: Vec<(Box<[u8]>, Box<[u8]>)> = Vec::new();
+        let mut current = None;
+        for row in self.db.iterator_cf(self.family(STATE), IteratorMode::Start) {
+            let (key, value) = row.map_err(io)?;
+            let group = keys::u64_at(&key, 0);
+            if current != group {
+                if let Some(done) = current {
+                    groups.push(self.load_group(done, &rows)?);
+                }
+                rows.clear();
+                current = group;
+            }
+            rows.push((key, value));
+        }
+        if let Some(done) = current {
+            groups.push(self.load_group(done, &rows)?);
+        }
+        Ok(groups)
+    }
+
+    fn entries(&self, group: GroupId, low: u64, high: u64, bytes_max: u64) -> Result<Vec<Entry>, StoreError> {
+        let mut options = ReadOptions::default();
+        options.fill_cache(false);
+        options.set_iterate_upper_bound(log::key(group.0, high).to_vec());
+        let mut iterator = self.db.raw_iterator_cf_opt(self.family(LOG), options);
+        iterator.seek(log::key(group.0, low));
+        let mut out: Vec<Entry> = Vec::new();
+        let mut bytes = 0;
+        while let Some((key, value)) = iterator.item() {
+            let index = low + out.len() as u64;
+            if key != log::key(group.0, index) {
+                let what = "the entry is missing, a later one is there".to_owned();
+                return Err(StoreError::Damaged { group, index, what });
+            }
+            let entry = log::decode(key, Bytes::copy_from_slice(value));
+            let entry = entry.map_err(|what| StoreError::Damaged { group, index, what: what.to_owned() })?;
+            bytes += entry_bytes(&entry);
+            if !out.is_empty() && bytes > bytes_max {
+                break;
+            }
+            out.push(entry);
+            if bytes >= bytes_max {
+                break;
+            }
+            iterator.next();
+        }
+        iterator.status().map_err(io)?;
+        if out.is_empty() {
+            return Err(StoreError::Damaged { group, index: low, what: "the entry is missing".to_owned() });
+        }
+        Ok(out)
+    }
+
+    fn locate_offset(&self, group: GroupId, offset: u64) -> Result<Option<u64>, StoreError> {
+        Ok(self.offset_row(group, offset)?.map(|(_, index, _)| index))
+    }
+
+    /// Append times never fall along the log, so a binary search over offsets finds the place in some forty seeks.
+    fn locate_time(&self, group: GroupId, time_ms: u64) -> Result<Option<u64>, StoreError> {
+        let end = offsets::key(group.0, u64::MAX);
+        let last = self.db.iterator_cf(self.family(OFFSETS), IteratorMode::From(&end, Direction::Reverse)).next();
+        let Some((key, value)) = last.transpose().map_err(io)? else { return Ok(None) };
+        if !key.starts_with(&keys::group_prefix(group.0)) || offsets::decode(&value).is_none_or(|v| v.1 < time_ms) {
+            return Ok(None);
+        }
+        let (mut low, mut high) = (0, keys::u64_at(&key, 8).unwrap_or(0));
+        while low < high {
+            let middle = low + (high - low) / 2;
+            match self.offset_row(group, middle)? {
+                Some((last_offset, _, time)) if time < time_ms => low = last_offset + 1,
+                _ => high = middle,
+            }
+        }
+        Ok(self.offset_row(group, low)?.map(|(_, index, _)| index))
+    }
+
+    fn checkpoint(&self, group: GroupId, index: u64) -> Result<Option<Checkpoint>, StoreError> {
+        let key = state::checkpoint_key(group.0, index);
+        let Some(value) = self.db.get_cf(self.family(STATE), key).map_err(io)? else { return Ok(None) };
+        let damaged = || StoreError::Damaged { group, index, what: "its checkpoint's checksum differs".to_owned() };
+        state::decode_checkpoint(&key, &value).map(Some).ok_or_else(damaged)
+    }
+
+    fn write(&self, ops: &[WriteOp]) -> Result<(), StoreError> {
+        let mut batch = WriteBatch::default();
+        let mut buffer = Vec::new();
+        ops.iter().for_each(|op| self.add_op(&mut batch, op, &mut buffer));
+        self.db.write(batch).map_err(io)?;
+        for op in ops {
+            let (group, to) = match op {
+                WriteOp::Truncate { group, index, .. } => (group, index + 1),
+                WriteOp::Destroy { group } => (group, u64::MAX),
+                _ => continue,
+            };
+            // whole files go at once; a failure leaves them to compaction
+            let _ = self.db.delete_file_in_range_cf(self.family(LOG), log::key(group.0, 0), log::key(group.0, to));
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<(), StoreError> {
+        self.db.flush_wal(true).map_err(io)
+    }
+}

@@ -1,0 +1,198 @@
+//! A Weir broker: the thin shell around [`weir_core`]. [`start`] runs one in this process; `weir-broker` is its program.
+
+pub mod config;
+pub mod formation;
+pub mod logging;
+pub mod metrics;
+pub mod node_loop;
+pub mod peers;
+pub mod service;
+pub mod shared;
+pub mod status;
+
+use anyhow::Context as _;
+use config::Config;
+use formation::Formation;
+use metrics::Metrics;
+use node_loop::{Clock, Event, NodeHandle};
+use service::Context;
+use service::peer::PeerService;
+use shared::Shared;
+use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::Server;
+use weir_core::ids::{BrokerId, META_GROUP, ReplicaId};
+use weir_core::meta::state::{Broker, MetaState};
+use weir_core::node::{Limits, Node};
+use weir_proto::v1;
+use weir_store::rocks::RocksStore;
+
+/// A broker running in this process.
+pub struct Running {
+    /// Its addresses, as bound.
+    pub client: SocketAddr,
+    /// Administrators'.
+    pub admin: SocketAddr,
+    /// Peers'.
+    pub peer: SocketAddr,
+    /// Metrics and health.
+    pub metrics: SocketAddr,
+    /// Its id.
+    pub broker: BrokerId,
+    /// What it publishes.
+    pub shared: Arc<Shared>,
+    node: NodeHandle,
+}
+
+async fn bind(address: SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address} for {what}; is it in use?"))
+}
+
+fn server() -> Server {
+    Server::builder()
+        .tcp_nodelay(true)
+        .initial_stream_window_size(weir_proto::STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(weir_proto::CONNECTION_WINDOW_BYTES)
+        .max_frame_size(weir_proto::FRAME_BYTES)
+        .max_concurrent_streams(1_024)
+        .http2_keepalive_interval(Some(Duration::from_secs(10)))
+}
+
+/// Starts a broker: opens its data, gets its identity (forming or joining a cluster where it must), and serves.
+pub async fn start(config: Config) -> anyhow::Result<Running> {
+    let peers = config.peer_list().map_err(anyhow::Error::msg)?;
+    std::fs::create_dir_all(&config.data).with_context(|| format!("cannot make {}", config.data.display()))?;
+    let clients = bind(config.client_listen, "clients").await?;
+    let peer_listener = bind(config.peer_listen, "peers").await?;
+    let admins = bind(config.admin_listen, "administrators").await?;
+    let scrapers = bind(config.metrics_listen, "metrics").await?;
+    let (client, peer, admin, metrics_at) =
+        (clients.local_addr()?, peer_listener.local_addr()?, admins.local_addr()?, scrapers.local_addr()?);
+    let path = config.data.join("db");
+    let store = tokio::task::spawn_blocking(move || RocksStore::open(&path)).await?;
+    let store = Arc::new(store.with_context(|| format!("cannot open the data in {}", config.data.display()))?);
+    let me = Broker {
+        name: config.name.clone(),
+        client_address: config.advertised(client),
+        peer_address: config.advertised(peer),
+        admin_address: config.advertised(admin),
+        rack: config.rack.clone(),
+        ..Default::default()
+    };
+    let formation = Arc::new(Formation::open(me.clone(), peers, store.clone())?);
+    let running = Arc::new(OnceLock::new());
+    let service = PeerService { formation: formation.clone(), context: running.clone() };
+    let service = v1::peer_server::PeerServer::new(service)
+        .max_decoding_message_size(weir_proto::MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(weir_proto::MESSAGE_BYTES_MAX);
+    let serving = server().add_service(service).serve_with_incoming(incoming(peer_listener));
+    tokio::spawn(async move { serving.await.inspect_err(|e| tracing::error!(%e, "the peer server ended")) });
+    let (identity, known) = formation.establish().await?;
+    let broker = BrokerId(identity.broker_id);
+    let metrics = Arc::new(Metrics::new());
+    let shared = Arc::new(Shared::new(broker, store.clone()));
+    let (node, events) = node_loop::channel_pair();
+    let clock = Clock::new();
+    let seed = uuid::Uuid::new_v4().as_u64_pair().0;
+    let mut core = Node::open(broker, store.clone(), Limits::default(), seed, clock.now())?;
+    if core.group(META_GROUP).is_none() && !core.damaged().contains_key(&META_GROUP) && !identity.state.is_empty() {
+        let state: MetaState = prost::Message::decode(identity.state.clone())?;
+        core.create_meta(ReplicaId(broker.0), Some(&state));
+    }
+    let peer_streams =
+        peers::Peers::new(shared.clone(), tokio::runtime::Handle::current(), identity.cluster_id.clone(), known);
+    let (for_loop, loop_shared, loop_metrics) = (node.clone(), shared.clone(), metrics.clone());
+    std::thread::Builder::new().name("weir-node".into()).spawn(move || {
+        node_loop::run(core, clock, store, loop_shared, loop_metrics, for_loop, events, peer_streams);
+    })?;
+    let budget = Arc::new(Semaphore::new(service::IN_FLIGHT_BYTES_MAX / 1024));
+    let context =
+        Context { shared: shared.clone(), node: node.clone(), metrics: metrics.clone(), formation, budget };
+    let _ = running.set(context.clone());
+    serve_clients(context.clone(), clients, admins)?;
+    tokio::spawn(metrics::serve(scrapers, metrics, shared.clone()));
+    tokio::spawn(keep_addresses(context, Broker { id: broker.0, ..me }));
+    tracing::info!(%broker, %client, %admin, %peer, metrics = %metrics_at, "serving");
+    Ok(Running { client, admin, peer, metrics: metrics_at, broker, shared, node })
+}
+
+fn incoming(listener: TcpListener) -> impl futures::Stream<Item = std::io::Result<tokio::net::TcpStream>> {
+    use futures::StreamExt as _;
+    // answers are small and wait for nothing else
+    TcpListenerStream::new(listener).inspect(|s| drop(s.as_ref().map(|s| s.set_nodelay(true))))
+}
+
+fn serve_clients(context: Context, clients: TcpListener, admins: TcpListener) -> anyhow::Result<()> {
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(weir_proto::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .build_v1()
+    };
+    let (_, health) = tonic_health::server::health_reporter();
+    let (_, admin_health) = tonic_health::server::health_reporter();
+    let limit = weir_proto::MESSAGE_BYTES_MAX;
+    let c = || context.clone();
+    let clients = server()
+        .add_service(reflection()?)
+        .add_service(health)
+        .add_service(v1::publisher_server::PublisherServer::new(c()).max_decoding_message_size(limit))
+        .add_service(v1::subscriber_server::SubscriberServer::new(c()).max_encoding_message_size(limit))
+        .add_service(v1::log_server::LogServer::new(c()).max_encoding_message_size(limit))
+        .add_service(v1::metadata_server::MetadataServer::new(c()))
+        .serve_with_incoming(incoming(clients));
+    let admins = server()
+        .add_service(reflection()?)
+        .add_service(admin_health)
+        .add_service(v1::admin_server::AdminServer::new(c()))
+        .add_service(v1::metadata_server::MetadataServer::new(c()))
+        .serve_with_incoming(incoming(admins));
+    tokio::spawn(async move { clients.await.inspect_err(|e| tracing::error!(%e, "the client server ended")) });
+    tokio::spawn(async move { admins.await.inspect_err(|e| tracing::error!(%e, "the admin server ended")) });
+    Ok(())
+}
+
+/// Tells the metadata group where this broker is reached, whenever that is not what it says.
+async fn keep_addresses(context: Context, me: Broker) {
+    loop {
+        let meta = context.shared.meta();
+        let stale = meta.broker(BrokerId(me.id)).is_some_and(|b| {
+            (&b.client_address, &b.peer_address, &b.admin_address, &b.rack)
+                != (&me.client_address, &me.peer_address, &me.admin_address, &me.rack)
+        });
+        if stale && let Err(error) = context.propose(weir_core::meta::command::Kind::UpdateBroker(me.clone())).await {
+            tracing::debug!(%error, "telling the cluster this broker's addresses");
+        }
+        tokio::time::sleep(Duration::from_millis(if stale { 200 } else { 1_000 })).await;
+    }
+}
+
+impl Running {
+    /// Waits until every group held here has a leader.
+    pub async fn ready(&self) {
+        while !metrics::is_ready(&self.shared) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Stops as planned: leadership moves away first, then checkpoints are written.
+    pub async fn stop(self) {
+        for _ in 0..40 {
+            let ask = |node: &mut Node| {
+                node.resign();
+                node.led_with_others()
+            };
+            match self.node.ask(ask).await {
+                Some(0) | None => break,
+                Some(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        }
+        let (stopped, wait) = tokio::sync::oneshot::channel();
+        self.node.send(Event::Stop(stopped));
+        let _ = tokio::time::timeout(Duration::from_secs(10), wait).await;
+    }
+}

@@ -1,0 +1,201 @@
+//! The Rust client of Weir. A [`Client`] knows the cluster and follows leaders; a [`producer::Producer`] publishes, idempotent and in
+//! order for each key; [`consumer`] reads topics and subscriptions.
+
+pub mod consumer;
+pub mod producer;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use thiserror::Error;
+use tonic::transport::{Channel, Endpoint};
+use tonic_types::StatusExt as _;
+use weir_proto::v1;
+pub use weir_proto::records::{Compression, Record};
+
+/// Why an operation failed.
+#[derive(Debug, Error, Clone)]
+pub enum Error {
+    /// The cluster refused; it will again.
+    #[error("{message}")]
+    Refused { code: tonic::Code, reason: String, message: String },
+    /// No broker that can serve was reached within the deadline. A publish may or may not have happened.
+    #[error("no answer within {after:?}: {last}")]
+    Deadline { after: Duration, last: String },
+    /// An address that is none.
+    #[error("'{0}' is not an address: use host:port")]
+    Address(String),
+    /// The producer or consumer has ended.
+    #[error("closed")]
+    Closed,
+}
+
+impl From<tonic::Status> for Error {
+    fn from(status: tonic::Status) -> Self {
+        let reason = status.get_details_error_info().map_or(String::new(), |i| i.reason);
+        Self::Refused { code: status.code(), reason, message: status.message().to_owned() }
+    }
+}
+
+/// Whether trying again (elsewhere, later) may help.
+pub fn is_transient(status: &tonic::Status) -> bool {
+    use tonic::Code::*;
+    let reason = status.get_details_error_info().map_or(String::new(), |i| i.reason);
+    matches!(status.code(), Unavailable | Unknown | Cancelled | Aborted | ResourceExhausted | DeadlineExceeded) || reason == "NOT_LEADER"
+}
+
+/// The cluster as last seen.
+#[derive(Clone, Debug, Default)]
+pub struct Cluster {
+    /// What a broker answered.
+    pub metadata: v1::GetMetadataResponse,
+}
+
+impl Cluster {
+    /// A topic by name, with or without its namespace.
+    pub fn topic(&self, name: &str) -> Option<&v1::Topic> {
+        let full = if name.contains('/') { name.to_owned() } else { format!("default/{name}") };
+        self.metadata.topics.iter().find(|t| t.name == full)
+    }
+
+    /// Address of the leader of a partition, where known.
+    pub fn leader(&self, topic: &str, partition: u32) -> Option<String> {
+        let leader = self.topic(topic)?.partitions.get(partition as usize)?.leader;
+        self.metadata.brokers.iter().find(|b| b.id == leader).map(|b| b.client_address.clone())
+    }
+}
+
+struct Inner {
+    seeds: Vec<String>,
+    channels: Mutex<HashMap<String, Channel>>,
+    cluster: Mutex<Arc<Cluster>>,
+}
+
+/// A connection to a cluster. Cheap to clone.
+#[derive(Clone)]
+pub struct Client(Arc<Inner>);
+
+impl Client {
+    /// A client that begins at these addresses, `host:port`, separated by commas. Connects when first used.
+    pub fn new(servers: &str) -> Result<Self, Error> {
+        let seeds: Vec<String> = servers.split(',').map(|s| s.trim().trim_start_matches("http://").to_owned()).collect();
+        if let Some(bad) = seeds.iter().find(|s| !s.contains(':') || Endpoint::from_shared(format!("http://{s}")).is_err()) {
+            return Err(Error::Address(bad.clone()));
+        }
+        Ok(Self(Arc::new(Inner { seeds, channels: Mutex::default(), cluster: Mutex::default() })))
+    }
+
+    /// A lazily connected channel to an address, shared by all that use it.
+    pub fn channel(&self, address: &str) -> Result<Channel, Error> {
+        let mut channels = self.0.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(channel) = channels.get(address) {
+            return Ok(channel.clone());
+        }
+        let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|_| Error::Address(address.to_owned()))?;
+        let channel = endpoint
+            .connect_timeout(Duration::from_secs(2))
+            .tcp_nodelay(true)
+            .initial_stream_window_size(weir_proto::STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(weir_proto::CONNECTION_WINDOW_BYTES)
+            .http2_keep_alive_interval(Duration::from_secs(1))
+            .keep_alive_timeout(Duration::from_secs(2))
+            .connect_lazy();
+        channels.insert(address.to_owned(), channel.clone());
+        Ok(channel)
+    }
+
+    /// The cluster as last seen.
+    pub fn cluster(&self) -> Arc<Cluster> {
+        self.0.cluster.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Asks one broker after the other until one answers.
+    pub async fn refresh(&self) -> Result<Arc<Cluster>, Error> {
+        let known = self.cluster();
+        let brokers = known.metadata.brokers.iter().map(|b| b.client_address.clone()).filter(|a| !a.is_empty());
+        let mut addresses: Vec<String> = brokers.chain(self.0.seeds.iter().cloned()).collect();
+        // not always the same broker first: it may be the one that is gone
+        let turn = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.subsec_micros() as usize);
+        let count = addresses.len().max(1);
+        addresses.rotate_left(turn % count);
+        let mut last = String::new();
+        for address in addresses {
+            let mut client = v1::metadata_client::MetadataClient::new(self.channel(&address)?);
+            let ask = client.get(v1::GetMetadataRequest::default());
+            match tokio::time::timeout(Duration::from_millis(700), ask).await {
+                Ok(Ok(answer)) => {
+                    let cluster = Arc::new(Cluster { metadata: answer.into_inner() });
+                    *self.0.cluster.lock().unwrap_or_else(PoisonError::into_inner) = cluster.clone();
+                    return Ok(cluster);
+                }
+                Ok(Err(status)) => last = format!("{address}: {}", status.message()),
+                Err(_) => last = format!("{address}: no answer"),
+            }
+        }
+        Err(Error::Deadline { after: Duration::from_millis(700), last })
+    }
+
+    /// Waits until a broker answers.
+    pub async fn connect(&self, within: Duration) -> Result<Arc<Cluster>, Error> {
+        let end = tokio::time::Instant::now() + within;
+        loop {
+            match self.refresh().await {
+                Ok(cluster) => return Ok(cluster),
+                Err(error) if tokio::time::Instant::now() >= end => return Err(error),
+                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        }
+    }
+
+    /// Administrative calls, at any broker. With the address of its admin listener.
+    pub async fn admin(&self) -> Result<v1::admin_client::AdminClient<Channel>, Error> {
+        let cluster = self.connect(Duration::from_secs(10)).await?;
+        let by = cluster.metadata.answered_by;
+        let broker = cluster.metadata.brokers.iter().find(|b| b.id == by && !b.admin_address.is_empty());
+        let missing = || Error::Deadline { after: Duration::ZERO, last: "no broker has told its admin address yet".to_owned() };
+        Ok(v1::admin_client::AdminClient::new(self.channel(&broker.ok_or_else(missing)?.admin_address)?))
+    }
+
+    /// Runs a call again, with jittered waits, until it succeeds, is refused for good, or `within` has passed.
+    /// `call` gets the partition's leader as now known.
+    pub async fn at_leader<T, F, R>(&self, topic: &str, partition: u32, within: Duration, call: F) -> Result<T, Error>
+    where
+        F: Fn(String) -> R,
+        R: Future<Output = Result<T, tonic::Status>>,
+    {
+        let end = tokio::time::Instant::now() + within;
+        let mut waits = waits();
+        loop {
+            let failed = match self.cluster().leader(topic, partition) {
+                Some(address) => match call(address).await {
+                    Ok(answer) => return Ok(answer),
+                    Err(status) if !is_transient(&status) => return Err(status.into()),
+                    Err(status) => status.message().to_owned(),
+                },
+                None => "the partition has no leader".to_owned(),
+            };
+            if tokio::time::Instant::now() >= end {
+                return Err(Error::Deadline { after: within, last: failed });
+            }
+            tokio::time::sleep(waits.next().unwrap_or(Duration::from_millis(200))).await;
+            let cluster = self.refresh().await;
+            if let Ok(cluster) = cluster
+                && cluster.topic(topic).is_none_or(|t| t.partitions.len() <= partition as usize)
+            {
+                let message = format!("topic {topic} has no partition {partition}");
+                return Err(Error::Refused { code: tonic::Code::NotFound, reason: "NO_TOPIC".into(), message });
+            }
+        }
+    }
+}
+
+/// Waits between tries: from 10 ms, doubling to 200 ms, with jitter.
+pub(crate) fn waits() -> impl Iterator<Item = Duration> {
+    use backon::BackoffBuilder as _;
+    backon::ExponentialBuilder::default()
+        .with_min_delay(Duration::from_millis(10))
+        .with_max_delay(Duration::from_millis(200))
+        .with_jitter()
+        .without_max_times()
+        .build()
+}

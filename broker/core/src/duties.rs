@@ -1,11 +1,13 @@
 //! What a node does by itself as time passes: membership, leadership, retention, memory, and, as metadata leader, the plan.
 
 use crate::group::{Group, Machine};
-use crate::ids::{BrokerId, GroupId, META_GROUP, ReplicaId, Ticket};
+use crate::cursor::CursorUpdate;
+use crate::entry::Control;
+use crate::ids::{BrokerId, GroupId, META_GROUP, ReplicaId, Ticket, TopicId};
 use crate::membership::{Step, next_step};
 use crate::meta::command::{Command, Kind, Reassign, Settled};
 use crate::meta::plan;
-use crate::meta::state::Assignment;
+use crate::meta::state::{Assignment, Start, Subscription};
 use crate::node::{LeaderInfo, Node};
 use crate::retention;
 
@@ -66,6 +68,7 @@ impl Node {
             if group.has_work() {
                 self.dirty.insert(id);
             }
+            self.tend_cursors(id, TopicId(assignment.topic));
             if info.settled_epoch.is_some() && !assignment.is_settled() {
                 self.settled.insert(id, assignment.epoch);
                 self.out.announce.push(info);
@@ -74,6 +77,26 @@ impl Node {
         for (group, replica) in self.damaged.clone() {
             self.to_renew.insert(group, replica);
             self.out.announce.push(LeaderInfo { group, term: 0, settled_epoch: None, damaged: replica });
+        }
+    }
+
+    /// Gives new subscriptions their start in a partition led here, and forgets those that were deleted.
+    pub(crate) fn tend_cursors(&mut self, id: GroupId, topic: TopicId) {
+        let Some(group) = self.groups.get(&id).filter(|g| g.is_leader() && g.unapplied() == 0) else { return };
+        let Machine::Partition(state) = group.machine() else { return };
+        let meta = self.meta.clone();
+        let tail = group.log().tail();
+        let start = |s: &Subscription| match s.spec.start() {
+            Start::Earliest => tail.start_offset(),
+            Start::Latest => state.next_offset,
+        };
+        let new = meta.subscriptions_of(topic).filter(|s| state.cursors.get(s.id).is_none());
+        let mut cursors: Vec<CursorUpdate> =
+            new.map(|s| CursorUpdate { subscription: s.id, seek: Some(start(s)), ..Default::default() }).collect();
+        let gone = state.cursors.iter().filter(|(s, _)| meta.subscriptions.values().all(|x| x.id != *s));
+        cursors.extend(gone.map(|(subscription, _)| CursorUpdate { subscription, delete: true, ..Default::default() }));
+        if !cursors.is_empty() {
+            self.control(NOBODY, id, &Control { cursors });
         }
     }
 
@@ -113,7 +136,7 @@ impl Node {
             for id in topic.groups.iter().map(|g| GroupId(*g)) {
                 let Some(group) = self.groups.get_mut(&id) else { continue };
                 let Machine::Partition(state) = group.machine() else { continue };
-                let readers = || meta.subscriptions_of(crate::ids::TopicId(topic.id));
+                let readers = || meta.subscriptions_of(TopicId(topic.id));
                 let keep = readers().map(|s| state.cursors.get(s.id).map_or(0, |c| c.position())).min();
                 let newest = group.log().checkpoints().back().copied();
                 let interval = (topic.spec.retention_ms / 16).max(1_000);

@@ -365,6 +365,13 @@ impl Node {
         let Envelope { group: id, message } = envelope;
         let assigned = self.meta.assignment(id).and_then(|a| a.broker_of(ReplicaId(message.from)));
         let salt = self.salt();
+        if id == META_GROUP && !self.groups.contains_key(&id) && self.damaged.get(&id).is_none_or(|d| d.0 < message.to) {
+            // a broker that joined, or whose replica was damaged, learns its replica's id from the leader that calls it
+            if self.damaged.contains_key(&id) {
+                self.destroy(id);
+            }
+            self.create_meta(ReplicaId(message.to), None);
+        }
         let Some(group) = self.groups.get_mut(&id) else { return };
         if message.to != group.replica().0 || assigned.is_some_and(|b| b != from) {
             return;

@@ -1,0 +1,180 @@
+//! How a broker gets its identity. A cluster is formed once, only when all the brokers named at start answer and none of
+//! them belongs to a cluster: first all keep the plan on disk, then all act on it. An empty disk that finds
+//! a cluster joins it under a new id; an empty disk alone waits.
+
+use crate::peers;
+use prost::Message as _;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::Notify;
+use weir_core::ids::BrokerId;
+use weir_core::meta::state::{Broker, MetaState};
+use weir_core::storage::StoreError;
+use weir_proto::v1;
+use weir_store::rocks::RocksStore;
+
+const KEY: &str = "identity";
+
+/// What a broker's disk says it is.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Identity {
+    /// The cluster.
+    #[prost(string, tag = "1")]
+    pub cluster_id: String,
+    /// Its id there.
+    #[prost(uint64, tag = "2")]
+    pub broker_id: u64,
+    /// Takes part; false while it has only prepared.
+    #[prost(bool, tag = "3")]
+    pub active: bool,
+    /// The state the cluster starts with, where this broker formed it.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub state: bytes::Bytes,
+}
+
+/// The identity and what changes it.
+pub struct Formation {
+    /// This broker as others will know it.
+    pub me: Broker,
+    peers: Vec<(String, String)>,
+    store: Arc<RocksStore>,
+    identity: Mutex<Identity>,
+    changed: Notify,
+}
+
+impl Formation {
+    /// Reads the disk.
+    pub fn open(me: Broker, peers: Vec<(String, String)>, store: Arc<RocksStore>) -> Result<Self, StoreError> {
+        let found = store.meta(KEY)?;
+        let identity = found.map(|bytes| Identity::decode(&*bytes)).transpose();
+        let identity = identity.map_err(|e| StoreError::Io(format!("the broker's identity is damaged: {e}")))?;
+        Ok(Self { me, peers, store, identity: Mutex::new(identity.unwrap_or_default()), changed: Notify::new() })
+    }
+
+    /// The identity now.
+    pub fn identity(&self) -> Identity {
+        self.identity.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn keep(&self, identity: Identity) -> Result<(), StoreError> {
+        let mut held = self.identity.lock().unwrap_or_else(PoisonError::into_inner);
+        self.store.put_meta(KEY, &identity.encode_to_vec())?;
+        *held = identity;
+        drop(held);
+        self.changed.notify_waiters();
+        Ok(())
+    }
+
+    /// A coordinator asks to keep its plan.
+    pub fn prepare(&self, cluster_id: &str, state: bytes::Bytes) -> Result<(), StoreError> {
+        let now = self.identity();
+        if now.active {
+            return Err(StoreError::Io(format!("{} belongs to cluster {}", self.me.name, now.cluster_id)));
+        }
+        let meta = MetaState::decode(state.clone()).map_err(|e| StoreError::Io(e.to_string()))?;
+        let mine = meta.broker_named(&self.me.name).map(|b| b.id);
+        let broker_id = mine.ok_or_else(|| StoreError::Io(format!("{} is not in that cluster", self.me.name)))?;
+        self.keep(Identity { cluster_id: cluster_id.to_owned(), broker_id, active: false, state })
+    }
+
+    /// The plan is kept by all: act on it.
+    pub fn activate(&self, cluster_id: &str) -> Result<(), StoreError> {
+        let now = self.identity();
+        if now.cluster_id != cluster_id {
+            return Err(StoreError::Io("another plan was prepared".to_owned()));
+        }
+        if now.active { Ok(()) } else { self.keep(Identity { active: true, ..now }) }
+    }
+
+    /// Waits until this broker has an identity it may act on, forming or joining a cluster where it must.
+    /// Also gives the addresses of the brokers found on the way.
+    pub async fn establish(&self) -> anyhow::Result<(Identity, HashMap<BrokerId, String>)> {
+        let others: Vec<&(String, String)> = self.peers.iter().filter(|(name, _)| *name != self.me.name).collect();
+        let mut known = HashMap::new();
+        let mut said = false;
+        loop {
+            let now = self.identity();
+            if now.active {
+                return Ok((now, known));
+            }
+            if others.is_empty() {
+                self.form(Vec::new()).await?;
+                continue;
+            }
+            let mut hellos = Vec::new();
+            for (name, address) in &others {
+                if let Ok(hello) = self.hello(address).await {
+                    if hello.active {
+                        known.insert(BrokerId(hello.broker_id), address.clone());
+                    }
+                    hellos.push((name.clone(), address.clone(), hello));
+                }
+            }
+            if let Some((_, address, hello)) = hellos.iter().find(|(_, _, h)| h.active) {
+                if hello.cluster_id == now.cluster_id {
+                    self.activate(&hello.cluster_id)?;
+                } else if let Err(error) = self.join(address).await {
+                    tracing::info!(%error, "waiting to join");
+                }
+            } else if hellos.len() == others.len() && self.peers.iter().all(|(n, _)| *n >= self.me.name) {
+                let found = hellos.into_iter().map(|(name, address, _)| (name, address)).collect();
+                if let Err(error) = self.form(found).await {
+                    tracing::info!(%error, "forming the cluster");
+                }
+            } else if !said {
+                said = true;
+                tracing::info!(found = hellos.len(), of = others.len(), "waiting for the other brokers to form a cluster");
+            }
+            let _ = tokio::time::timeout(Duration::from_millis(200), self.changed.notified()).await;
+        }
+    }
+
+    async fn hello(&self, address: &str) -> anyhow::Result<v1::HelloResponse> {
+        let ask = async {
+            let request = v1::HelloRequest { name: self.me.name.clone(), cluster_id: self.identity().cluster_id };
+            anyhow::Ok(peers::connect(address).await?.hello(request).await?.into_inner())
+        };
+        tokio::time::timeout(Duration::from_secs(1), ask).await?
+    }
+
+    /// As the first by name: writes the plan to all disks, then acts.
+    async fn form(&self, others: Vec<(String, String)>) -> anyhow::Result<()> {
+        let cluster_id = uuid::Uuid::new_v4().to_string();
+        let mut brokers = vec![Broker { id: 1, ..self.me.clone() }];
+        for (at, (name, peer_address)) in others.iter().enumerate() {
+            let (name, peer_address) = (name.clone(), peer_address.clone());
+            brokers.push(Broker { id: at as u64 + 2, name, peer_address, ..Default::default() });
+        }
+        let state = bytes::Bytes::from(MetaState::form(&cluster_id, &brokers).encode_to_vec());
+        let request = v1::FormRequest { cluster_id: cluster_id.clone(), state: state.clone() };
+        for (_, address) in &others {
+            peers::connect(address).await?.prepare(request.clone()).await?;
+        }
+        self.prepare(&cluster_id, state)?;
+        self.activate(&cluster_id)?;
+        tracing::info!(cluster = cluster_id, brokers = brokers.len(), "formed a cluster");
+        for (_, address) in &others {
+            // one that misses this asks, and is told that the cluster is there
+            if let Ok(mut peer) = peers::connect(address).await {
+                let _ = peer.activate(request.clone()).await;
+            }
+        }
+        Ok(())
+    }
+
+    async fn join(&self, address: &str) -> anyhow::Result<()> {
+        let request = v1::JoinRequest {
+            name: self.me.name.clone(),
+            client_address: self.me.client_address.clone(),
+            peer_address: self.me.peer_address.clone(),
+            admin_address: self.me.admin_address.clone(),
+            rack: self.me.rack.clone(),
+        };
+        let answer = peers::connect(address).await?.join(request).await?.into_inner();
+        tracing::info!(cluster = answer.cluster_id, broker = answer.broker_id, "joined");
+        let v1::JoinResponse { cluster_id, broker_id } = answer;
+        self.keep(Identity { cluster_id, broker_id, active: true, state: bytes::Bytes::new() })?;
+        Ok(())
+    }
+}

@@ -1,0 +1,270 @@
+//! Messages between brokers: one stream for each direction of each pair, all groups together; and their wire form.
+//! Peers' bytes are read by prost only (see deny.toml on rust-protobuf).
+
+use crate::node_loop::PeerSender;
+use crate::shared::Shared;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+use weir_core::eraftpb::{Entry, EntryType, Message, MessageType};
+use weir_core::ids::{BrokerId, GroupId, ReplicaId};
+use weir_core::node::{Envelope, LeaderInfo, PeerMessage};
+use weir_proto::v1;
+use weir_proto::v1::peer_client::PeerClient;
+
+/// Frames queued to one peer; beyond them they are dropped and Raft sends again.
+const FRAMES_MAX: usize = 256;
+/// A frame is closed once it holds this much, bytes.
+const FRAME_BYTES: usize = 2 << 20;
+
+/// A client for a peer's (or any broker's) gRPC address, with windows that let it be fast.
+pub fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
+    Ok(Endpoint::from_shared(format!("http://{address}"))?
+        .connect_timeout(Duration::from_secs(1))
+        .tcp_nodelay(true)
+        .initial_stream_window_size(weir_proto::STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(weir_proto::CONNECTION_WINDOW_BYTES)
+        .http2_keep_alive_interval(Duration::from_secs(2))
+        .keep_alive_timeout(Duration::from_secs(2)))
+}
+
+/// Connects to a peer.
+pub async fn connect(address: &str) -> Result<PeerClient<Channel>, tonic::transport::Error> {
+    let client = PeerClient::new(endpoint(address)?.connect().await?);
+    Ok(client
+        .max_decoding_message_size(weir_proto::MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(weir_proto::MESSAGE_BYTES_MAX))
+}
+
+/// Streams to all peers, opened when there is something to say.
+pub struct Peers {
+    shared: Arc<Shared>,
+    runtime: Handle,
+    cluster_id: String,
+    /// addresses of brokers the metadata does not name yet
+    known: HashMap<BrokerId, String>,
+    streams: HashMap<BrokerId, mpsc::Sender<v1::PeerFrame>>,
+}
+
+impl Peers {
+    /// Of a broker that has its identity.
+    pub fn new(shared: Arc<Shared>, runtime: Handle, cluster_id: String, known: HashMap<BrokerId, String>) -> Self {
+        Self { shared, runtime, cluster_id, known, streams: HashMap::new() }
+    }
+
+    fn queue(&mut self, to: BrokerId, frame: v1::PeerFrame) {
+        if to == self.shared.broker {
+            return;
+        }
+        let stream = self.streams.entry(to).or_insert_with(|| {
+            let (sender, receiver) = mpsc::channel(FRAMES_MAX);
+            let link = Link {
+                shared: self.shared.clone(),
+                to,
+                fallback: self.known.get(&to).cloned(),
+                hello: v1::PeerHello { cluster_id: self.cluster_id.clone(), broker_id: self.shared.broker.0 },
+            };
+            self.runtime.spawn(link.run(receiver));
+            sender
+        });
+        if let Err(mpsc::error::TrySendError::Closed(_)) = stream.try_send(frame) {
+            self.streams.remove(&to);
+        }
+    }
+}
+
+impl PeerSender for Peers {
+    fn send(&mut self, messages: Vec<(BrokerId, Envelope)>, announce: Vec<LeaderInfo>) {
+        let mut frames: HashMap<BrokerId, (v1::PeerFrame, usize)> = HashMap::new();
+        for (to, envelope) in messages {
+            let message = to_wire(envelope);
+            let bytes: usize = message.entries.iter().map(|e| e.data.len()).sum();
+            let (frame, held) = frames.entry(to).or_default();
+            frame.raft.push(message);
+            *held += bytes;
+            if *held > FRAME_BYTES {
+                let full = std::mem::take(frame);
+                *held = 0;
+                self.queue(to, full);
+            }
+        }
+        for (to, (frame, _)) in frames {
+            if !frame.raft.is_empty() {
+                self.queue(to, frame);
+            }
+        }
+        if !announce.is_empty() {
+            let leaders: Vec<v1::LeaderInfo> = announce.iter().map(info_to_wire).collect();
+            let meta = self.shared.meta();
+            for id in meta.brokers.keys() {
+                self.queue(BrokerId(*id), v1::PeerFrame { leaders: leaders.clone(), ..Default::default() });
+            }
+        }
+    }
+}
+
+struct Link {
+    shared: Arc<Shared>,
+    to: BrokerId,
+    fallback: Option<String>,
+    hello: v1::PeerHello,
+}
+
+impl Link {
+    /// Connects again and again; what could not be sent is dropped.
+    async fn run(self, mut frames: mpsc::Receiver<v1::PeerFrame>) {
+        let mut wait = Duration::from_millis(50);
+        loop {
+            let address = self.shared.meta().broker(self.to).map(|b| b.peer_address.clone());
+            let Some(address) = address.or_else(|| self.fallback.clone()) else { return };
+            match self.exchange(&address, &mut frames).await {
+                Ok(()) => return,
+                Err(error) => tracing::debug!(peer = %self.to, %address, %error, "peer stream"),
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(Duration::from_millis(400));
+            // what gathered meanwhile is old: Raft sends again
+            while frames.try_recv().is_ok() {}
+        }
+    }
+
+    async fn exchange(&self, address: &str, frames: &mut mpsc::Receiver<v1::PeerFrame>) -> anyhow::Result<()> {
+        let mut client = connect(address).await?;
+        let (sender, receiver) = mpsc::channel(8);
+        sender.send(v1::PeerFrame { hello: Some(self.hello.clone()), ..Default::default() }).await?;
+        let mut call = std::pin::pin!(client.exchange(ReceiverStream::new(receiver)));
+        loop {
+            tokio::select! {
+                ended = &mut call => { ended?; anyhow::bail!("the peer ended the stream") }
+                frame = frames.recv() => match frame {
+                    Some(frame) => sender.send(frame).await?,
+                    None => return Ok(()),
+                }
+            }
+        }
+    }
+}
+
+fn info_to_wire(info: &LeaderInfo) -> v1::LeaderInfo {
+    v1::LeaderInfo {
+        group: info.group.0,
+        term: info.term,
+        settled_epoch: info.settled_epoch,
+        damaged: info.damaged.0,
+    }
+}
+
+/// A frame's messages, as the core takes them.
+pub fn from_frame(frame: v1::PeerFrame) -> Vec<PeerMessage> {
+    let mut out: Vec<PeerMessage> = frame.raft.into_iter().filter_map(from_wire).map(PeerMessage::Raft).collect();
+    if !frame.leaders.is_empty() {
+        let info = |l: &v1::LeaderInfo| LeaderInfo {
+            group: GroupId(l.group),
+            term: l.term,
+            settled_epoch: l.settled_epoch,
+            damaged: ReplicaId(l.damaged),
+        };
+        out.push(PeerMessage::Leaders(frame.leaders.iter().map(info).collect()));
+    }
+    out
+}
+
+fn to_wire(envelope: Envelope) -> v1::RaftMessage {
+    let Envelope { group, message: mut m } = envelope;
+    let entry = |e: Entry| v1::RaftEntry {
+        kind: e.entry_type as u32,
+        term: e.term,
+        index: e.index,
+        context: e.context,
+        data: e.data,
+    };
+    v1::RaftMessage {
+        group: group.0,
+        kind: m.msg_type as u32,
+        to: m.to,
+        from: m.from,
+        term: m.term,
+        log_term: m.log_term,
+        index: m.index,
+        commit: m.commit,
+        commit_term: m.commit_term,
+        checkpoint: m.get_snapshot().data.clone(),
+        request_snapshot: m.request_snapshot,
+        reject: m.reject,
+        reject_hint: m.reject_hint,
+        context: m.context.clone(),
+        priority: m.priority,
+        entries: m.take_entries().into_iter().map(entry).collect(),
+    }
+}
+
+fn from_wire(wire: v1::RaftMessage) -> Option<Envelope> {
+    let mut m = Message {
+        msg_type: message_type(wire.kind)?,
+        to: wire.to,
+        from: wire.from,
+        term: wire.term,
+        log_term: wire.log_term,
+        index: wire.index,
+        commit: wire.commit,
+        commit_term: wire.commit_term,
+        request_snapshot: wire.request_snapshot,
+        reject: wire.reject,
+        reject_hint: wire.reject_hint,
+        context: wire.context,
+        priority: wire.priority,
+        ..Default::default()
+    };
+    if m.msg_type == MessageType::MsgSnapshot {
+        let checkpoint: weir_core::storage::Checkpoint = prost::Message::decode(wire.checkpoint).ok()?;
+        m.set_snapshot(weir_core::log::to_snapshot(&checkpoint));
+    }
+    let mut entries = Vec::with_capacity(wire.entries.len());
+    for e in wire.entries {
+        let entry_type = match e.kind {
+            0 => EntryType::EntryNormal,
+            2 => EntryType::EntryConfChangeV2,
+            _ => return None,
+        };
+        entries.push(Entry { entry_type, term: e.term, index: e.index, context: e.context, data: e.data, ..Default::default() });
+    }
+    m.set_entries(entries.into());
+    Some(Envelope { group: GroupId(wire.group), message: m })
+}
+
+/// Only the kinds one replica may send another; local ones from a peer would be a forgery.
+fn message_type(kind: u32) -> Option<MessageType> {
+    const FROM_PEERS: [MessageType; 11] = [
+        MessageType::MsgAppend,
+        MessageType::MsgAppendResponse,
+        MessageType::MsgRequestVote,
+        MessageType::MsgRequestVoteResponse,
+        MessageType::MsgSnapshot,
+        MessageType::MsgHeartbeat,
+        MessageType::MsgHeartbeatResponse,
+        MessageType::MsgTimeoutNow,
+        MessageType::MsgRequestPreVote,
+        MessageType::MsgRequestPreVoteResponse,
+        MessageType::MsgTransferLeader,
+    ];
+    FROM_PEERS.into_iter().find(|t| *t as u32 == kind)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_raft_message_survives_the_wire_and_local_kinds_are_refused() {
+        let mut message = Message { msg_type: MessageType::MsgAppend, to: 2, from: 1, term: 3, index: 9, commit: 8, ..Default::default() };
+        message.set_entries(vec![Entry { term: 3, index: 10, data: "batch".into(), ..Default::default() }].into());
+        let envelope = Envelope { group: GroupId(5), message };
+        assert_eq!(from_wire(to_wire(envelope.clone())), Some(envelope));
+        assert_eq!(from_wire(v1::RaftMessage { kind: MessageType::MsgHup as u32, ..Default::default() }), None);
+        assert_eq!(from_wire(v1::RaftMessage { kind: 900, ..Default::default() }), None);
+    }
+}

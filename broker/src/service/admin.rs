@@ -1,0 +1,122 @@
+//! Changes of topics, subscriptions and brokers. Every call may be repeated.
+
+use super::{Context, full_name};
+use crate::status::Failure;
+use tonic::{Request, Response, Status};
+use weir_core::meta::command::{ApplySubscription, ApplyTopic, Delete, Kind, Placement, SetPhase};
+use weir_core::meta::placement;
+use weir_core::meta::state as core;
+use weir_proto::v1;
+use weir_proto::v1::admin_server::Admin;
+
+/// Partitions of one topic.
+const PARTITIONS_MAX: u32 = 10_000;
+/// Largest batch a topic may take, bytes: what fits every message on the way.
+const MESSAGE_BYTES_MAX: u32 = 32 << 20;
+
+fn topic_spec(spec: Option<v1::TopicSpec>) -> Result<core::TopicSpec, Failure> {
+    let spec = spec.ok_or_else(|| Failure::invalid("SPEC", "a topic needs a spec"))?;
+    if spec.partitions == 0 || spec.partitions > PARTITIONS_MAX {
+        return Err(Failure::invalid("PARTITIONS", format!("partitions must be 1 to {PARTITIONS_MAX}, not {}", spec.partitions)));
+    }
+    if spec.replicas == 0 || spec.replicas > 7 {
+        return Err(Failure::invalid("REPLICAS", format!("replicas must be 1 to 7, not {}", spec.replicas)));
+    }
+    if spec.message_bytes_max > MESSAGE_BYTES_MAX {
+        let text = format!("the largest message may have {MESSAGE_BYTES_MAX} bytes at most");
+        return Err(Failure::invalid("MESSAGE_BYTES", text));
+    }
+    Ok(core::TopicSpec {
+        partitions: spec.partitions,
+        replicas: spec.replicas,
+        retention_ms: spec.retention_ms,
+        retention_bytes: spec.retention_bytes,
+        message_bytes_max: spec.message_bytes_max,
+        quorum_memory: spec.quorum_memory,
+    })
+}
+
+impl Context {
+    fn applied(&self) -> Response<v1::ApplyResponse> {
+        Response::new(v1::ApplyResponse { version: self.shared.meta().version })
+    }
+}
+
+#[tonic::async_trait]
+impl Admin for Context {
+    async fn apply_topic(&self, request: Request<v1::ApplyTopicRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
+        let request = request.into_inner();
+        let name = full_name(&request.name)?;
+        let spec = topic_spec(request.spec)?;
+        self.decide(|meta| {
+            let had = meta.topics.get(&name).map_or(0, |t| t.groups.len() as u32);
+            if meta.topics.get(&name).is_some_and(|t| t.spec.replicas != spec.replicas) {
+                let text = "the number of replicas of an existing topic cannot be changed yet";
+                return Err(Failure::invalid("REPLICAS", text));
+            }
+            let missing = spec.partitions.saturating_sub(had);
+            let placed = placement::place(placement::candidates(meta), missing, spec.replicas);
+            let placed = if missing == 0 { Vec::new() } else { placed? };
+            let placements =
+                placed.iter().map(|p| Placement { brokers: p.iter().map(|b| b.0).collect() }).collect();
+            let change = ApplyTopic {
+                name: name.clone(),
+                spec: spec.clone(),
+                owner_uid: request.owner_uid.clone(),
+                generation: request.generation,
+                placements,
+            };
+            Ok(Kind::ApplyTopic(change).into())
+        })
+        .await?;
+        Ok(self.applied())
+    }
+
+    async fn delete_topic(&self, request: Request<v1::DeleteRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
+        let v1::DeleteRequest { name, owner_uid } = request.into_inner();
+        self.propose(Kind::DeleteTopic(Delete { name: full_name(&name)?, owner_uid })).await?;
+        Ok(self.applied())
+    }
+
+    async fn apply_subscription(
+        &self,
+        request: Request<v1::ApplySubscriptionRequest>,
+    ) -> Result<Response<v1::ApplyResponse>, Status> {
+        let request = request.into_inner();
+        let spec = request.spec.ok_or_else(|| Failure::invalid("SPEC", "a subscription needs a spec"))?;
+        let start = if spec.from_earliest { core::Start::Earliest } else { core::Start::Latest };
+        let ack_deadline_ms = if spec.ack_deadline_ms == 0 { 30_000 } else { spec.ack_deadline_ms };
+        let change = ApplySubscription {
+            name: full_name(&request.name)?,
+            spec: core::SubscriptionSpec { topic: full_name(&spec.topic)?, start: start.into(), ack_deadline_ms },
+            owner_uid: request.owner_uid,
+            generation: request.generation,
+        };
+        self.propose(Kind::ApplySubscription(change)).await?;
+        Ok(self.applied())
+    }
+
+    async fn delete_subscription(&self, request: Request<v1::DeleteRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
+        let v1::DeleteRequest { name, owner_uid } = request.into_inner();
+        self.propose(Kind::DeleteSubscription(Delete { name: full_name(&name)?, owner_uid })).await?;
+        Ok(self.applied())
+    }
+
+    async fn add_broker(&self, request: Request<v1::AddBrokerRequest>) -> Result<Response<v1::AddBrokerResponse>, Status> {
+        let broker = core::Broker { name: request.into_inner().name, ..Default::default() };
+        let id = self.propose(Kind::Expect(broker)).await?;
+        Ok(Response::new(v1::AddBrokerResponse { id }))
+    }
+
+    async fn drain_broker(&self, request: Request<v1::DrainBrokerRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
+        let broker = request.into_inner().id;
+        let phase = core::Phase::Draining.into();
+        self.propose(Kind::SetPhase(SetPhase { broker, phase, removed: false })).await?;
+        Ok(self.applied())
+    }
+
+    async fn set_log_level(&self, request: Request<v1::SetLogLevelRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
+        crate::logging::set_filter(&request.into_inner().filter).map_err(|e| Failure::invalid("FILTER", e))?;
+        Ok(self.applied())
+    }
+}

@@ -1,0 +1,109 @@
+//! Reading a partition's log by offset.
+
+use super::Context;
+use crate::shared::Partition;
+use crate::status::Failure;
+use futures::Stream;
+use std::pin::Pin;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Request, Response, Status};
+use weir_core::tail::LogBatch;
+use weir_proto::v1;
+use weir_proto::v1::log_server::Log;
+
+/// Longest wait of a fetch, ms.
+const WAIT_MS_MAX: u32 = 30_000;
+/// Most bytes one answer holds.
+const BYTES_MAX: u32 = 16 << 20;
+
+/// A batch as the wire has it.
+pub fn to_wire(batch: LogBatch) -> v1::Batch {
+    v1::Batch {
+        base_offset: batch.base_offset,
+        count: batch.count,
+        leader_epoch: batch.term,
+        append_time_ms: batch.append_time_ms,
+        batch: batch.data,
+    }
+}
+
+/// The failure for an offset outside of the log.
+pub fn check_range(partition: &Partition, offset: u64) -> Result<(), Failure> {
+    let (start, end) = (partition.tail.start_offset(), partition.tail.high_watermark());
+    if (start..=end).contains(&offset) {
+        return Ok(());
+    }
+    let text = format!("offset {offset} is outside of the log, which has {start} to {end}");
+    Err(Failure::new(Code::OutOfRange, "OFFSET", text))
+}
+
+async fn fetch(context: &Context, mut partition: Partition, request: &v1::FetchRequest) -> Result<v1::FetchResponse, Failure> {
+    check_range(&partition, request.offset)?;
+    let bytes_max = if request.bytes_max == 0 { 1 << 20 } else { request.bytes_max.min(BYTES_MAX) } as usize;
+    let wait = Duration::from_millis(request.wait_ms.min(WAIT_MS_MAX).into());
+    let _ = tokio::time::timeout(wait, partition.high_watermark.wait_for(|hw| *hw > request.offset)).await;
+    let batches = partition.read(request.offset, bytes_max).await?;
+    for batch in &batches {
+        context.metrics.records_out.inc_by(u64::from(batch.count));
+        context.metrics.bytes_out.inc_by(batch.data.len() as u64);
+    }
+    Ok(v1::FetchResponse {
+        batches: batches.into_iter().map(to_wire).collect(),
+        high_watermark: partition.tail.high_watermark(),
+        start_offset: partition.tail.start_offset(),
+    })
+}
+
+#[tonic::async_trait]
+impl Log for Context {
+    async fn fetch(&self, request: Request<v1::FetchRequest>) -> Result<Response<v1::FetchResponse>, Status> {
+        let request = request.into_inner();
+        let (group, _) = self.group(&request.topic, request.partition)?;
+        let partition = self.led_partition(group)?;
+        Ok(Response::new(fetch(self, partition, &request).await?))
+    }
+
+    type FetchStreamStream = Pin<Box<dyn Stream<Item = Result<v1::FetchResponse, Status>> + Send>>;
+
+    async fn fetch_stream(&self, request: Request<v1::FetchRequest>) -> Result<Response<Self::FetchStreamStream>, Status> {
+        let mut request = request.into_inner();
+        let (group, _) = self.group(&request.topic, request.partition)?;
+        check_range(&self.led_partition(group)?, request.offset)?;
+        request.wait_ms = 1_000;
+        let (sender, receiver) = mpsc::channel(4);
+        let context = self.clone();
+        tokio::spawn(async move {
+            loop {
+                let answer = match context.led_partition(group) {
+                    Ok(partition) => fetch(&context, partition, &request).await,
+                    Err(failure) => Err(failure),
+                };
+                let ended = answer.is_err();
+                if let Ok(response) = &answer
+                    && let Some(last) = response.batches.last()
+                {
+                    request.offset = last.base_offset + u64::from(last.count);
+                }
+                if sender.send(answer.map_err(Status::from)).await.is_err() || ended {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn list_offsets(&self, request: Request<v1::ListOffsetsRequest>) -> Result<Response<v1::ListOffsetsResponse>, Status> {
+        let request = request.into_inner();
+        let (group, _) = self.group(&request.topic, request.partition)?;
+        let partition = self.led_partition(group)?;
+        let high_watermark = partition.tail.high_watermark();
+        let offset = match request.time_ms {
+            0 => high_watermark,
+            time => partition.offset_at(time).map_err(Failure::from)?,
+        };
+        let start_offset = partition.tail.start_offset();
+        Ok(Response::new(v1::ListOffsetsResponse { start_offset, high_watermark, offset }))
+    }
+}

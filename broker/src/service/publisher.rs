@@ -1,0 +1,179 @@
+//! Publishing: one call with plain messages, and a stream of batches with many in flight.
+
+use super::{Context, full_name};
+use crate::node_loop::{Event, ReplyTo};
+use crate::status::Failure;
+use bytes::Bytes;
+use futures::Stream;
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::time::Instant;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tonic::{Code, Request, Response, Status, Streaming};
+use weir_core::batch::BatchHeader;
+use weir_core::ids::GroupId;
+use weir_core::meta::command::Kind;
+use weir_core::node::Reply;
+use weir_proto::records::{self, Compression, Record};
+use weir_proto::v1;
+use weir_proto::v1::publisher_server::Publisher;
+
+type AckStream = Pin<Box<dyn Stream<Item = Result<v1::PublishAck, Status>> + Send>>;
+
+struct Checked {
+    group: GroupId,
+    data: Bytes,
+    header: BatchHeader,
+}
+
+fn check(context: &Context, topic: &str, partition: u32, data: Bytes) -> Result<Checked, Failure> {
+    let (group, limit) = context.group(topic, partition)?;
+    if data.len() > limit as usize {
+        let text = format!("the batch has {} bytes, topic {topic} takes at most {limit}", data.len());
+        return Err(Failure::invalid("TOO_LARGE", text));
+    }
+    let header = BatchHeader::validate(&data)?;
+    if !context.shared.leads(group) {
+        return Err(context.not_leader(group));
+    }
+    Ok(Checked { group, data, header })
+}
+
+async fn budget(context: &Context, bytes: usize) -> OwnedSemaphorePermit {
+    let kib = (bytes as u32).div_ceil(1024).max(1);
+    context.budget.clone().acquire_many_owned(kib).await.expect("never closed")
+}
+
+#[tonic::async_trait]
+impl Publisher for Context {
+    async fn publish(&self, request: Request<v1::PublishRequest>) -> Result<Response<v1::PublishResponse>, Status> {
+        let request = request.into_inner();
+        if request.messages.is_empty() {
+            return Err(Failure::invalid("EMPTY", "a publish holds at least one message").into());
+        }
+        let partition = match request.partition {
+            Some(partition) => partition,
+            None => choose_partition(self, &request)?,
+        };
+        let now_ms = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_millis() as i64);
+        let record = |m: v1::Message| Record {
+            key: (!m.key.is_empty()).then_some(m.key),
+            value: Some(m.value),
+            headers: m.headers.into_iter().collect(),
+            timestamp_ms: if m.timestamp_ms == 0 { now_ms } else { m.timestamp_ms },
+        };
+        let list: Vec<Record> = request.messages.into_iter().map(record).collect();
+        let batch = records::encode(&list, Compression::None, None).map_err(|e| Failure::invalid("RECORDS", e))?;
+        let bytes = batch.len();
+        let checked = check(self, &request.topic, partition, batch)?;
+        let _permit = budget(self, bytes).await;
+        let started = Instant::now();
+        let Checked { group, data, header } = checked;
+        let reply = self.node.call(|to| Event::Publish { group, data, header, to }).await;
+        match reply.ok_or_else(Failure::stopping)? {
+            Reply::Published { base_offset, .. } => {
+                self.metrics.publish_seconds.observe(started.elapsed().as_secs_f64());
+                self.metrics.records_in.inc_by(u64::from(header.count));
+                self.metrics.bytes_in.inc_by(bytes as u64);
+                Ok(Response::new(v1::PublishResponse { partition, base_offset }))
+            }
+            Reply::Refused(refusal) => Err(self.failure(group, refusal).into()),
+            other => Err(Failure::new(Code::Internal, "REPLY", format!("unexpected reply {other:?}")).into()),
+        }
+    }
+
+    type PublishStreamStream = AckStream;
+
+    async fn publish_stream(&self, request: Request<Streaming<v1::PublishBatch>>) -> Result<Response<AckStream>, Status> {
+        let (replies, acks) = mpsc::unbounded_channel();
+        let (refused, refusals) = mpsc::unbounded_channel();
+        let sessions: std::sync::Arc<std::sync::Mutex<HashMap<u64, (GroupId, u32, usize, Instant)>>> = Default::default();
+        tokio::spawn(take_batches(self.clone(), request.into_inner(), replies, refused, sessions.clone()));
+        let context = self.clone();
+        self.metrics.open_streams.inc();
+        let answers = answer(context, acks, refusals, sessions);
+        Ok(Response::new(Box::pin(answers)))
+    }
+
+    async fn allocate_producer_ids(
+        &self,
+        request: Request<v1::AllocateProducerIdsRequest>,
+    ) -> Result<Response<v1::AllocateProducerIdsResponse>, Status> {
+        let count = request.into_inner().count.clamp(1, 1_000);
+        let first_id = self.propose(Kind::AllocateProducers(count)).await?;
+        Ok(Response::new(v1::AllocateProducerIdsResponse { first_id }))
+    }
+}
+
+type UnderWay = std::sync::Arc<std::sync::Mutex<HashMap<u64, (GroupId, u32, usize, Instant)>>>;
+
+/// Reads batches off a stream and hands them to the node, in the order they came; waits where too much is under way.
+async fn take_batches(
+    context: Context,
+    mut batches: Streaming<v1::PublishBatch>,
+    replies: mpsc::UnboundedSender<(u64, Reply)>,
+    refused: mpsc::UnboundedSender<(u64, Failure)>,
+    under_way: UnderWay,
+) {
+    while let Ok(Some(batch)) = batches.message().await {
+        let permit = budget(&context, batch.batch.len()).await;
+        match check(&context, &batch.topic, batch.partition, batch.batch) {
+            Ok(Checked { group, data, header }) => {
+                let entry = (group, header.count, data.len(), Instant::now());
+                under_way.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(batch.id, entry);
+                let to = ReplyTo::Stream(replies.clone(), batch.id, permit);
+                context.node.send(Event::Publish { group, data, header, to });
+            }
+            Err(failure) => {
+                context.metrics.rejected.with_label_values(&[failure.reason]).inc();
+                let _ = refused.send((batch.id, failure));
+            }
+        }
+    }
+    context.metrics.open_streams.dec();
+}
+
+fn answer(
+    context: Context,
+    mut acks: mpsc::UnboundedReceiver<(u64, Reply)>,
+    mut refusals: mpsc::UnboundedReceiver<(u64, Failure)>,
+    under_way: UnderWay,
+) -> impl Stream<Item = Result<v1::PublishAck, Status>> {
+    use v1::publish_ack::Outcome;
+    futures::stream::poll_fn(move |cx| {
+        use std::task::Poll;
+        if let Poll::Ready(Some((id, failure))) = refusals.poll_recv(cx) {
+            return Poll::Ready(Some(Ok(v1::PublishAck { id, outcome: Some(Outcome::Error(failure.into())) })));
+        }
+        let Poll::Ready(next) = acks.poll_recv(cx) else { return Poll::Pending };
+        let Some((id, reply)) = next else { return Poll::Ready(None) };
+        let entry = under_way.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&id);
+        let outcome = match (reply, entry) {
+            (Reply::Published { base_offset, .. }, Some((_, count, bytes, since))) => {
+                context.metrics.publish_seconds.observe(since.elapsed().as_secs_f64());
+                context.metrics.records_in.inc_by(u64::from(count));
+                context.metrics.bytes_in.inc_by(bytes as u64);
+                Outcome::BaseOffset(base_offset)
+            }
+            (Reply::Refused(refusal), Some((group, ..))) => Outcome::Error(context.failure(group, refusal).into()),
+            (other, _) => {
+                Outcome::Error(Failure::new(Code::Internal, "REPLY", format!("unexpected reply {other:?}")).into())
+            }
+        };
+        Poll::Ready(Some(Ok(v1::PublishAck { id, outcome: Some(outcome) })))
+    })
+}
+
+/// By the first message's key, else the partition led here, so that a plain call needs no second hop.
+fn choose_partition(context: &Context, request: &v1::PublishRequest) -> Result<u32, Failure> {
+    let name = full_name(&request.topic)?;
+    context.group(&name, 0)?;
+    let meta = context.shared.meta();
+    let groups = &meta.topics[&name].groups;
+    let key = &request.messages[0].key;
+    if !key.is_empty() {
+        return Ok(records::partition_of(key, groups.len() as u32));
+    }
+    let led = groups.iter().position(|g| context.shared.leads(GroupId(*g)));
+    Ok(led.unwrap_or(0) as u32)
+}

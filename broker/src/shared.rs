@@ -1,0 +1,132 @@
+//! What the node's thread publishes for everybody else: metadata, leaders, partitions' tails and high watermarks.
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+use tokio::sync::watch;
+use weir_core::ids::{BrokerId, GroupId, META_GROUP};
+use weir_core::meta::state::MetaState;
+use weir_core::storage::{Store, StoreError};
+use weir_core::tail::{LogBatch, Tail};
+use weir_store::rocks::RocksStore;
+
+/// A partition held here, for readers.
+#[derive(Clone)]
+pub struct Partition {
+    /// Its group.
+    pub group: GroupId,
+    /// Recent entries.
+    pub tail: Arc<Tail>,
+    /// Moves with the high watermark.
+    pub high_watermark: watch::Receiver<u64>,
+    store: Arc<RocksStore>,
+}
+
+impl Partition {
+    /// Committed batches from `offset` on: from memory where they are recent, else from the store.
+    pub async fn read(&self, offset: u64, bytes_max: usize) -> Result<Vec<LogBatch>, StoreError> {
+        if let Some(batches) = self.tail.batches(offset, bytes_max) {
+            return Ok(batches);
+        }
+        let this = self.clone();
+        let read = tokio::task::spawn_blocking(move || this.read_store(offset, bytes_max)).await;
+        read.map_err(|e| StoreError::Io(e.to_string()))?
+    }
+
+    fn read_store(&self, offset: u64, bytes_max: usize) -> Result<Vec<LogBatch>, StoreError> {
+        let high = self.tail.first_index();
+        let Some(low) = self.store.locate_offset(self.group, offset)?.filter(|low| *low < high) else {
+            return Ok(self.tail.batches(offset, bytes_max).unwrap_or_default());
+        };
+        let limit = self.tail.high_watermark();
+        let entries = self.store.entries(self.group, low, high, bytes_max as u64)?;
+        Ok(entries.iter().filter_map(LogBatch::of).filter(|b| b.end_offset() <= limit).collect())
+    }
+
+    /// Offset of the first record appended at or after `time_ms`, or the high watermark.
+    pub fn offset_at(&self, time_ms: u64) -> Result<u64, StoreError> {
+        let high_watermark = self.tail.high_watermark();
+        let Some(index) = self.store.locate_time(self.group, time_ms)? else { return Ok(high_watermark) };
+        let entry = self.store.entries(self.group, index, index + 1, 0)?;
+        Ok(entry.first().and_then(LogBatch::of).map_or(high_watermark, |b| b.base_offset).min(high_watermark))
+    }
+}
+
+struct Slot {
+    tail: Arc<Tail>,
+    high_watermark: watch::Sender<u64>,
+}
+
+/// See the module.
+pub struct Shared {
+    /// This broker; 0 before it has joined.
+    pub broker: BrokerId,
+    /// The metadata as applied here.
+    pub meta: watch::Sender<Arc<MetaState>>,
+    leaders: RwLock<HashMap<GroupId, (u64, BrokerId)>>,
+    partitions: RwLock<HashMap<GroupId, Slot>>,
+    store: Arc<RocksStore>,
+}
+
+impl Shared {
+    /// Of a broker.
+    pub fn new(broker: BrokerId, store: Arc<RocksStore>) -> Self {
+        let (meta, _) = watch::channel(Arc::default());
+        Self { broker, meta, leaders: RwLock::default(), partitions: RwLock::default(), store }
+    }
+
+    /// The metadata.
+    pub fn meta(&self) -> Arc<MetaState> {
+        self.meta.borrow().clone()
+    }
+
+    /// A partition held here.
+    pub fn partition(&self, group: GroupId) -> Option<Partition> {
+        let partitions = self.partitions.read().unwrap_or_else(PoisonError::into_inner);
+        let slot = partitions.get(&group)?;
+        let (tail, high_watermark) = (slot.tail.clone(), slot.high_watermark.subscribe());
+        Some(Partition { group, tail, high_watermark, store: self.store.clone() })
+    }
+
+    /// Who leads a group.
+    pub fn leader(&self, group: GroupId) -> Option<BrokerId> {
+        self.leaders.read().unwrap_or_else(PoisonError::into_inner).get(&group).map(|(_, broker)| *broker)
+    }
+
+    /// Whether this broker leads a group.
+    pub fn leads(&self, group: GroupId) -> bool {
+        self.leader(group) == Some(self.broker)
+    }
+
+    /// Who leads the metadata group.
+    pub fn controller(&self) -> Option<BrokerId> {
+        self.leader(META_GROUP)
+    }
+
+    pub(crate) fn set_leader(&self, group: GroupId, leader: Option<(u64, BrokerId)>) {
+        let mut leaders = self.leaders.write().unwrap_or_else(PoisonError::into_inner);
+        match leader {
+            Some(leader) => leaders.insert(group, leader),
+            None => leaders.remove(&group),
+        };
+    }
+
+    pub(crate) fn set_partition(&self, group: GroupId, tail: Option<Arc<Tail>>) {
+        let mut partitions = self.partitions.write().unwrap_or_else(PoisonError::into_inner);
+        match tail {
+            Some(tail) => {
+                let (high_watermark, _) = watch::channel(tail.high_watermark());
+                partitions.insert(group, Slot { tail, high_watermark });
+            }
+            None => {
+                partitions.remove(&group);
+            }
+        }
+    }
+
+    pub(crate) fn advanced(&self, group: GroupId, offset: u64) {
+        let partitions = self.partitions.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(slot) = partitions.get(&group) {
+            slot.high_watermark.send_replace(offset);
+        }
+    }
+}

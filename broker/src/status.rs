@@ -1,0 +1,118 @@
+//! Errors as clients see them: the one place where a failure becomes a google.rpc code.
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+use weir_core::batch::BatchError;
+use weir_core::meta::command::MetaError;
+use weir_core::meta::placement::PlacementError;
+use weir_core::node::Refusal;
+use weir_core::storage::StoreError;
+use weir_proto::v1;
+
+/// A failure of a client's request.
+#[derive(Debug, Clone)]
+pub struct Failure {
+    /// google.rpc code.
+    pub code: Code,
+    /// Stable, for programs.
+    pub reason: &'static str,
+    /// For people: what and what to do.
+    pub message: String,
+    /// With NOT_LEADER: the leader's address.
+    pub leader: String,
+}
+
+impl Failure {
+    /// With a code, a reason and a message.
+    pub fn new(code: Code, reason: &'static str, message: impl Into<String>) -> Self {
+        Self { code, reason, message: message.into(), leader: String::new() }
+    }
+
+    /// Another broker leads; its address where known.
+    pub fn not_leader(leader: String) -> Self {
+        let message = match leader.as_str() {
+            "" => "the partition has no leader now; try again".to_owned(),
+            address => format!("the partition's leader is at {address}"),
+        };
+        Self { code: Code::FailedPrecondition, reason: "NOT_LEADER", message, leader }
+    }
+
+    /// A name, a number or bytes that cannot be right.
+    pub fn invalid(reason: &'static str, message: impl Into<String>) -> Self {
+        Self::new(Code::InvalidArgument, reason, message)
+    }
+
+    /// The broker is stopping.
+    pub fn stopping() -> Self {
+        Self::new(Code::Unavailable, "STOPPING", "the broker is stopping; try another")
+    }
+}
+
+impl From<Refusal> for Failure {
+    fn from(refusal: Refusal) -> Self {
+        let message = refusal.to_string();
+        match refusal {
+            Refusal::NotLeader | Refusal::UnknownGroup => Self::not_leader(String::new()),
+            Refusal::LeadershipLost => Self::new(Code::Unavailable, "LEADERSHIP_LOST", message),
+            Refusal::Overloaded => Self::new(Code::ResourceExhausted, "OVERLOADED", message),
+            Refusal::Sequence(_) => Self::new(Code::FailedPrecondition, "SEQUENCE", message),
+        }
+    }
+}
+
+impl From<BatchError> for Failure {
+    fn from(error: BatchError) -> Self {
+        Self::invalid("BATCH", error.to_string())
+    }
+}
+
+impl From<PlacementError> for Failure {
+    fn from(error: PlacementError) -> Self {
+        Self::new(Code::FailedPrecondition, "TOO_FEW_BROKERS", error.to_string())
+    }
+}
+
+impl From<MetaError> for Failure {
+    fn from(error: MetaError) -> Self {
+        let message = error.to_string();
+        match error {
+            MetaError::NotFound { .. } => Self::new(Code::NotFound, "NOT_FOUND", message),
+            MetaError::Conflict { .. } => Self::new(Code::AlreadyExists, "CONFLICT", message),
+            MetaError::Invalid(_) => Self::invalid("INVALID", message),
+            MetaError::Stale => Self::new(Code::Aborted, "STALE", message),
+        }
+    }
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        let code = match error {
+            StoreError::Damaged { .. } => Code::DataLoss,
+            StoreError::Compacted { .. } => Code::OutOfRange,
+            StoreError::Io(_) => Code::Internal,
+        };
+        Self::new(code, "STORE", error.to_string())
+    }
+}
+
+impl From<Failure> for Status {
+    fn from(failure: Failure) -> Self {
+        let mut metadata = std::collections::HashMap::new();
+        if !failure.leader.is_empty() {
+            metadata.insert("leader".to_owned(), failure.leader);
+        }
+        let details = ErrorDetails::with_error_info(failure.reason, "weir.dev", metadata);
+        Status::with_error_details(failure.code, failure.message, details)
+    }
+}
+
+impl From<Failure> for v1::Error {
+    fn from(failure: Failure) -> Self {
+        Self {
+            code: failure.code as i32,
+            message: failure.message,
+            reason: failure.reason.to_owned(),
+            leader: failure.leader,
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! Reading: a topic's partitions by offset, and an exclusive subscription with acks.
+
+use crate::{Client, Error, is_transient, waits};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use weir_proto::records::{self, Record};
+use weir_proto::v1;
+
+/// A record that was read.
+#[derive(Clone, Debug)]
+pub struct Message {
+    /// Partition.
+    pub partition: u32,
+    /// Offset.
+    pub offset: u64,
+    /// When the leader appended it, ms since the epoch.
+    pub append_time_ms: u64,
+    /// The record.
+    pub record: Record,
+}
+
+/// Where reading a topic starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum From {
+    /// At the oldest record kept.
+    Earliest,
+    /// After the newest.
+    Latest,
+    /// At an offset.
+    Offset(u64),
+    /// At the first record appended at or after this time, ms since the epoch.
+    Time(u64),
+}
+
+fn unpack(partition: u32, batch: &v1::Batch, from: u64) -> Result<Vec<Message>, Error> {
+    let bad = |what: String| Error::Refused { code: tonic::Code::DataLoss, reason: "BATCH".into(), message: what };
+    let list = records::decode(&batch.batch).map_err(bad)?;
+    let message = |(at, record)| Message {
+        partition,
+        offset: batch.base_offset + at as u64,
+        append_time_ms: batch.append_time_ms,
+        record,
+    };
+    Ok(list.into_iter().enumerate().map(message).filter(|m| m.offset >= from).collect())
+}
+
+/// Where a position stands in a partition's log.
+pub async fn offsets(client: &Client, topic: &str, partition: u32, time_ms: u64) -> Result<v1::ListOffsetsResponse, Error> {
+    client
+        .at_leader(topic, partition, Duration::from_secs(10), |address| async move {
+            let channel = client.channel(&address).map_err(|e| tonic::Status::internal(e.to_string()))?;
+            let request = v1::ListOffsetsRequest { topic: topic.to_owned(), partition, time_ms };
+            Ok(v1::log_client::LogClient::new(channel).list_offsets(request).await?.into_inner())
+        })
+        .await
+}
+
+/// Reads one partition from a place on and sends whole batches' messages; follows the leader; ends when the receiver is dropped,
+/// or, with `until_end`, at the high watermark as it is met.
+pub async fn read_partition(
+    client: Client,
+    topic: String,
+    partition: u32,
+    from: From,
+    until_end: bool,
+    out: mpsc::Sender<Result<Vec<Message>, Error>>,
+) {
+    if let Err(error) = read(&client, &topic, partition, from, until_end, &out).await {
+        let _ = out.send(Err(error)).await;
+    }
+}
+
+async fn read(
+    client: &Client,
+    topic: &str,
+    partition: u32,
+    from: From,
+    until_end: bool,
+    out: &mpsc::Sender<Result<Vec<Message>, Error>>,
+) -> Result<(), Error> {
+    let time = if let From::Time(time) = from { time } else { 0 };
+    let ends = offsets(client, topic, partition, time).await?;
+    let mut offset = match from {
+        From::Earliest => ends.start_offset,
+        From::Latest => ends.high_watermark,
+        From::Offset(offset) => offset,
+        From::Time(_) => ends.offset,
+    };
+    if until_end && offset >= ends.high_watermark {
+        return Ok(());
+    }
+    let mut waits = waits();
+    loop {
+        let request = v1::FetchRequest { topic: topic.to_owned(), partition, offset, bytes_max: 4 << 20, wait_ms: 1_000 };
+        let opened = client
+            .at_leader(topic, partition, Duration::from_secs(30), |address| {
+                let request = request.clone();
+                async move {
+                    let channel = client.channel(&address).map_err(|e| tonic::Status::internal(e.to_string()))?;
+                    let log = v1::log_client::LogClient::new(channel);
+                    let mut log = log.max_decoding_message_size(weir_proto::MESSAGE_BYTES_MAX);
+                    Ok(log.fetch_stream(request).await?.into_inner())
+                }
+            })
+            .await?;
+        let mut responses = opened;
+        loop {
+            let response = match responses.message().await {
+                Ok(Some(response)) => response,
+                Ok(None) => break,
+                Err(status) if is_transient(&status) => break,
+                Err(status) => return Err(status.into()),
+            };
+            for batch in &response.batches {
+                let messages = unpack(partition, batch, offset)?;
+                offset = batch.base_offset + u64::from(batch.count);
+                if out.send(Ok(messages)).await.is_err() {
+                    return Ok(());
+                }
+            }
+            if until_end && offset >= response.high_watermark {
+                return Ok(());
+            }
+            if out.is_closed() {
+                return Ok(());
+            }
+        }
+        tokio::time::sleep(waits.next().unwrap_or(Duration::from_millis(200))).await;
+        let _ = client.refresh().await;
+    }
+}
+
+/// One partition of an exclusive subscription.
+pub struct Pull {
+    requests: mpsc::Sender<v1::PullRequest>,
+    responses: tonic::Streaming<v1::PullResponse>,
+    partition: u32,
+}
+
+impl Pull {
+    /// Opens a partition as `member`, with credit for so many messages.
+    pub async fn open(client: &Client, subscription: &str, topic: &str, partition: u32, member: &str, credit: u32) -> Result<Self, Error> {
+        client
+            .at_leader(topic, partition, Duration::from_secs(10), |address| async move {
+                let channel = client.channel(&address).map_err(|e| tonic::Status::internal(e.to_string()))?;
+                let (requests, receiver) = mpsc::channel(16);
+                let open = v1::PullOpen { subscription: subscription.to_owned(), partition, member: member.to_owned() };
+                let first = v1::PullRequest { open: Some(open), credit_messages: credit, ..Default::default() };
+                let _ = requests.try_send(first);
+                let client = v1::subscriber_client::SubscriberClient::new(channel);
+                let mut client = client.max_decoding_message_size(weir_proto::MESSAGE_BYTES_MAX);
+                let responses = client.streaming_pull(ReceiverStream::new(receiver)).await?.into_inner();
+                Ok(Self { requests, responses, partition })
+            })
+            .await
+    }
+
+    /// The next messages, in order; `None` where the stream ended and is to be opened again.
+    pub async fn next(&mut self) -> Result<Option<Vec<Message>>, Error> {
+        match self.responses.message().await {
+            Ok(Some(response)) => {
+                let mut out = Vec::new();
+                for batch in &response.batches {
+                    out.extend(unpack(self.partition, batch, response.from_offset)?);
+                }
+                Ok(Some(out))
+            }
+            Ok(None) => Ok(None),
+            Err(status) if is_transient(&status) => Ok(None),
+            Err(status) => Err(status.into()),
+        }
+    }
+
+    /// Acks everything from `start` up to and not including `end`, and gives credit for as many more.
+    pub async fn ack(&self, start: u64, end: u64) -> Result<(), Error> {
+        let acks = vec![v1::OffsetRange { start, end }];
+        let request = v1::PullRequest { acks, credit_messages: (end - start) as u32, ..Default::default() };
+        self.requests.send(request).await.map_err(|_| Error::Closed)
+    }
+}

@@ -1,0 +1,202 @@
+//! `weir topic`, `weir subscription`, `weir cluster`.
+
+use crate::Output;
+use clap::Subcommand;
+use std::path::PathBuf;
+use weir_client::Client;
+use weir_crds::{ValidatedSubscription, ValidatedTopic, manifest};
+use weir_proto::v1;
+
+#[derive(Subcommand)]
+pub enum Topic {
+    /// All topics.
+    List,
+    /// One topic with its partitions.
+    Describe { name: String },
+    /// Makes or changes the topics and subscriptions of manifest files.
+    #[command(after_help = "Example: weir topic apply -f examples/orders.yaml")]
+    Apply {
+        /// Manifest files.
+        #[arg(short, required = true)]
+        file: Vec<PathBuf>,
+    },
+    /// Deletes a topic with its data.
+    Delete { name: String },
+}
+
+#[derive(Subcommand)]
+pub enum Subscription {
+    /// All subscriptions.
+    List,
+    /// Makes or changes the topics and subscriptions of manifest files.
+    Apply {
+        /// Manifest files.
+        #[arg(short, required = true)]
+        file: Vec<PathBuf>,
+    },
+    /// Deletes a subscription with its position.
+    Delete { name: String },
+}
+
+#[derive(Subcommand)]
+pub enum Cluster {
+    /// Brokers and how partitions stand on them.
+    Status,
+    /// Names a broker that may join.
+    Add { name: String },
+    /// Moves everything off a broker, then removes it.
+    Drain { id: u64 },
+}
+
+/// Applies a checked topic.
+pub async fn apply_topic(client: &Client, topic: &ValidatedTopic) -> anyhow::Result<()> {
+    let spec = v1::TopicSpec {
+        partitions: topic.partitions,
+        replicas: topic.replicas,
+        retention_ms: topic.retention_ms,
+        retention_bytes: topic.retention_bytes,
+        message_bytes_max: topic.message_bytes_max,
+        quorum_memory: topic.quorum_memory,
+    };
+    let request = v1::ApplyTopicRequest { name: topic.name.clone(), spec: Some(spec), ..Default::default() };
+    client.admin().await?.apply_topic(request).await.map_err(weir_client::Error::from)?;
+    Ok(())
+}
+
+/// Applies a checked subscription.
+pub async fn apply_subscription(client: &Client, subscription: &ValidatedSubscription) -> anyhow::Result<()> {
+    let spec = v1::SubscriptionSpec {
+        topic: subscription.topic.clone(),
+        from_earliest: subscription.from_earliest,
+        ack_deadline_ms: subscription.ack_deadline_ms,
+    };
+    let request = v1::ApplySubscriptionRequest { name: subscription.name.clone(), spec: Some(spec), ..Default::default() };
+    client.admin().await?.apply_subscription(request).await.map_err(weir_client::Error::from)?;
+    Ok(())
+}
+
+async fn apply_files(client: &Client, files: &[PathBuf]) -> anyhow::Result<()> {
+    let (mut declared, mut errors) = Default::default();
+    for file in files {
+        let text = std::fs::read_to_string(file).map_err(|e| anyhow::anyhow!("{}: {e}", file.display()))?;
+        manifest::read_text(file, &text, &mut declared, &mut errors);
+    }
+    if !errors.is_empty() {
+        let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
+        anyhow::bail!("nothing was applied:\n{}", lines.join("\n"));
+    }
+    for topic in &declared.topics {
+        apply_topic(client, topic).await?;
+        println!("topic {} applied", topic.name);
+    }
+    for subscription in &declared.subscriptions {
+        apply_subscription(client, subscription).await?;
+        println!("subscription {} applied", subscription.name);
+    }
+    Ok(())
+}
+
+fn topic_json(topic: &v1::Topic) -> serde_json::Value {
+    let spec = topic.spec.unwrap_or_default();
+    let partitions = topic.partitions.iter();
+    let partition = |p: &v1::Partition| serde_json::json!({"partition": p.partition, "leader": p.leader, "replicas": p.replicas, "settled": p.settled});
+    serde_json::json!({"name": topic.name, "partitions": spec.partitions, "replicas": spec.replicas,
+        "retentionMs": spec.retention_ms, "retentionBytes": spec.retention_bytes,
+        "durability": if spec.quorum_memory { "quorumMemory" } else { "quorumSync" },
+        "assignment": partitions.map(partition).collect::<Vec<_>>()})
+}
+
+pub async fn topic(client: &Client, command: Topic, output: Output) -> anyhow::Result<()> {
+    let cluster = client.cluster();
+    match command {
+        Topic::List => {
+            if output == Output::Json {
+                println!("{}", serde_json::Value::Array(cluster.metadata.topics.iter().map(topic_json).collect()));
+                return Ok(());
+            }
+            println!("{:<40} {:>10} {:>8}", "NAME", "PARTITIONS", "REPLICAS");
+            for topic in &cluster.metadata.topics {
+                let spec = topic.spec.unwrap_or_default();
+                println!("{:<40} {:>10} {:>8}", topic.name, spec.partitions, spec.replicas);
+            }
+        }
+        Topic::Describe { name } => {
+            let topic = cluster.topic(&name).ok_or_else(|| anyhow::anyhow!("topic {name} does not exist"))?;
+            if output == Output::Json {
+                println!("{}", topic_json(topic));
+                return Ok(());
+            }
+            println!("{}", topic.name);
+            println!("{:>9} {:>7} {:<16} SETTLED", "PARTITION", "LEADER", "REPLICAS");
+            for p in &topic.partitions {
+                println!("{:>9} {:>7} {:<16} {}", p.partition, p.leader, format!("{:?}", p.replicas), p.settled);
+            }
+        }
+        Topic::Apply { file } => apply_files(client, &file).await?,
+        Topic::Delete { name } => {
+            let request = v1::DeleteRequest { name: name.clone(), owner_uid: String::new() };
+            client.admin().await?.delete_topic(request).await.map_err(weir_client::Error::from)?;
+            println!("topic {name} deleted");
+        }
+    }
+    Ok(())
+}
+
+pub async fn subscription(client: &Client, command: Subscription, output: Output) -> anyhow::Result<()> {
+    let cluster = client.cluster();
+    match command {
+        Subscription::List => {
+            let list = &cluster.metadata.subscriptions;
+            if output == Output::Json {
+                let one = |s: &v1::Subscription| serde_json::json!({"name": s.name, "topic": s.spec.as_ref().map(|x| x.topic.clone())});
+                println!("{}", serde_json::Value::Array(list.iter().map(one).collect()));
+                return Ok(());
+            }
+            println!("{:<40} TOPIC", "NAME");
+            for s in list {
+                println!("{:<40} {}", s.name, s.spec.as_ref().map_or("", |x| &x.topic));
+            }
+        }
+        Subscription::Apply { file } => apply_files(client, &file).await?,
+        Subscription::Delete { name } => {
+            let request = v1::DeleteRequest { name: name.clone(), owner_uid: String::new() };
+            client.admin().await?.delete_subscription(request).await.map_err(weir_client::Error::from)?;
+            println!("subscription {name} deleted");
+        }
+    }
+    Ok(())
+}
+
+pub async fn cluster(client: &Client, command: Cluster, output: Output) -> anyhow::Result<()> {
+    let m = &client.cluster().metadata;
+    match command {
+        Cluster::Status => {
+            let partitions = || m.topics.iter().flat_map(|t| &t.partitions);
+            let leads = |id: u64| partitions().filter(|p| p.leader == id).count();
+            let holds = |id: u64| partitions().filter(|p| p.replicas.contains(&id)).count();
+            let leaderless = leads(0);
+            let moving = partitions().filter(|p| !p.settled).count();
+            if output == Output::Json {
+                let broker = |b: &v1::Broker| serde_json::json!({"id": b.id, "name": b.name, "phase": b.phase, "client": b.client_address, "admin": b.admin_address, "leads": leads(b.id), "replicas": holds(b.id)});
+                let brokers: Vec<_> = m.brokers.iter().map(broker).collect();
+                println!("{}", serde_json::json!({"clusterId": m.cluster_id, "version": m.version, "controller": m.controller, "brokers": brokers, "leaderless": leaderless, "moving": moving}));
+                return Ok(());
+            }
+            println!("cluster {}, metadata leader {}, {leaderless} partitions without leader, {moving} moving", m.cluster_id, m.controller);
+            println!("{:>4} {:<20} {:<9} {:>6} {:>8} CLIENTS", "ID", "NAME", "PHASE", "LEADS", "REPLICAS");
+            for b in &m.brokers {
+                println!("{:>4} {:<20} {:<9} {:>6} {:>8} {}", b.id, b.name, b.phase, leads(b.id), holds(b.id), b.client_address);
+            }
+        }
+        Cluster::Add { name } => {
+            let answer = client.admin().await?.add_broker(v1::AddBrokerRequest { name: name.clone() }).await;
+            answer.map_err(weir_client::Error::from)?;
+            println!("broker {name} may join");
+        }
+        Cluster::Drain { id } => {
+            client.admin().await?.drain_broker(v1::DrainBrokerRequest { id }).await.map_err(weir_client::Error::from)?;
+            println!("broker {id} is being drained; watch `weir cluster status`");
+        }
+    }
+    Ok(())
+}

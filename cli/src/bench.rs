@@ -1,0 +1,213 @@
+//! `weir bench`: throughput and latency, with HDR histograms.
+
+use crate::Output;
+use crate::data::now_ms;
+use anyhow::Context as _;
+use bytes::Bytes;
+use clap::{Args, Subcommand, ValueEnum};
+use hdrhistogram::Histogram;
+use indicatif::{ProgressBar, ProgressStyle};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+use weir_client::consumer::{From, read_partition};
+use weir_client::producer::{Options, Producer};
+use weir_client::{Client, Compression, Record};
+
+#[derive(Subcommand)]
+#[command(after_help = "Examples:
+  weir bench produce --topic load --records 10000000 --size 100
+  weir bench consume --topic load --records 10000000
+  weir bench latency --topic load --records 10000")]
+pub enum Bench {
+    /// Publishes as fast as it can, or at --rate.
+    Produce(Load),
+    /// Reads a topic from its beginning.
+    Consume(Load),
+    /// One message in flight at a time.
+    Latency(Load),
+}
+
+#[derive(Args, Clone)]
+pub struct Load {
+    /// The topic.
+    #[arg(long)]
+    topic: String,
+    /// Records in all.
+    #[arg(long, default_value_t = 1_000_000)]
+    records: u64,
+    /// Bytes of a record's value.
+    #[arg(long, default_value_t = 100)]
+    size: usize,
+    /// Records a second in all; 0 for as many as possible. Latency is then counted from when a record was due.
+    #[arg(long, default_value_t = 0)]
+    rate: u64,
+    /// Producers, each with its own stream to each partition.
+    #[arg(long, default_value_t = 1)]
+    producers: u64,
+    /// Compression of batches.
+    #[arg(long, value_enum, default_value_t = Codec::None)]
+    compression: Codec,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Codec {
+    None,
+    Gzip,
+    Snappy,
+    Lz4,
+    Zstd,
+}
+
+impl std::convert::From<Codec> for Compression {
+    fn from(codec: Codec) -> Self {
+        match codec {
+            Codec::None => Self::None,
+            Codec::Gzip => Self::Gzip,
+            Codec::Snappy => Self::Snappy,
+            Codec::Lz4 => Self::Lz4,
+            Codec::Zstd => Self::Zstd,
+        }
+    }
+}
+
+struct Outcome {
+    records: u64,
+    bytes: u64,
+    seconds: f64,
+    latency_us: Histogram<u64>,
+}
+
+fn histogram() -> Histogram<u64> {
+    Histogram::new_with_bounds(1, 600_000_000, 3).expect("right bounds")
+}
+
+fn bar(records: u64) -> ProgressBar {
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} {per_sec} {eta}").expect("a right template");
+    ProgressBar::new(records).with_style(style) // draws on standard error, and only on a terminal
+}
+
+pub async fn run(client: &Client, bench: Bench, output: Output) -> anyhow::Result<()> {
+    let outcome = match bench {
+        Bench::Produce(load) => produce(client, &load).await?,
+        Bench::Consume(load) => consume(client, &load).await?,
+        Bench::Latency(load) => latency(client, &load).await?,
+    };
+    let Outcome { records, bytes, seconds, latency_us: l } = outcome;
+    let (rate, megabytes) = (records as f64 / seconds, bytes as f64 / 1e6 / seconds);
+    let (p50, p99, p999, max) = (l.value_at_quantile(0.5), l.value_at_quantile(0.99), l.value_at_quantile(0.999), l.max());
+    if output == Output::Json {
+        let latency = serde_json::json!({"p50": p50, "p99": p99, "p999": p999, "max": max});
+        println!("{}", serde_json::json!({"records": records, "bytes": bytes, "seconds": seconds,
+            "records_per_second": rate, "megabytes_per_second": megabytes, "latency_us": latency}));
+        return Ok(());
+    }
+    println!("{records} records, {bytes} bytes in {seconds:.2} s: {rate:.0} records/s, {megabytes:.1} MB/s");
+    if !l.is_empty() {
+        println!("latency: p50 {p50} µs, p99 {p99} µs, p99.9 {p999} µs, max {max} µs");
+    }
+    Ok(())
+}
+
+async fn produce(client: &Client, load: &Load) -> anyhow::Result<Outcome> {
+    let progress = bar(load.records);
+    let started = Instant::now();
+    let latencies = Arc::new(Mutex::new(histogram()));
+    let mut tasks = Vec::new();
+    for at in 0..load.producers.max(1) {
+        let share = load.records / load.producers + u64::from(at < load.records % load.producers);
+        let options = Options { compression: load.compression.into(), ..Default::default() };
+        let producer = Producer::open(client, &load.topic, options).await?;
+        tasks.push(tokio::spawn(produce_share(producer, load.clone(), share, latencies.clone(), progress.clone())));
+    }
+    for task in tasks {
+        task.await??;
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    progress.finish_and_clear();
+    let latency_us = latencies.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    Ok(Outcome { records: load.records, bytes: load.records * load.size as u64, seconds, latency_us })
+}
+
+async fn produce_share(
+    producer: Producer,
+    load: Load,
+    share: u64,
+    latencies: Arc<Mutex<Histogram<u64>>>,
+    progress: ProgressBar,
+) -> anyhow::Result<()> {
+    let value = Bytes::from(vec![b'x'; load.size]);
+    let (sent, mut waiting) = mpsc::channel(100_000);
+    let receiving = tokio::spawn(async move {
+        let mut local = histogram();
+        let mut count = 0u64;
+        while let Some((due, outcome)) = waiting.recv().await {
+            let (due, outcome): (Instant, tokio::sync::oneshot::Receiver<_>) = (due, outcome);
+            outcome.await.context("the producer ended")??;
+            local.saturating_record((due.elapsed().as_micros() as u64).max(1));
+            count += 1;
+            if count.is_multiple_of(4_096) {
+                progress.inc(4_096);
+            }
+        }
+        latencies.lock().unwrap_or_else(PoisonError::into_inner).add(local).context("adding histograms")
+    });
+    let interval = if load.rate == 0 { Duration::ZERO } else { Duration::from_secs(1) * load.producers as u32 / load.rate.max(1) as u32 };
+    let started = Instant::now();
+    for at in 0..share {
+        // counted from when it was due: a stall is charged to all that it delayed
+        let due = if load.rate == 0 { Instant::now() } else { started + interval * at as u32 };
+        if due > Instant::now() {
+            tokio::time::sleep_until(due.into()).await;
+        }
+        let record = Record { value: Some(value.clone()), timestamp_ms: now_ms(), ..Default::default() };
+        let outcome = producer.send(record).await?;
+        if sent.send((due, outcome)).await.is_err() {
+            break;
+        }
+    }
+    drop(sent);
+    receiving.await?
+}
+
+async fn consume(client: &Client, load: &Load) -> anyhow::Result<Outcome> {
+    let progress = bar(load.records);
+    let cluster = client.cluster();
+    let topic = cluster.topic(&load.topic).with_context(|| format!("topic {} does not exist", load.topic))?;
+    let (sender, mut receiver) = mpsc::channel(64);
+    let started = Instant::now();
+    for partition in 0..topic.partitions.len() as u32 {
+        tokio::spawn(read_partition(client.clone(), load.topic.clone(), partition, From::Earliest, true, sender.clone()));
+    }
+    drop(sender);
+    let (mut records, mut bytes) = (0, 0);
+    while records < load.records {
+        let Some(messages) = receiver.recv().await else { break };
+        let messages = messages?;
+        records += messages.len() as u64;
+        bytes += messages.iter().map(|m| m.record.value.as_ref().map_or(0, Bytes::len) as u64).sum::<u64>();
+        progress.set_position(records);
+    }
+    progress.finish_and_clear();
+    anyhow::ensure!(records >= load.records, "the topic holds {records} records, {} were asked for", load.records);
+    Ok(Outcome { records, bytes, seconds: started.elapsed().as_secs_f64(), latency_us: histogram() })
+}
+
+async fn latency(client: &Client, load: &Load) -> anyhow::Result<Outcome> {
+    let options = Options { linger: Duration::ZERO, ..Default::default() };
+    let producer = Producer::open(client, &load.topic, options).await?;
+    let value = Bytes::from(vec![b'x'; load.size]);
+    let record = || Record { value: Some(value.clone()), timestamp_ms: now_ms(), ..Default::default() };
+    producer.send_to(0, record()).await?.await??;
+    let mut latency_us = histogram();
+    let progress = bar(load.records);
+    let started = Instant::now();
+    for _ in 0..load.records {
+        let sent = Instant::now();
+        producer.send_to(0, record()).await?.await??;
+        latency_us.saturating_record((sent.elapsed().as_micros() as u64).max(1));
+        progress.inc(1);
+    }
+    progress.finish_and_clear();
+    Ok(Outcome { records: load.records, bytes: load.records * load.size as u64, seconds: started.elapsed().as_secs_f64(), latency_us })
+}

@@ -1,0 +1,244 @@
+//! `weir publish` and `weir consume`.
+
+use crate::Output;
+use anyhow::Context as _;
+use bytes::Bytes;
+use clap::Args;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+use tokio::io::{AsyncBufReadExt as _, BufReader};
+use tokio::sync::mpsc;
+use weir_client::consumer::{self, From, Message, Pull};
+use weir_client::producer::{Options, Producer};
+use weir_client::{Client, Record};
+
+#[derive(Args)]
+#[command(after_help = "Examples:
+  echo hello | weir publish orders --key alice --header kind=greeting
+  weir publish pictures --file cat.png")]
+pub struct Publish {
+    /// The topic.
+    topic: String,
+    /// Key of every message; one key's messages keep their order.
+    #[arg(long)]
+    key: Option<String>,
+    /// A header, name=value; may be repeated.
+    #[arg(long)]
+    header: Vec<String>,
+    /// Publish this file as one message, not standard input's lines.
+    #[arg(long)]
+    file: Option<PathBuf>,
+}
+
+/// ms since the epoch.
+pub fn now_ms() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as i64)
+}
+
+pub async fn publish(client: &Client, args: Publish, output: Output) -> anyhow::Result<()> {
+    let header = |h: &String| {
+        let (name, value) = h.split_once('=').with_context(|| format!("--header: '{h}' is not name=value"))?;
+        anyhow::Ok((name.to_owned(), Bytes::from(value.to_owned())))
+    };
+    let headers = args.header.iter().map(header).collect::<anyhow::Result<Vec<_>>>()?;
+    let record = |value: Bytes| Record {
+        key: args.key.clone().map(Bytes::from),
+        value: Some(value),
+        headers: headers.clone(),
+        timestamp_ms: now_ms(),
+    };
+    let producer = Producer::open(client, &args.topic, Options::default()).await?;
+    let (outcomes, mut waiting) = mpsc::channel(10_000);
+    let sending = async {
+        match &args.file {
+            Some(file) => {
+                let value = std::fs::read(file).with_context(|| file.display().to_string())?;
+                outcomes.send(producer.send(record(value.into())).await?).await?;
+            }
+            None => {
+                let mut lines = BufReader::new(tokio::io::stdin()).lines();
+                while let Some(line) = lines.next_line().await? {
+                    outcomes.send(producer.send(record(line.into())).await?).await?;
+                }
+            }
+        }
+        drop(outcomes);
+        anyhow::Ok(())
+    };
+    let receiving = async {
+        let mut count = 0u64;
+        while let Some(outcome) = waiting.recv().await {
+            let position = outcome.await.context("the producer ended")??;
+            count += 1;
+            if output == Output::Json {
+                println!("{}", serde_json::json!({"partition": position.partition, "offset": position.offset}));
+            }
+        }
+        anyhow::Ok(count)
+    };
+    let (sent, count) = tokio::join!(sending, receiving);
+    let count = count?;
+    sent?;
+    if output == Output::Text {
+        eprintln!("{count} messages published to {}", args.topic);
+    }
+    Ok(())
+}
+
+#[derive(Args)]
+#[command(after_help = "Examples:
+  weir consume --topic orders --from earliest
+  weir consume --subscription mail --max 10 -o json
+FROM is earliest, latest, an offset, or a time as ms since the epoch (from 1000000000000 on).")]
+pub struct Consume {
+    /// Read as this subscription, and acknowledge what was printed.
+    #[arg(long, conflicts_with = "topic", required_unless_present = "topic")]
+    subscription: Option<String>,
+    /// Read this topic, leaving no trace.
+    #[arg(long)]
+    topic: Option<String>,
+    /// Where to start, with --topic.
+    #[arg(long, default_value = "latest", value_parser = parse_from)]
+    from: From,
+    /// Stop after so many messages.
+    #[arg(long)]
+    max: Option<u64>,
+}
+
+fn parse_from(text: &str) -> Result<From, String> {
+    match (text, text.parse::<u64>()) {
+        ("earliest", _) => Ok(From::Earliest),
+        ("latest", _) => Ok(From::Latest),
+        (_, Ok(n)) if n >= 1_000_000_000_000 => Ok(From::Time(n)),
+        (_, Ok(n)) => Ok(From::Offset(n)),
+        _ => Err("not earliest, latest, an offset or a time in ms".to_owned()),
+    }
+}
+
+fn print(message: &Message, output: Output) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    let text = |b: &Option<Bytes>| b.as_ref().map(|b| String::from_utf8_lossy(b).into_owned());
+    let record = &message.record;
+    match output {
+        Output::Raw => {
+            out.write_all(record.value.as_deref().unwrap_or_default())?;
+            out.write_all(b"\n")
+        }
+        Output::Json => {
+            let headers: serde_json::Map<_, _> = record.headers.iter().map(|(n, v)| (n.clone(), String::from_utf8_lossy(v).into())).collect();
+            let line = serde_json::json!({"partition": message.partition, "offset": message.offset, "key": text(&record.key),
+                "value": text(&record.value), "headers": headers, "timestampMs": record.timestamp_ms});
+            writeln!(out, "{line}")
+        }
+        Output::Text => {
+            let key = text(&record.key).map_or(String::new(), |k| format!("{k}: "));
+            writeln!(out, "{}/{} {key}{}", message.partition, message.offset, text(&record.value).unwrap_or_default())
+        }
+    }
+}
+
+pub async fn consume(client: &Client, args: Consume, output: Output) -> anyhow::Result<()> {
+    let mut left = args.max.unwrap_or(u64::MAX);
+    if let Some(subscription) = &args.subscription {
+        return consume_subscription(client, subscription, left, output).await;
+    }
+    let topic = args.topic.expect("clap requires one");
+    let cluster = client.cluster();
+    let count = cluster.topic(&topic).with_context(|| format!("topic {topic} does not exist"))?.partitions.len();
+    let (sender, mut receiver) = mpsc::channel(16);
+    for partition in 0..count as u32 {
+        tokio::spawn(consumer::read_partition(client.clone(), topic.clone(), partition, args.from, false, sender.clone()));
+    }
+    drop(sender);
+    while let Some(messages) = receiver.recv().await {
+        for message in messages? {
+            if left == 0 {
+                return Ok(());
+            }
+            print(&message, output)?;
+            left -= 1;
+        }
+        if left == 0 {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+async fn consume_subscription(client: &Client, name: &str, max: u64, output: Output) -> anyhow::Result<()> {
+    let full = if name.contains('/') { name.to_owned() } else { format!("default/{name}") };
+    let cluster = client.cluster();
+    let found = cluster.metadata.subscriptions.iter().find(|s| s.name == full);
+    let found = found.with_context(|| format!("subscription {full} does not exist"))?;
+    let topic = found.spec.as_ref().map(|s| s.topic.clone()).unwrap_or_default();
+    let count = cluster.topic(&topic).with_context(|| format!("topic {topic} does not exist"))?.partitions.len();
+    let member = format!("weir-{}", std::process::id());
+    let (sender, mut receiver) = mpsc::channel::<(Vec<Message>, mpsc::Sender<u64>)>(4);
+    // partition 0 first: two consumers that start at once do not share an exclusive subscription between them
+    let mut pulls = Vec::new();
+    for partition in 0..count as u32 {
+        pulls.push(Pull::open(client, name, &topic, partition, &member, 1_000).await?);
+    }
+    for (partition, pull) in pulls.into_iter().enumerate() {
+        let task = PullTask { client: client.clone(), name: name.to_owned(), topic: topic.clone(), partition: partition as u32, member: member.clone() };
+        tokio::spawn(task.run(pull, sender.clone()));
+    }
+    drop(sender);
+    let mut left = max;
+    while let Some((messages, done)) = receiver.recv().await {
+        let mut end = 0;
+        for message in messages.iter().take(left.min(usize::MAX as u64) as usize) {
+            print(message, output)?;
+            end = message.offset + 1;
+            left -= 1;
+        }
+        let _ = done.send(end).await;
+        if left == 0 {
+            // the last acks are on their way
+            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+struct PullTask {
+    client: Client,
+    name: String,
+    topic: String,
+    partition: u32,
+    member: String,
+}
+
+impl PullTask {
+    /// Delivers one partition's messages one list at a time; acks what was taken; opens again after a failover.
+    async fn run(self, mut pull: Pull, out: mpsc::Sender<(Vec<Message>, mpsc::Sender<u64>)>) {
+        loop {
+            match pull.next().await {
+                Ok(Some(messages)) if messages.is_empty() => {}
+                Ok(Some(messages)) => {
+                    let start = messages[0].offset;
+                    let (done, mut end) = mpsc::channel(1);
+                    if out.send((messages, done)).await.is_err() {
+                        return;
+                    }
+                    let Some(end) = end.recv().await else { return };
+                    if end > start {
+                        let _ = pull.ack(start, end).await;
+                    }
+                }
+                Ok(None) | Err(_) => {
+                    let _ = self.client.refresh().await;
+                    match Pull::open(&self.client, &self.name, &self.topic, self.partition, &self.member, 1_000).await {
+                        Ok(again) => pull = again,
+                        Err(error) => {
+                            eprintln!("weir: {error}");
+                            return;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,346 @@
+//! Real processes on loopback: `weir serve --brokers 3`, killed brokers, removed folders, and a checker that reads everything back.
+
+use std::collections::HashMap;
+use std::io::{BufRead as _, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use weir_client::consumer::{From, read_partition};
+use weir_client::producer::{Options, Producer};
+use weir_client::{Client, Record};
+use weir_proto::v1;
+
+const WEIR: &str = env!("CARGO_BIN_EXE_weir");
+
+struct Cluster {
+    serve: Child,
+    servers: String,
+    data: tempfile::TempDir,
+}
+
+impl Cluster {
+    fn start(brokers: u32) -> Self {
+        Self::start_in(tempfile::tempdir().unwrap(), brokers)
+    }
+
+    fn start_in(data: tempfile::TempDir, brokers: u32) -> Self {
+        let mut serve = Command::new(WEIR);
+        serve.args(["serve", "--listen", "127.0.0.1:0", "-o", "json", "--brokers", &brokers.to_string()]);
+        serve.arg("--data").arg(data.path()).env("WEIR_LOG", "warn").stdout(Stdio::piped());
+        let mut serve = serve.spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(serve.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let said: serde_json::Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line:?}"));
+        let list = said["brokers"].as_array().unwrap().clone();
+        let servers: Vec<&str> = list.iter().map(|b| b["client"].as_str().unwrap()).collect();
+        Self { serve, servers: servers.join(","), data }
+    }
+
+    /// Pid of a broker by name, as the process list has it: a restarted one has another than was printed.
+    fn pid(&self, name: &str) -> Option<i32> {
+        let folder = self.data.path().join(name);
+        let wanted = folder.to_str().unwrap();
+        std::fs::read_dir("/proc").unwrap().find_map(|entry| {
+            let entry = entry.ok()?;
+            let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
+            let line = std::fs::read(entry.path().join("cmdline")).ok()?;
+            line.split(|b| *b == 0).any(|arg| arg == wanted.as_bytes()).then_some(pid)
+        })
+    }
+
+    fn kill(&self, name: &str) {
+        let pid = self.pid(name).expect("the broker runs");
+        // a process of this test's own; SIGKILL is the fault
+        assert!(Command::new("kill").args(["-KILL", &pid.to_string()]).status().unwrap().success());
+    }
+
+    fn stop(mut self) -> tempfile::TempDir {
+        assert!(Command::new("kill").args(["-TERM", &self.serve.id().to_string()]).status().unwrap().success());
+        self.serve.wait().unwrap();
+        std::mem::replace(&mut self.data, tempfile::tempdir().unwrap())
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for name in ["weir-0", "weir-1", "weir-2"] {
+            if let Some(pid) = self.pid(name) {
+                let _ = Command::new("kill").args(["-KILL", &pid.to_string()]).status();
+            }
+        }
+        let _ = self.serve.kill();
+        let _ = self.serve.wait();
+    }
+}
+
+async fn make_topic(client: &Client, name: &str, partitions: u32, replicas: u32) {
+    client.connect(Duration::from_secs(20)).await.unwrap();
+    let spec = v1::TopicSpec { partitions, replicas, ..Default::default() };
+    let request = v1::ApplyTopicRequest { name: name.to_owned(), spec: Some(spec), ..Default::default() };
+    let end = Instant::now() + Duration::from_secs(20);
+    loop {
+        let applied = match client.admin().await {
+            Ok(mut admin) => admin.apply_topic(request.clone()).await.map_err(|e| e.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        let _ = client.refresh().await;
+        let led = client.cluster().topic(name).is_some_and(|t| t.partitions.iter().all(|p| p.leader != 0));
+        if applied.is_ok() && led {
+            return;
+        }
+        assert!(Instant::now() < end, "the topic was not made: {applied:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// What was acknowledged: (partition, offset) → value.
+type Acked = Arc<Mutex<HashMap<(u32, u64), String>>>;
+
+struct Writer {
+    stop: Arc<AtomicBool>,
+    acked: Acked,
+    /// ms since `started` of the last ack, and the longest gap between two
+    last_ack: Arc<Mutex<(Instant, Duration)>>,
+    unknown: Arc<AtomicU64>,
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+}
+
+impl Writer {
+    /// Four keys, each written in order, values `key-number`, padded to 1 KiB.
+    async fn start(client: &Client, topic: &str) -> Self {
+        let writer = Self {
+            stop: Arc::default(),
+            acked: Arc::default(),
+            last_ack: Arc::new(Mutex::new((Instant::now(), Duration::ZERO))),
+            unknown: Arc::default(),
+            tasks: Vec::new(),
+        };
+        let producer = Producer::open(client, topic, Options::default()).await.unwrap();
+        let mut writer = writer;
+        for key in 0..12 {
+            let (producer, acked, stop) = (producer.clone(), writer.acked.clone(), writer.stop.clone());
+            let (last_ack, unknown) = (writer.last_ack.clone(), writer.unknown.clone());
+            writer.tasks.push(tokio::spawn(async move {
+                let mut number = 0u64;
+                while !stop.load(Ordering::Relaxed) {
+                    let mut under_way = Vec::new();
+                    for _ in 0..20 {
+                        let name = format!("{key}-{number}");
+                        number += 1;
+                        let mut value = name.clone().into_bytes();
+                        value.resize(1024, b' ');
+                        let record = Record { key: Some(format!("k{key}").into()), value: Some(value.into()), ..Default::default() };
+                        under_way.push((name, producer.send(record).await.unwrap()));
+                    }
+                    for (name, outcome) in under_way {
+                        match outcome.await {
+                            Ok(Ok(at)) => {
+                                let before = acked.lock().unwrap().insert((at.partition, at.offset), name.clone());
+                                assert_eq!(before, None, "two acks for one offset");
+                                let mut last = last_ack.lock().unwrap();
+                                last.1 = last.1.max(last.0.elapsed());
+                                last.0 = Instant::now();
+                            }
+                            _ => drop(unknown.fetch_add(1, Ordering::Relaxed)),
+                        }
+                    }
+                }
+            }));
+        }
+        writer
+    }
+
+    /// The longest gap between two acks since it was asked last.
+    fn take_gap(&self) -> Duration {
+        let mut last = self.last_ack.lock().unwrap();
+        let gap = last.1.max(last.0.elapsed());
+        last.1 = Duration::ZERO;
+        gap
+    }
+
+    async fn finish(self) -> (HashMap<(u32, u64), String>, u64) {
+        self.stop.store(true, Ordering::Relaxed);
+        for task in self.tasks {
+            task.await.unwrap();
+        }
+        let acked = std::mem::take(&mut *self.acked.lock().unwrap());
+        (acked, self.unknown.load(Ordering::Relaxed))
+    }
+}
+
+/// Reads all partitions from the beginning and compares: every acknowledged record once, at its offset, in order for each key.
+async fn check(client: &Client, topic: &str, partitions: u32, acked: &HashMap<(u32, u64), String>) {
+    let mut seen: HashMap<String, (u32, u64)> = HashMap::new();
+    for partition in 0..partitions {
+        let (sender, mut receiver) = tokio::sync::mpsc::channel(16);
+        tokio::spawn(read_partition(client.clone(), topic.to_owned(), partition, From::Earliest, true, sender));
+        let mut next = 0;
+        let mut newest: HashMap<String, u64> = HashMap::new();
+        while let Some(messages) = receiver.recv().await {
+            for message in messages.unwrap() {
+                assert_eq!(message.offset, next, "offsets run on without gaps");
+                next += 1;
+                let value = message.record.value.unwrap();
+                let name = std::str::from_utf8(&value).unwrap().trim_end().to_owned();
+                let (key, number) = name.split_once('-').unwrap();
+                let number: u64 = number.parse().unwrap();
+                if let Some(before) = newest.insert(key.to_owned(), number) {
+                    assert!(number > before, "key {key}: {number} after {before} in partition {partition}");
+                }
+                assert_eq!(seen.insert(name.clone(), (partition, message.offset)), None, "{name} stands twice");
+            }
+        }
+    }
+    for (at, name) in acked {
+        assert_eq!(seen.get(name), Some(at), "acknowledged {name} was lost or moved");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_broker_killed_after_the_other_loses_nothing() {
+    let cluster = Cluster::start(3);
+    let client = Client::new(&cluster.servers).unwrap();
+    make_topic(&client, "t", 6, 3).await;
+    let writer = Writer::start(&client, "t").await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let kills = std::env::var("KILLS").ok().and_then(|v| v.parse().ok()).unwrap_or(20);
+    let mut gaps = Vec::new();
+    for at in 0..kills {
+        writer.take_gap();
+        cluster.kill(["weir-0", "weir-1", "weir-2"][at % 3]);
+        tokio::time::sleep(Duration::from_millis(3_500)).await;
+        gaps.push(writer.take_gap());
+    }
+    let (acked, unknown) = writer.finish().await;
+    gaps.sort();
+    println!(
+        "{kills} kills, {} records acknowledged, {unknown} unknown; longest gap in acks: median {:?}, worst {:?}",
+        acked.len(),
+        gaps[gaps.len() / 2],
+        gaps[gaps.len() - 1]
+    );
+    assert!(acked.len() > 1_000);
+    check(&client, "t", 6, &acked).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_killed_at_once_come_back_with_every_acknowledged_record() {
+    let cluster = Cluster::start(3);
+    let client = Client::new(&cluster.servers).unwrap();
+    make_topic(&client, "t", 3, 3).await;
+    let writer = Writer::start(&client, "t").await;
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        ["weir-0", "weir-1", "weir-2"].into_iter().for_each(|name| cluster.kill(name));
+        tokio::time::sleep(Duration::from_secs(4)).await;
+    }
+    let (acked, unknown) = writer.finish().await;
+    println!("3 times all killed, {} records acknowledged, {unknown} unknown", acked.len());
+    assert!(acked.len() > 1_000);
+    check(&client, "t", 3, &acked).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_whose_folder_is_removed_is_rebuilt_from_the_others() {
+    let cluster = Cluster::start(3);
+    let client = Client::new(&cluster.servers).unwrap();
+    make_topic(&client, "t", 3, 3).await;
+    let writer = Writer::start(&client, "t").await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let folder = cluster.data.path().join("weir-1");
+    cluster.kill("weir-1");
+    remove(&folder);
+    let end = Instant::now() + Duration::from_secs(60);
+    loop {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let Ok(seen) = client.refresh().await else { continue };
+        let ids: Vec<u64> = seen.metadata.brokers.iter().map(|b| b.id).collect();
+        let whole = |p: &v1::Partition| p.settled && p.replicas.iter().all(|r| *r != 2) && p.replicas.len() == 3;
+        let topic = seen.topic("t").unwrap();
+        if ids.len() == 3 && !ids.contains(&2) && topic.partitions.iter().all(whole) {
+            break;
+        }
+        assert!(Instant::now() < end, "not rebuilt: {:?}", seen.metadata);
+    }
+    // the rebuilt one and one other are a majority: what they have is enough
+    cluster.kill("weir-2");
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let (acked, unknown) = writer.finish().await;
+    println!("rebuilt; {} records acknowledged, {unknown} unknown", acked.len());
+    check(&client, "t", 3, &acked).await;
+}
+
+fn remove(folder: &Path) {
+    // the supervisor may have started it again meanwhile, writing
+    while folder.exists() {
+        let _ = std::fs::remove_dir_all(folder);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_embedded_broker_keeps_messages_and_cursors_over_a_restart() {
+    let cluster = Cluster::start(1);
+    let client = Client::new(&cluster.servers).unwrap();
+    make_topic(&client, "t", 1, 1).await;
+    let spec = v1::SubscriptionSpec { topic: "t".into(), from_earliest: true, ack_deadline_ms: 0 };
+    let request = v1::ApplySubscriptionRequest { name: "s".into(), spec: Some(spec), ..Default::default() };
+    client.admin().await.unwrap().apply_subscription(request).await.unwrap();
+    run(&cluster, &["publish", "t"], "one\ntwo\nthree\n");
+    assert_eq!(run(&cluster, &["consume", "--subscription", "s", "--max", "2", "-o", "raw"], ""), "one\ntwo\n");
+    let data = cluster.stop();
+    let cluster = Cluster::start_in(data, 1);
+    assert_eq!(run(&cluster, &["consume", "--subscription", "s", "--max", "1", "-o", "raw"], ""), "three\n");
+    assert_eq!(run(&cluster, &["consume", "--topic", "t", "--from", "earliest", "--max", "3", "-o", "raw"], ""), "one\ntwo\nthree\n");
+}
+
+fn run(cluster: &Cluster, args: &[&str], input: &str) -> String {
+    use std::io::Write as _;
+    let mut command = Command::new(WEIR);
+    command.args(args).env("WEIR_SERVER", &cluster.servers).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "weir {args:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_requests_are_refused_by_name() {
+    let cluster = Cluster::start(1);
+    let client = Client::new(&cluster.servers).unwrap();
+    make_topic(&client, "t", 1, 1).await;
+    let channel = client.channel(&cluster.servers).unwrap();
+    let mut publisher = v1::publisher_client::PublisherClient::new(channel.clone()).max_encoding_message_size(64 << 20);
+    let publish = |topic: &str, partition: u32, bytes: usize| v1::PublishRequest {
+        topic: topic.to_owned(),
+        partition: Some(partition),
+        messages: vec![v1::Message { value: vec![7; bytes].into(), ..Default::default() }],
+    };
+    let mut codes = Vec::new();
+    for request in [publish("", 0, 1), publish("../x", 0, 1), publish("nope", 0, 1), publish("t", 9, 1), publish("t", 0, 2 << 20)] {
+        codes.push(publisher.publish(request).await.unwrap_err().code());
+    }
+    use tonic::Code::{InvalidArgument, NotFound, OutOfRange};
+    assert_eq!(codes, [InvalidArgument, InvalidArgument, NotFound, NotFound, InvalidArgument]);
+    let mut log = v1::log_client::LogClient::new(channel.clone());
+    let fetch = v1::FetchRequest { topic: "t".into(), offset: 5, ..Default::default() };
+    let status = log.fetch(fetch).await.unwrap_err();
+    assert_eq!(status.code(), OutOfRange);
+    assert!(status.message().contains("0 to 0"), "{}", status.message());
+    // a batch whose checksum is wrong is refused on the stream, and the stream goes on
+    let good = weir_proto::records::encode(&[Record { value: Some("x".into()), ..Default::default() }], Default::default(), None).unwrap();
+    let mut bad = good.to_vec();
+    *bad.last_mut().unwrap() ^= 1;
+    let batch = |id, bytes: Vec<u8>| v1::PublishBatch { id, topic: "t".into(), partition: 0, batch: bytes.into() };
+    let requests = futures::stream::iter([batch(1, bad), batch(2, good.to_vec())]);
+    let mut acks = publisher.publish_stream(requests).await.unwrap().into_inner();
+    let mut outcomes = HashMap::new();
+    while let Some(ack) = acks.message().await.unwrap() {
+        outcomes.insert(ack.id, ack.outcome.unwrap());
+    }
+    let v1::publish_ack::Outcome::Error(error) = &outcomes[&1] else { panic!("{outcomes:?}") };
+    assert_eq!((error.reason.as_str(), error.code), ("BATCH", InvalidArgument as i32));
+    assert_eq!(outcomes[&2], v1::publish_ack::Outcome::BaseOffset(0));
+}

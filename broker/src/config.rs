@@ -6,8 +6,12 @@ use std::path::PathBuf;
 
 /// One broker of a Weir cluster.
 #[derive(Parser, Clone, Debug)]
-#[command(name = "weir-broker", version, after_help = "Example, three brokers on one machine, the first of them:
-  weir-broker --name b1 --data /var/lib/weir/b1 --peers b1=127.0.0.1:7421,b2=127.0.0.1:7431,b3=127.0.0.1:7441")]
+#[command(
+    name = "weir-broker",
+    version,
+    after_help = "Example, three brokers on one machine, the first of them:
+  weir-broker --name b1 --data /var/lib/weir/b1 --peers b1=127.0.0.1:7421,b2=127.0.0.1:7431,b3=127.0.0.1:7441"
+)]
 pub struct Config {
     /// This broker's name, as it stands in --peers.
     #[arg(long, env = "WEIR_NAME", default_value = "weir-0")]

@@ -124,7 +124,11 @@ impl Formation {
                 }
             } else if !said {
                 said = true;
-                tracing::info!(found = hellos.len(), of = others.len(), "waiting for the other brokers to form a cluster");
+                tracing::info!(
+                    found = hellos.len(),
+                    of = others.len(),
+                    "waiting for the other brokers to form a cluster"
+                );
             }
             let _ = tokio::time::timeout(Duration::from_millis(200), self.changed.notified()).await;
         }

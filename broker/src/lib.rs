@@ -110,8 +110,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         node_loop::run(core, clock, store, loop_shared, loop_metrics, for_loop, events, peer_streams);
     })?;
     let budget = Arc::new(Semaphore::new(service::IN_FLIGHT_BYTES_MAX / 1024));
-    let context =
-        Context { shared: shared.clone(), node: node.clone(), metrics: metrics.clone(), formation, budget };
+    let context = Context { shared: shared.clone(), node: node.clone(), metrics: metrics.clone(), formation, budget };
     let _ = running.set(context.clone());
     serve_clients(context.clone(), clients, admins)?;
     tokio::spawn(metrics::serve(scrapers, metrics, shared.clone()));

@@ -158,7 +158,12 @@ pub fn run(
     }
 }
 
-fn take(node: &mut Node, event: Event, ticket: Ticket, waiting: &mut HashMap<Ticket, ReplyTo>) -> Option<oneshot::Sender<()>> {
+fn take(
+    node: &mut Node,
+    event: Event,
+    ticket: Ticket,
+    waiting: &mut HashMap<Ticket, ReplyTo>,
+) -> Option<oneshot::Sender<()>> {
     match event {
         Event::Peer(from, messages) => messages.into_iter().for_each(|m| node.peer(from, m)),
         Event::Publish { group, data, header, to } => {

@@ -150,12 +150,7 @@ impl Link {
 }
 
 fn info_to_wire(info: &LeaderInfo) -> v1::LeaderInfo {
-    v1::LeaderInfo {
-        group: info.group.0,
-        term: info.term,
-        settled_epoch: info.settled_epoch,
-        damaged: info.damaged.0,
-    }
+    v1::LeaderInfo { group: info.group.0, term: info.term, settled_epoch: info.settled_epoch, damaged: info.damaged.0 }
 }
 
 /// A frame's messages, as the core takes them.
@@ -230,7 +225,14 @@ fn from_wire(wire: v1::RaftMessage) -> Option<Envelope> {
             2 => EntryType::EntryConfChangeV2,
             _ => return None,
         };
-        entries.push(Entry { entry_type, term: e.term, index: e.index, context: e.context, data: e.data, ..Default::default() });
+        entries.push(Entry {
+            entry_type,
+            term: e.term,
+            index: e.index,
+            context: e.context,
+            data: e.data,
+            ..Default::default()
+        });
     }
     m.set_entries(entries.into());
     Some(Envelope { group: GroupId(wire.group), message: m })
@@ -260,7 +262,15 @@ mod tests {
 
     #[test]
     fn a_raft_message_survives_the_wire_and_local_kinds_are_refused() {
-        let mut message = Message { msg_type: MessageType::MsgAppend, to: 2, from: 1, term: 3, index: 9, commit: 8, ..Default::default() };
+        let mut message = Message {
+            msg_type: MessageType::MsgAppend,
+            to: 2,
+            from: 1,
+            term: 3,
+            index: 9,
+            commit: 8,
+            ..Default::default()
+        };
         message.set_entries(vec![Entry { term: 3, index: 10, data: "batch".into(), ..Default::default() }].into());
         let envelope = Envelope { group: GroupId(5), message };
         assert_eq!(from_wire(to_wire(envelope.clone())), Some(envelope));

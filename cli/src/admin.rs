@@ -8,7 +8,7 @@ use weir_crds::{ValidatedSubscription, ValidatedTopic, manifest};
 use weir_proto::v1;
 
 #[derive(Subcommand)]
-pub enum Topic {
+pub(crate) enum Topic {
     /// All topics.
     List,
     /// One topic with its partitions.
@@ -25,7 +25,7 @@ pub enum Topic {
 }
 
 #[derive(Subcommand)]
-pub enum Subscription {
+pub(crate) enum Subscription {
     /// All subscriptions.
     List,
     /// Makes or changes the topics and subscriptions of manifest files.
@@ -39,7 +39,7 @@ pub enum Subscription {
 }
 
 #[derive(Subcommand)]
-pub enum Cluster {
+pub(crate) enum Cluster {
     /// Brokers and how partitions stand on them.
     Status,
     /// Names a broker that may join.
@@ -49,7 +49,7 @@ pub enum Cluster {
 }
 
 /// Applies a checked topic.
-pub async fn apply_topic(client: &Client, topic: &ValidatedTopic) -> anyhow::Result<()> {
+pub(crate) async fn apply_topic(client: &Client, topic: &ValidatedTopic) -> anyhow::Result<()> {
     let spec = v1::TopicSpec {
         partitions: topic.partitions,
         replicas: topic.replicas,
@@ -64,13 +64,14 @@ pub async fn apply_topic(client: &Client, topic: &ValidatedTopic) -> anyhow::Res
 }
 
 /// Applies a checked subscription.
-pub async fn apply_subscription(client: &Client, subscription: &ValidatedSubscription) -> anyhow::Result<()> {
+pub(crate) async fn apply_subscription(client: &Client, subscription: &ValidatedSubscription) -> anyhow::Result<()> {
     let spec = v1::SubscriptionSpec {
         topic: subscription.topic.clone(),
         from_earliest: subscription.from_earliest,
         ack_deadline_ms: subscription.ack_deadline_ms,
     };
-    let request = v1::ApplySubscriptionRequest { name: subscription.name.clone(), spec: Some(spec), ..Default::default() };
+    let request =
+        v1::ApplySubscriptionRequest { name: subscription.name.clone(), spec: Some(spec), ..Default::default() };
     client.admin().await?.apply_subscription(request).await.map_err(weir_client::Error::from)?;
     Ok(())
 }
@@ -106,7 +107,7 @@ fn topic_json(topic: &v1::Topic) -> serde_json::Value {
         "assignment": partitions.map(partition).collect::<Vec<_>>()})
 }
 
-pub async fn topic(client: &Client, command: Topic, output: Output) -> anyhow::Result<()> {
+pub(crate) async fn topic(client: &Client, command: Topic, output: Output) -> anyhow::Result<()> {
     let cluster = client.cluster();
     match command {
         Topic::List => {
@@ -142,7 +143,7 @@ pub async fn topic(client: &Client, command: Topic, output: Output) -> anyhow::R
     Ok(())
 }
 
-pub async fn subscription(client: &Client, command: Subscription, output: Output) -> anyhow::Result<()> {
+pub(crate) async fn subscription(client: &Client, command: Subscription, output: Output) -> anyhow::Result<()> {
     let cluster = client.cluster();
     match command {
         Subscription::List => {
@@ -167,7 +168,7 @@ pub async fn subscription(client: &Client, command: Subscription, output: Output
     Ok(())
 }
 
-pub async fn cluster(client: &Client, command: Cluster, output: Output) -> anyhow::Result<()> {
+pub(crate) async fn cluster(client: &Client, command: Cluster, output: Output) -> anyhow::Result<()> {
     let m = &client.cluster().metadata;
     match command {
         Cluster::Status => {
@@ -179,13 +180,27 @@ pub async fn cluster(client: &Client, command: Cluster, output: Output) -> anyho
             if output == Output::Json {
                 let broker = |b: &v1::Broker| serde_json::json!({"id": b.id, "name": b.name, "phase": b.phase, "client": b.client_address, "admin": b.admin_address, "leads": leads(b.id), "replicas": holds(b.id)});
                 let brokers: Vec<_> = m.brokers.iter().map(broker).collect();
-                println!("{}", serde_json::json!({"clusterId": m.cluster_id, "version": m.version, "controller": m.controller, "brokers": brokers, "leaderless": leaderless, "moving": moving}));
+                println!(
+                    "{}",
+                    serde_json::json!({"clusterId": m.cluster_id, "version": m.version, "controller": m.controller, "brokers": brokers, "leaderless": leaderless, "moving": moving})
+                );
                 return Ok(());
             }
-            println!("cluster {}, metadata leader {}, {leaderless} partitions without leader, {moving} moving", m.cluster_id, m.controller);
+            println!(
+                "cluster {}, metadata leader {}, {leaderless} partitions without leader, {moving} moving",
+                m.cluster_id, m.controller
+            );
             println!("{:>4} {:<20} {:<9} {:>6} {:>8} CLIENTS", "ID", "NAME", "PHASE", "LEADS", "REPLICAS");
             for b in &m.brokers {
-                println!("{:>4} {:<20} {:<9} {:>6} {:>8} {}", b.id, b.name, b.phase, leads(b.id), holds(b.id), b.client_address);
+                println!(
+                    "{:>4} {:<20} {:<9} {:>6} {:>8} {}",
+                    b.id,
+                    b.name,
+                    b.phase,
+                    leads(b.id),
+                    holds(b.id),
+                    b.client_address
+                );
             }
         }
         Cluster::Add { name } => {
@@ -194,7 +209,12 @@ pub async fn cluster(client: &Client, command: Cluster, output: Output) -> anyho
             println!("broker {name} may join");
         }
         Cluster::Drain { id } => {
-            client.admin().await?.drain_broker(v1::DrainBrokerRequest { id }).await.map_err(weir_client::Error::from)?;
+            client
+                .admin()
+                .await?
+                .drain_broker(v1::DrainBrokerRequest { id })
+                .await
+                .map_err(weir_client::Error::from)?;
             println!("broker {id} is being drained; watch `weir cluster status`");
         }
     }

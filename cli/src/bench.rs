@@ -19,7 +19,7 @@ use weir_client::{Client, Compression, Record};
   weir bench produce --topic load --records 10000000 --size 100
   weir bench consume --topic load --records 10000000
   weir bench latency --topic load --records 10000")]
-pub enum Bench {
+pub(crate) enum Bench {
     /// Publishes as fast as it can, or at --rate.
     Produce(Load),
     /// Reads a topic from its beginning.
@@ -29,7 +29,7 @@ pub enum Bench {
 }
 
 #[derive(Args, Clone)]
-pub struct Load {
+pub(crate) struct Load {
     /// The topic.
     #[arg(long)]
     topic: String,
@@ -87,7 +87,7 @@ fn bar(records: u64) -> ProgressBar {
     ProgressBar::new(records).with_style(style) // draws on standard error, and only on a terminal
 }
 
-pub async fn run(client: &Client, bench: Bench, output: Output) -> anyhow::Result<()> {
+pub(crate) async fn run(client: &Client, bench: Bench, output: Output) -> anyhow::Result<()> {
     let outcome = match bench {
         Bench::Produce(load) => produce(client, &load).await?,
         Bench::Consume(load) => consume(client, &load).await?,
@@ -95,11 +95,15 @@ pub async fn run(client: &Client, bench: Bench, output: Output) -> anyhow::Resul
     };
     let Outcome { records, bytes, seconds, latency_us: l } = outcome;
     let (rate, megabytes) = (records as f64 / seconds, bytes as f64 / 1e6 / seconds);
-    let (p50, p99, p999, max) = (l.value_at_quantile(0.5), l.value_at_quantile(0.99), l.value_at_quantile(0.999), l.max());
+    let (p50, p99, p999, max) =
+        (l.value_at_quantile(0.5), l.value_at_quantile(0.99), l.value_at_quantile(0.999), l.max());
     if output == Output::Json {
         let latency = serde_json::json!({"p50": p50, "p99": p99, "p999": p999, "max": max});
-        println!("{}", serde_json::json!({"records": records, "bytes": bytes, "seconds": seconds,
-            "records_per_second": rate, "megabytes_per_second": megabytes, "latency_us": latency}));
+        println!(
+            "{}",
+            serde_json::json!({"records": records, "bytes": bytes, "seconds": seconds,
+            "records_per_second": rate, "megabytes_per_second": megabytes, "latency_us": latency})
+        );
         return Ok(());
     }
     println!("{records} records, {bytes} bytes in {seconds:.2} s: {rate:.0} records/s, {megabytes:.1} MB/s");
@@ -152,7 +156,11 @@ async fn produce_share(
         }
         latencies.lock().unwrap_or_else(PoisonError::into_inner).add(local).context("adding histograms")
     });
-    let interval = if load.rate == 0 { Duration::ZERO } else { Duration::from_secs(1) * load.producers as u32 / load.rate.max(1) as u32 };
+    let interval = if load.rate == 0 {
+        Duration::ZERO
+    } else {
+        Duration::from_secs(1) * load.producers as u32 / load.rate.max(1) as u32
+    };
     let started = Instant::now();
     for at in 0..share {
         // counted from when it was due: a stall is charged to all that it delayed
@@ -177,7 +185,14 @@ async fn consume(client: &Client, load: &Load) -> anyhow::Result<Outcome> {
     let (sender, mut receiver) = mpsc::channel(64);
     let started = Instant::now();
     for partition in 0..topic.partitions.len() as u32 {
-        tokio::spawn(read_partition(client.clone(), load.topic.clone(), partition, From::Earliest, true, sender.clone()));
+        tokio::spawn(read_partition(
+            client.clone(),
+            load.topic.clone(),
+            partition,
+            From::Earliest,
+            true,
+            sender.clone(),
+        ));
     }
     drop(sender);
     let (mut records, mut bytes) = (0, 0);
@@ -209,5 +224,10 @@ async fn latency(client: &Client, load: &Load) -> anyhow::Result<Outcome> {
         progress.inc(1);
     }
     progress.finish_and_clear();
-    Ok(Outcome { records: load.records, bytes: load.records * load.size as u64, seconds: started.elapsed().as_secs_f64(), latency_us })
+    Ok(Outcome {
+        records: load.records,
+        bytes: load.records * load.size as u64,
+        seconds: started.elapsed().as_secs_f64(),
+        latency_us,
+    })
 }

@@ -17,7 +17,7 @@ use weir_client::{Client, Record};
 #[command(after_help = "Examples:
   echo hello | weir publish orders --key alice --header kind=greeting
   weir publish pictures --file cat.png")]
-pub struct Publish {
+pub(crate) struct Publish {
     /// The topic.
     topic: String,
     /// Key of every message; one key's messages keep their order.
@@ -32,11 +32,11 @@ pub struct Publish {
 }
 
 /// ms since the epoch.
-pub fn now_ms() -> i64 {
+pub(crate) fn now_ms() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as i64)
 }
 
-pub async fn publish(client: &Client, args: Publish, output: Output) -> anyhow::Result<()> {
+pub(crate) async fn publish(client: &Client, args: Publish, output: Output) -> anyhow::Result<()> {
     let header = |h: &String| {
         let (name, value) = h.split_once('=').with_context(|| format!("--header: '{h}' is not name=value"))?;
         anyhow::Ok((name.to_owned(), Bytes::from(value.to_owned())))
@@ -91,7 +91,7 @@ pub async fn publish(client: &Client, args: Publish, output: Output) -> anyhow::
   weir consume --topic orders --from earliest
   weir consume --subscription mail --max 10 -o json
 FROM is earliest, latest, an offset, or a time as ms since the epoch (from 1000000000000 on).")]
-pub struct Consume {
+pub(crate) struct Consume {
     /// Read as this subscription, and acknowledge what was printed.
     #[arg(long, conflicts_with = "topic", required_unless_present = "topic")]
     subscription: Option<String>,
@@ -126,7 +126,8 @@ fn print(message: &Message, output: Output) -> std::io::Result<()> {
             out.write_all(b"\n")
         }
         Output::Json => {
-            let headers: serde_json::Map<_, _> = record.headers.iter().map(|(n, v)| (n.clone(), String::from_utf8_lossy(v).into())).collect();
+            let headers: serde_json::Map<_, _> =
+                record.headers.iter().map(|(n, v)| (n.clone(), String::from_utf8_lossy(v).into())).collect();
             let line = serde_json::json!({"partition": message.partition, "offset": message.offset, "key": text(&record.key),
                 "value": text(&record.value), "headers": headers, "timestampMs": record.timestamp_ms});
             writeln!(out, "{line}")
@@ -138,7 +139,7 @@ fn print(message: &Message, output: Output) -> std::io::Result<()> {
     }
 }
 
-pub async fn consume(client: &Client, args: Consume, output: Output) -> anyhow::Result<()> {
+pub(crate) async fn consume(client: &Client, args: Consume, output: Output) -> anyhow::Result<()> {
     let mut left = args.max.unwrap_or(u64::MAX);
     if let Some(subscription) = &args.subscription {
         return consume_subscription(client, subscription, left, output).await;
@@ -148,7 +149,14 @@ pub async fn consume(client: &Client, args: Consume, output: Output) -> anyhow::
     let count = cluster.topic(&topic).with_context(|| format!("topic {topic} does not exist"))?.partitions.len();
     let (sender, mut receiver) = mpsc::channel(16);
     for partition in 0..count as u32 {
-        tokio::spawn(consumer::read_partition(client.clone(), topic.clone(), partition, args.from, false, sender.clone()));
+        tokio::spawn(consumer::read_partition(
+            client.clone(),
+            topic.clone(),
+            partition,
+            args.from,
+            false,
+            sender.clone(),
+        ));
     }
     drop(sender);
     while let Some(messages) = receiver.recv().await {
@@ -181,7 +189,13 @@ async fn consume_subscription(client: &Client, name: &str, max: u64, output: Out
         pulls.push(Pull::open(client, name, &topic, partition, &member, 1_000).await?);
     }
     for (partition, pull) in pulls.into_iter().enumerate() {
-        let task = PullTask { client: client.clone(), name: name.to_owned(), topic: topic.clone(), partition: partition as u32, member: member.clone() };
+        let task = PullTask {
+            client: client.clone(),
+            name: name.to_owned(),
+            topic: topic.clone(),
+            partition: partition as u32,
+            member: member.clone(),
+        };
         tokio::spawn(task.run(pull, sender.clone()));
     }
     drop(sender);

@@ -11,11 +11,15 @@ use weir_client::Client;
 
 /// Event streaming for Kubernetes, and on a laptop.
 #[derive(Parser)]
-#[command(name = "weir", version, after_help = "Examples:
+#[command(
+    name = "weir",
+    version,
+    after_help = "Examples:
   weir serve --manifests examples --data /tmp/weir
   echo hello | weir publish orders --key alice
   weir consume --topic orders --from earliest --max 1
-  weir bench produce --topic orders --records 1000000 --size 100")]
+  weir bench produce --topic orders --records 1000000 --size 100"
+)]
 struct Cli {
     /// Brokers to begin with, host:port, separated by commas.
     #[arg(long, global = true, env = "WEIR_SERVER", default_value = "127.0.0.1:7420")]
@@ -29,7 +33,7 @@ struct Cli {
 
 /// How results are printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Output {
+pub(crate) enum Output {
     /// For people.
     Text,
     /// For programs: one JSON value, or one a line.

@@ -18,7 +18,7 @@ use weir_crds::manifest;
 #[command(after_help = "Examples:
   weir serve --manifests examples --data /tmp/weir
   weir serve --brokers 3 --data /tmp/weir3 -o json")]
-pub struct Serve {
+pub(crate) struct Serve {
     /// Folder of Topic and Subscription manifests; read again when it changes.
     #[arg(long)]
     manifests: Option<PathBuf>,
@@ -73,7 +73,7 @@ fn addresses(serve: &Serve) -> anyhow::Result<Vec<Addresses>> {
     (0..serve.brokers).map(broker).collect()
 }
 
-pub async fn run(serve: Serve, output: Output) -> anyhow::Result<()> {
+pub(crate) async fn run(serve: Serve, output: Output) -> anyhow::Result<()> {
     if let Some(folder) = &serve.manifests {
         anyhow::ensure!(folder.is_dir(), "--manifests: {} is not a folder", folder.display());
     }
@@ -149,7 +149,7 @@ fn spawn(config: &Config) -> anyhow::Result<Child> {
 }
 
 /// A broker of `weir serve --brokers N`, in a process of its own.
-pub async fn run_broker(config: Config) -> anyhow::Result<()> {
+pub(crate) async fn run_broker(config: Config) -> anyhow::Result<()> {
     weir_broker::logging::start();
     let mut terminate = signal(SignalKind::terminate())?;
     // the terminal's interrupt reaches the whole group; the parent says when to stop
@@ -193,7 +193,11 @@ fn print(output: Output, list: &[Addresses], pids: &[u32]) {
     }
     for (at, a) in list.iter().enumerate() {
         let Addresses { name, client, admin, metrics, .. } = a;
-        println!("broker {} ({name}, pid {}): clients {client}, admin {admin}, metrics http://{metrics}/metrics", at + 1, pid(at));
+        println!(
+            "broker {} ({name}, pid {}): clients {client}, admin {admin}, metrics http://{metrics}/metrics",
+            at + 1,
+            pid(at)
+        );
     }
 }
 
@@ -233,7 +237,9 @@ async fn apply_folder(
     }
     for subscription in declared.subscriptions {
         if !applied.contains(&format!("{subscription:?}")) {
-            apply_subscription(&client, &subscription).await.with_context(|| format!("subscription {}", subscription.name))?;
+            apply_subscription(&client, &subscription)
+                .await
+                .with_context(|| format!("subscription {}", subscription.name))?;
             applied.insert(format!("{subscription:?}"));
         }
     }

@@ -6,10 +6,15 @@ use std::process::Command;
 fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
     let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml");
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
-    let output = Command::new(cargo).args(["metadata", "--format-version", "1", "--no-deps", "--locked", "--offline", "--manifest-path", manifest]).output().unwrap();
+    let output = Command::new(cargo)
+        .args(["metadata", "--format-version", "1", "--no-deps", "--locked", "--offline", "--manifest-path", manifest])
+        .output()
+        .unwrap();
     let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).expect("cargo metadata");
     let name = |v: &serde_json::Value| v["name"].as_str().unwrap().to_owned();
-    let normal = |p: &serde_json::Value| p["dependencies"].as_array().unwrap().iter().filter(|d| d["kind"].is_null()).map(name).collect();
+    let normal = |p: &serde_json::Value| {
+        p["dependencies"].as_array().unwrap().iter().filter(|d| d["kind"].is_null()).map(name).collect()
+    };
     metadata["packages"].as_array().unwrap().iter().map(|p| (name(p), normal(p))).collect()
 }
 
@@ -17,7 +22,10 @@ fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
 fn crates_import_only_what_they_may() {
     let all = dependencies();
     let never = |of: &str, banned: &[&str]| {
-        let found: Vec<_> = all[of].iter().filter(|d| banned.iter().any(|b| d == b || (b.ends_with('*') && d.starts_with(b.trim_end_matches('*'))))).collect();
+        let found: Vec<_> = all[of]
+            .iter()
+            .filter(|d| banned.iter().any(|b| d == b || (b.ends_with('*') && d.starts_with(b.trim_end_matches('*')))))
+            .collect();
         assert!(found.is_empty(), "{of} imports {found:?}");
     };
     never("weir-core", &["weir-*", "tokio*", "tonic*", "kube", "rocksdb", "rand"]);

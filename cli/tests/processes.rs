@@ -14,7 +14,11 @@ use weir_proto::v1;
 
 const WEIR: &str = env!("CARGO_BIN_EXE_weir");
 
+/// One cluster at a time: failover is measured.
+static TURN: Mutex<()> = Mutex::new(());
+
 struct Cluster {
+    _turn: std::sync::MutexGuard<'static, ()>,
     serve: Child,
     servers: String,
     data: tempfile::TempDir,
@@ -26,6 +30,7 @@ impl Cluster {
     }
 
     fn start_in(data: tempfile::TempDir, brokers: u32) -> Self {
+        let turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let mut serve = Command::new(WEIR);
         serve.args(["serve", "--listen", "127.0.0.1:0", "-o", "json", "--brokers", &brokers.to_string()]);
         serve.arg("--data").arg(data.path()).env("WEIR_LOG", "warn").stdout(Stdio::piped());
@@ -35,7 +40,7 @@ impl Cluster {
         let said: serde_json::Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line:?}"));
         let list = said["brokers"].as_array().unwrap().clone();
         let servers: Vec<&str> = list.iter().map(|b| b["client"].as_str().unwrap()).collect();
-        Self { serve, servers: servers.join(","), data }
+        Self { _turn: turn, serve, servers: servers.join(","), data }
     }
 
     /// Pid of a broker by name, as the process list has it: a restarted one has another than was printed.
@@ -131,7 +136,11 @@ impl Writer {
                         number += 1;
                         let mut value = name.clone().into_bytes();
                         value.resize(1024, b' ');
-                        let record = Record { key: Some(format!("k{key}").into()), value: Some(value.into()), ..Default::default() };
+                        let record = Record {
+                            key: Some(format!("k{key}").into()),
+                            value: Some(value.into()),
+                            ..Default::default()
+                        };
                         under_way.push((name, producer.send(record).await.unwrap()));
                     }
                     for (name, outcome) in under_way {
@@ -292,7 +301,10 @@ async fn an_embedded_broker_keeps_messages_and_cursors_over_a_restart() {
     let data = cluster.stop();
     let cluster = Cluster::start_in(data, 1);
     assert_eq!(run(&cluster, &["consume", "--subscription", "s", "--max", "1", "-o", "raw"], ""), "three\n");
-    assert_eq!(run(&cluster, &["consume", "--topic", "t", "--from", "earliest", "--max", "3", "-o", "raw"], ""), "one\ntwo\nthree\n");
+    assert_eq!(
+        run(&cluster, &["consume", "--topic", "t", "--from", "earliest", "--max", "3", "-o", "raw"], ""),
+        "one\ntwo\nthree\n"
+    );
 }
 
 fn run(cluster: &Cluster, args: &[&str], input: &str) -> String {
@@ -319,7 +331,9 @@ async fn bad_requests_are_refused_by_name() {
         messages: vec![v1::Message { value: vec![7; bytes].into(), ..Default::default() }],
     };
     let mut codes = Vec::new();
-    for request in [publish("", 0, 1), publish("../x", 0, 1), publish("nope", 0, 1), publish("t", 9, 1), publish("t", 0, 2 << 20)] {
+    for request in
+        [publish("", 0, 1), publish("../x", 0, 1), publish("nope", 0, 1), publish("t", 9, 1), publish("t", 0, 2 << 20)]
+    {
         codes.push(publisher.publish(request).await.unwrap_err().code());
     }
     use tonic::Code::{InvalidArgument, NotFound, OutOfRange};
@@ -330,7 +344,12 @@ async fn bad_requests_are_refused_by_name() {
     assert_eq!(status.code(), OutOfRange);
     assert!(status.message().contains("0 to 0"), "{}", status.message());
     // a batch whose checksum is wrong is refused on the stream, and the stream goes on
-    let good = weir_proto::records::encode(&[Record { value: Some("x".into()), ..Default::default() }], Default::default(), None).unwrap();
+    let good = weir_proto::records::encode(
+        &[Record { value: Some("x".into()), ..Default::default() }],
+        Default::default(),
+        None,
+    )
+    .unwrap();
     let mut bad = good.to_vec();
     *bad.last_mut().unwrap() ^= 1;
     let batch = |id, bytes: Vec<u8>| v1::PublishBatch { id, topic: "t".into(), partition: 0, batch: bytes.into() };

@@ -46,7 +46,12 @@ fn unpack(partition: u32, batch: &v1::Batch, from: u64) -> Result<Vec<Message>, 
 }
 
 /// Where a position stands in a partition's log.
-pub async fn offsets(client: &Client, topic: &str, partition: u32, time_ms: u64) -> Result<v1::ListOffsetsResponse, Error> {
+pub async fn offsets(
+    client: &Client,
+    topic: &str,
+    partition: u32,
+    time_ms: u64,
+) -> Result<v1::ListOffsetsResponse, Error> {
     client
         .at_leader(topic, partition, Duration::from_secs(10), |address| async move {
             let channel = client.channel(&address).map_err(|e| tonic::Status::internal(e.to_string()))?;
@@ -92,7 +97,8 @@ async fn read(
     }
     let mut waits = waits();
     loop {
-        let request = v1::FetchRequest { topic: topic.to_owned(), partition, offset, bytes_max: 4 << 20, wait_ms: 1_000 };
+        let request =
+            v1::FetchRequest { topic: topic.to_owned(), partition, offset, bytes_max: 4 << 20, wait_ms: 1_000 };
         let opened = client
             .at_leader(topic, partition, Duration::from_secs(30), |address| {
                 let request = request.clone();
@@ -140,7 +146,14 @@ pub struct Pull {
 
 impl Pull {
     /// Opens a partition as `member`, with credit for so many messages.
-    pub async fn open(client: &Client, subscription: &str, topic: &str, partition: u32, member: &str, credit: u32) -> Result<Self, Error> {
+    pub async fn open(
+        client: &Client,
+        subscription: &str,
+        topic: &str,
+        partition: u32,
+        member: &str,
+        credit: u32,
+    ) -> Result<Self, Error> {
         client
             .at_leader(topic, partition, Duration::from_secs(10), |address| async move {
                 let channel = client.channel(&address).map_err(|e| tonic::Status::internal(e.to_string()))?;

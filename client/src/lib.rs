@@ -10,8 +10,8 @@ use std::time::Duration;
 use thiserror::Error;
 use tonic::transport::{Channel, Endpoint};
 use tonic_types::StatusExt as _;
-use weir_proto::v1;
 pub use weir_proto::records::{Compression, Record};
+use weir_proto::v1;
 
 /// Why an operation failed.
 #[derive(Debug, Error, Clone)]
@@ -41,7 +41,8 @@ impl From<tonic::Status> for Error {
 pub fn is_transient(status: &tonic::Status) -> bool {
     use tonic::Code::*;
     let reason = status.get_details_error_info().map_or(String::new(), |i| i.reason);
-    matches!(status.code(), Unavailable | Unknown | Cancelled | Aborted | ResourceExhausted | DeadlineExceeded) || reason == "NOT_LEADER"
+    matches!(status.code(), Unavailable | Unknown | Cancelled | Aborted | ResourceExhausted | DeadlineExceeded)
+        || reason == "NOT_LEADER"
 }
 
 /// The cluster as last seen.
@@ -78,8 +79,11 @@ pub struct Client(Arc<Inner>);
 impl Client {
     /// A client that begins at these addresses, `host:port`, separated by commas. Connects when first used.
     pub fn new(servers: &str) -> Result<Self, Error> {
-        let seeds: Vec<String> = servers.split(',').map(|s| s.trim().trim_start_matches("http://").to_owned()).collect();
-        if let Some(bad) = seeds.iter().find(|s| !s.contains(':') || Endpoint::from_shared(format!("http://{s}")).is_err()) {
+        let seeds: Vec<String> =
+            servers.split(',').map(|s| s.trim().trim_start_matches("http://").to_owned()).collect();
+        if let Some(bad) =
+            seeds.iter().find(|s| !s.contains(':') || Endpoint::from_shared(format!("http://{s}")).is_err())
+        {
             return Err(Error::Address(bad.clone()));
         }
         Ok(Self(Arc::new(Inner { seeds, channels: Mutex::default(), cluster: Mutex::default() })))
@@ -91,7 +95,8 @@ impl Client {
         if let Some(channel) = channels.get(address) {
             return Ok(channel.clone());
         }
-        let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|_| Error::Address(address.to_owned()))?;
+        let endpoint =
+            Endpoint::from_shared(format!("http://{address}")).map_err(|_| Error::Address(address.to_owned()))?;
         let channel = endpoint
             .connect_timeout(Duration::from_secs(2))
             .tcp_nodelay(true)
@@ -115,7 +120,9 @@ impl Client {
         let brokers = known.metadata.brokers.iter().map(|b| b.client_address.clone()).filter(|a| !a.is_empty());
         let mut addresses: Vec<String> = brokers.chain(self.0.seeds.iter().cloned()).collect();
         // not always the same broker first: it may be the one that is gone
-        let turn = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.subsec_micros() as usize);
+        let turn = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .map_or(0, |d| d.subsec_micros() as usize);
         let count = addresses.len().max(1);
         addresses.rotate_left(turn % count);
         let mut last = String::new();
@@ -152,7 +159,8 @@ impl Client {
         let cluster = self.connect(Duration::from_secs(10)).await?;
         let by = cluster.metadata.answered_by;
         let broker = cluster.metadata.brokers.iter().find(|b| b.id == by && !b.admin_address.is_empty());
-        let missing = || Error::Deadline { after: Duration::ZERO, last: "no broker has told its admin address yet".to_owned() };
+        let missing =
+            || Error::Deadline { after: Duration::ZERO, last: "no broker has told its admin address yet".to_owned() };
         Ok(v1::admin_client::AdminClient::new(self.channel(&broker.ok_or_else(missing)?.admin_address)?))
     }
 

@@ -301,7 +301,12 @@ impl Task {
     }
 
     fn to_wire(&self, batch: &Batch) -> v1::PublishBatch {
-        v1::PublishBatch { id: batch.id, topic: self.topic.clone(), partition: self.partition, batch: batch.bytes.clone() }
+        v1::PublishBatch {
+            id: batch.id,
+            topic: self.topic.clone(),
+            partition: self.partition,
+            batch: batch.bytes.clone(),
+        }
     }
 
     /// Takes an answer; says why where another stream is needed.
@@ -317,7 +322,10 @@ impl Task {
                 None
             }
             Outcome::Error(error) => {
-                let transient = matches!(error.reason.as_str(), "NOT_LEADER" | "LEADERSHIP_LOST" | "OVERLOADED" | "STOPPING" | "SEQUENCE");
+                let transient = matches!(
+                    error.reason.as_str(),
+                    "NOT_LEADER" | "LEADERSHIP_LOST" | "OVERLOADED" | "STOPPING" | "SEQUENCE"
+                );
                 if transient && !(error.reason == "SEQUENCE" && at == 0) {
                     // a sequence error behind an unanswered batch is that batch's doing
                     return Some(error.message);

@@ -74,7 +74,14 @@ pub enum Mode {
 
 /// A reader of a topic whose position Weir keeps: what it has not acknowledged comes again.
 #[derive(CustomResource, Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[kube(group = "weir.dev", version = "v1alpha1", kind = "Subscription", namespaced, shortname = "wsub", category = "weir")]
+#[kube(
+    group = "weir.dev",
+    version = "v1alpha1",
+    kind = "Subscription",
+    namespaced,
+    shortname = "wsub",
+    category = "weir"
+)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct SubscriptionSpec {
     /// The topic's name, in the same namespace, or `namespace/name`.
@@ -185,7 +192,11 @@ impl Subscription {
             return Err(invalid("spec.topic", "is empty"));
         }
         let namespace = name.split('/').next().unwrap_or("default");
-        let topic = if self.spec.topic.contains('/') { self.spec.topic.clone() } else { format!("{namespace}/{}", self.spec.topic) };
+        let topic = if self.spec.topic.contains('/') {
+            self.spec.topic.clone()
+        } else {
+            format!("{namespace}/{}", self.spec.topic)
+        };
         Ok(ValidatedSubscription {
             topic,
             from_earliest: self.spec.start == StartPosition::Earliest,

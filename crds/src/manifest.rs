@@ -48,7 +48,8 @@ pub fn read_text(file: &Path, text: &str, declared: &mut Declared, errors: &mut 
             document.push('\n');
             continue;
         }
-        let mut fail = |line: usize, message: String| errors.push(ManifestError { file: file.to_owned(), line, message });
+        let mut fail =
+            |line: usize, message: String| errors.push(ManifestError { file: file.to_owned(), line, message });
         read_document(&document, start, declared, &mut fail);
         document.clear();
         start = at + 1;

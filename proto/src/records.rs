@@ -114,8 +114,14 @@ mod tests {
     fn any_record() -> impl Strategy<Value = Record> {
         let bytes = || proptest::collection::vec(any::<u8>(), 0..50).prop_map(Bytes::from);
         let headers = proptest::collection::btree_map("[a-z]{1,8}", bytes(), 0..3);
-        (proptest::option::of(bytes()), proptest::option::of(bytes()), headers, 0i64..1 << 45)
-            .prop_map(|(key, value, headers, timestamp_ms)| Record { key, value, headers: headers.into_iter().collect(), timestamp_ms })
+        (proptest::option::of(bytes()), proptest::option::of(bytes()), headers, 0i64..1 << 45).prop_map(
+            |(key, value, headers, timestamp_ms)| Record {
+                key,
+                value,
+                headers: headers.into_iter().collect(),
+                timestamp_ms,
+            },
+        )
     }
 
     proptest! {

@@ -1,8 +1,8 @@
 //! What a node does by itself as time passes: membership, leadership, retention, memory, and, as metadata leader, the plan.
 
-use crate::group::{Group, Machine};
 use crate::cursor::CursorUpdate;
 use crate::entry::Control;
+use crate::group::{Group, Machine};
 use crate::ids::{BrokerId, GroupId, META_GROUP, ReplicaId, Ticket, TopicId};
 use crate::membership::{Step, next_step};
 use crate::meta::command::{Command, Kind, Reassign, Settled};
@@ -219,8 +219,6 @@ fn renew(group: GroupId, assignment: &Assignment, damaged: ReplicaId) -> Option<
     let brokers = assignment.replicas.iter().map(|r| r.broker).collect();
     let learners = assignment.replicas.iter().any(|r| r.learner);
     let voters_max = if group == META_GROUP || learners { plan::META_VOTERS_MAX as u32 } else { 0 };
-    let change =
-        Reassign { group: group.0, expected_epoch: assignment.epoch, brokers, voters_max, renew: damaged.0 };
+    let change = Reassign { group: group.0, expected_epoch: assignment.epoch, brokers, voters_max, renew: damaged.0 };
     Some(Kind::Reassign(change).into())
 }
-

@@ -142,8 +142,8 @@ impl Group {
         };
         let conf = log.initial_state().expect("reads memory").conf_state;
         let raft = RawNode::new(&config, log, &slog::Logger::root(slog::Discard, slog::o!())).expect(NO_LIMIT_ERROR);
-        let sums = newest
-            .map_or(LogSums::default(), |c| LogSums { bytes: c.log_bytes, append_time_ms: c.append_time_ms });
+        let sums =
+            newest.map_or(LogSums::default(), |c| LogSums { bytes: c.log_bytes, append_time_ms: c.append_time_ms });
         Ok(Self {
             id: stored.group,
             replica: stored.replica,
@@ -360,7 +360,12 @@ impl Group {
     }
 
     /// Handles all that Raft wants now.
-    pub(crate) fn drain(&mut self, ops: &mut Vec<WriteOp>, parts: &mut Vec<Part>, out: &mut Effects) -> Result<(), StoreError> {
+    pub(crate) fn drain(
+        &mut self,
+        ops: &mut Vec<WriteOp>,
+        parts: &mut Vec<Part>,
+        out: &mut Effects,
+    ) -> Result<(), StoreError> {
         while self.raft.has_ready() {
             let mut ready = self.raft.ready();
             let number = ready.number();
@@ -572,9 +577,17 @@ impl Group {
             in_flight: Default::default(),
         };
         if let Machine::Partition(state) = &self.machine {
-            let mut end = PartitionState { producers: state.producers.clone(), next_offset: state.next_offset, ..Default::default() };
+            let mut end = PartitionState {
+                producers: state.producers.clone(),
+                next_offset: state.next_offset,
+                ..Default::default()
+            };
             let last = self.raft.raft.raft_log.last_index();
-            let pending = if last > self.applied { self.log().tail().entries(self.applied + 1, last + 1, u64::MAX) } else { None };
+            let pending = if last > self.applied {
+                self.log().tail().entries(self.applied + 1, last + 1, u64::MAX)
+            } else {
+                None
+            };
             for entry in pending.unwrap_or_default() {
                 end.apply(&entry);
                 lead.in_flight.push_back((end.next_offset, entry.index));

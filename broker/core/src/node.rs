@@ -188,6 +188,8 @@ pub struct Node {
     pub(crate) groups: BTreeMap<GroupId, Group>,
     /// replicas that were found damaged and take part in nothing
     pub(crate) damaged: BTreeMap<GroupId, ReplicaId>,
+    /// the newest replica of each group that was removed here: it is never made again
+    tombstones: BTreeMap<GroupId, ReplicaId>,
     pub(crate) meta: Arc<MetaState>,
     pub(crate) dirty: BTreeSet<GroupId>,
     /// operations that belong to no Raft round: creations, checkpoints, removals
@@ -206,7 +208,13 @@ pub struct Node {
 
 impl Node {
     /// Opens what the store holds. A damaged group does not stop the others.
-    pub fn open(broker: BrokerId, store: Arc<dyn Store>, limits: Limits, seed: u64, now: Now) -> Result<Self, StoreError> {
+    pub fn open(
+        broker: BrokerId,
+        store: Arc<dyn Store>,
+        limits: Limits,
+        seed: u64,
+        now: Now,
+    ) -> Result<Self, StoreError> {
         let mut node = Self {
             broker,
             store: store.clone(),
@@ -217,6 +225,7 @@ impl Node {
             ticks: 0,
             groups: BTreeMap::new(),
             damaged: BTreeMap::new(),
+            tombstones: BTreeMap::new(),
             meta: Arc::default(),
             dirty: BTreeSet::new(),
             ops: Vec::new(),
@@ -230,7 +239,11 @@ impl Node {
             out: Effects::default(),
         };
         for stored in store.load()? {
-            node.open_group(&stored);
+            if stored.destroyed {
+                node.tombstones.insert(stored.group, stored.replica);
+            } else {
+                node.open_group(&stored);
+            }
         }
         if let Some(Machine::Meta(meta)) = node.groups.get(&META_GROUP).map(Group::machine) {
             node.set_meta(meta.clone());
@@ -255,8 +268,15 @@ impl Node {
         self.ops.push(WriteOp::Create { group, replica, checkpoint: checkpoint.clone() });
         let last_index = checkpoint.as_ref().map_or(0, |c| c.index);
         let checkpoints = checkpoint.into_iter().collect();
-        let stored =
-            StoredGroup { group, replica, quarantined: false, hard: Default::default(), checkpoints, last_index };
+        let stored = StoredGroup {
+            group,
+            replica,
+            quarantined: false,
+            destroyed: false,
+            hard: Default::default(),
+            checkpoints,
+            last_index,
+        };
         self.open_group(&stored);
     }
 
@@ -268,7 +288,10 @@ impl Node {
             Group::open(stored, self.store.clone(), &self.limits)
         };
         match opened {
-            Ok(group) => {
+            Ok(mut group) => {
+                if group.conf().voters == [stored.replica.0] {
+                    group.campaign(); // alone, it need not wait for anyone
+                }
                 self.groups.insert(stored.group, group);
                 self.dirty.insert(stored.group);
                 self.out.opened.push(stored.group);
@@ -365,7 +388,8 @@ impl Node {
         let Envelope { group: id, message } = envelope;
         let assigned = self.meta.assignment(id).and_then(|a| a.broker_of(ReplicaId(message.from)));
         let salt = self.salt();
-        if id == META_GROUP && !self.groups.contains_key(&id) && self.damaged.get(&id).is_none_or(|d| d.0 < message.to) {
+        if id == META_GROUP && !self.groups.contains_key(&id) && self.damaged.get(&id).is_none_or(|d| d.0 < message.to)
+        {
             // a broker that joined, or whose replica was damaged, learns its replica's id from the leader that calls it
             if self.damaged.contains_key(&id) {
                 self.destroy(id);
@@ -492,7 +516,15 @@ impl Node {
         if ops.is_empty() && parts.is_empty() {
             return;
         }
-        let structural = |op: &WriteOp| !matches!(op, WriteOp::Append { .. } | WriteOp::SetHardState { .. } | WriteOp::PutCheckpoint { .. } | WriteOp::DropCheckpoint { .. });
+        let structural = |op: &WriteOp| {
+            !matches!(
+                op,
+                WriteOp::Append { .. }
+                    | WriteOp::SetHardState { .. }
+                    | WriteOp::PutCheckpoint { .. }
+                    | WriteOp::DropCheckpoint { .. }
+            )
+        };
         let sync = parts.iter().any(|p| p.sync) || ops.iter().any(structural);
         let id = self.next_round;
         self.next_round += 1;
@@ -521,20 +553,21 @@ impl Node {
         let held: Vec<GroupId> = self.groups.keys().chain(self.damaged.keys()).copied().collect();
         for id in held {
             // only a recorded decision removes data: the topic was deleted, or the group settled without this broker
+            // and metadata older than the replica (it is replayed at every start) decides nothing about it
             let left = meta.assignment(id).is_some_and(|a| a.is_settled() && a.replica_on(self.broker).is_none());
-            if id != META_GROUP && (meta.deleted_groups.contains_key(&id.0) || left) {
+            let known = self.held_replica(id).is_some_and(|r| r.0 <= meta.last_id);
+            if id != META_GROUP && known && (meta.deleted_groups.contains_key(&id.0) || left) {
                 self.destroy(id);
             }
         }
     }
 
     fn ensure_replica(&mut self, id: GroupId, replica: ReplicaId, assignment: &Assignment) {
-        let held = self.groups.get(&id).map(Group::replica).or_else(|| self.damaged.get(&id).copied());
-        match held {
-            Some(held) if held == replica => return,
+        // replica ids only grow: an assignment of an older one than was held here is old metadata, replayed
+        match self.held_replica(id).max(self.tombstones.get(&id).copied()) {
+            Some(newest) if newest >= replica => return,
             None if id == META_GROUP => return, // made when the broker formed or joined the cluster
-            Some(_) => self.destroy(id),
-            None => {}
+            _ => self.destroy(id),
         }
         let first = assignment.epoch == 0;
         self.create_group(id, replica, first.then(|| initial_checkpoint(assignment, Bytes::new())));
@@ -544,12 +577,18 @@ impl Node {
         }
     }
 
+    fn held_replica(&self, id: GroupId) -> Option<ReplicaId> {
+        self.groups.get(&id).map(Group::replica).or_else(|| self.damaged.get(&id).copied())
+    }
+
     fn destroy(&mut self, id: GroupId) {
+        let Some(replica) = self.held_replica(id) else { return };
+        self.tombstones.insert(id, replica);
         if let Some(group) = self.groups.remove(&id) {
             group.log().tail().reset(0, 0);
         }
         self.damaged.remove(&id);
-        self.ops.push(WriteOp::Destroy { group: id });
+        self.ops.push(WriteOp::Destroy { group: id, replica });
         self.out.opened.push(id);
     }
 }

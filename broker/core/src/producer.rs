@@ -109,10 +109,8 @@ impl ProducerTable {
 
     /// Records a batch that was appended at `base_offset`.
     pub fn record(&mut self, stamp: &ProducerStamp, count: u32, base_offset: u64) {
-        let producer = self
-            .producers
-            .entry(stamp.id)
-            .or_insert_with(|| Producer { epoch: stamp.epoch, seen: VecDeque::new() });
+        let producer =
+            self.producers.entry(stamp.id).or_insert_with(|| Producer { epoch: stamp.epoch, seen: VecDeque::new() });
         if let Some(last) = producer.seen.back() {
             self.by_age.remove(&last.base_offset);
         }

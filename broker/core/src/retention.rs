@@ -23,7 +23,12 @@ mod tests {
     use super::*;
 
     fn points() -> Vec<CheckpointInfo> {
-        let point = |i: u64| CheckpointInfo { index: i * 10, next_offset: i * 100, log_bytes: i * 1000, append_time_ms: i * 60_000 };
+        let point = |i: u64| CheckpointInfo {
+            index: i * 10,
+            next_offset: i * 100,
+            log_bytes: i * 1000,
+            append_time_ms: i * 60_000,
+        };
         (1..=5).map(point).collect()
     }
 

@@ -112,8 +112,8 @@ pub enum WriteOp {
     Install { group: GroupId, checkpoint: Checkpoint },
     /// Marks the replica as damaged: it never takes part again.
     Quarantine { group: GroupId },
-    /// Removes everything of the group.
-    Destroy { group: GroupId },
+    /// Removes everything of the group, except that this replica once was here: it is never made again.
+    Destroy { group: GroupId, replica: ReplicaId },
 }
 
 /// What a store holds of one group at start.
@@ -125,6 +125,8 @@ pub struct StoredGroup {
     pub replica: ReplicaId,
     /// Found damaged before.
     pub quarantined: bool,
+    /// Removed by a recorded decision: only its replica id is left.
+    pub destroyed: bool,
     /// Hard state, default for a replica that never had one.
     pub hard: HardState,
     /// Checkpoints, oldest first; empty for a replica that waits for its first.

@@ -324,7 +324,8 @@ impl World {
             while index <= group.applied() {
                 let entries = log.tail().entries(index, group.applied() + 1, u64::MAX).unwrap_or_else(|| {
                     let high = log.tail().first_index().min(group.applied() + 1);
-                    weir_core::storage::Store::entries(&*host.store, group.id(), index, high, u64::MAX).expect("readable")
+                    weir_core::storage::Store::entries(&*host.store, group.id(), index, high, u64::MAX)
+                        .expect("readable")
                 });
                 index += entries.len() as u64;
                 values.extend(entries.iter().filter(|e| e.data.len() > 61).map(|e| value_of(&e.data)));
@@ -338,7 +339,11 @@ impl World {
         let distinct: BTreeSet<&u64> = longest.iter().collect();
         assert_eq!(distinct.len(), longest.len(), "a value stands twice");
         for (value, (_, offset)) in &self.acked {
-            assert_eq!(longest.get(*offset as usize), Some(value), "acknowledged value {value} is not at its offset {offset}");
+            assert_eq!(
+                longest.get(*offset as usize),
+                Some(value),
+                "acknowledged value {value} is not at its offset {offset}"
+            );
         }
         for at in 0..self.producers.len() {
             let order: Vec<u64> = self.acked.values().filter(|(p, _)| *p == at).map(|(_, o)| *o).collect();

@@ -1,4 +1,4 @@
-//! Random schedules. A failing seed is printed; run it again with `SEED=n cargo test -p weir-sim`.
+//! Random schedules. A failing seed is printed; run it again with `make sim SEED=n`.
 
 use weir_sim::World;
 
@@ -30,7 +30,7 @@ fn acknowledged_records_survive_crashes_cuts_and_power_loss() {
         match outcome {
             Ok(world) => acked += world.acked.len(),
             Err(cause) => {
-                eprintln!("seed {seed} fails; again: SEED={seed} cargo test -p weir-sim");
+                eprintln!("seed {seed} fails; again: make sim SEED={seed}");
                 std::panic::resume_unwind(cause);
             }
         }

@@ -17,7 +17,10 @@ const MESSAGE_BYTES_MAX: u32 = 32 << 20;
 fn topic_spec(spec: Option<v1::TopicSpec>) -> Result<core::TopicSpec, Failure> {
     let spec = spec.ok_or_else(|| Failure::invalid("SPEC", "a topic needs a spec"))?;
     if spec.partitions == 0 || spec.partitions > PARTITIONS_MAX {
-        return Err(Failure::invalid("PARTITIONS", format!("partitions must be 1 to {PARTITIONS_MAX}, not {}", spec.partitions)));
+        return Err(Failure::invalid(
+            "PARTITIONS",
+            format!("partitions must be 1 to {PARTITIONS_MAX}, not {}", spec.partitions),
+        ));
     }
     if spec.replicas == 0 || spec.replicas > 7 {
         return Err(Failure::invalid("REPLICAS", format!("replicas must be 1 to 7, not {}", spec.replicas)));
@@ -44,7 +47,10 @@ impl Context {
 
 #[tonic::async_trait]
 impl Admin for Context {
-    async fn apply_topic(&self, request: Request<v1::ApplyTopicRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
+    async fn apply_topic(
+        &self,
+        request: Request<v1::ApplyTopicRequest>,
+    ) -> Result<Response<v1::ApplyResponse>, Status> {
         let request = request.into_inner();
         let name = full_name(&request.name)?;
         let spec = topic_spec(request.spec)?;
@@ -57,8 +63,7 @@ impl Admin for Context {
             let missing = spec.partitions.saturating_sub(had);
             let placed = placement::place(placement::candidates(meta), missing, spec.replicas);
             let placed = if missing == 0 { Vec::new() } else { placed? };
-            let placements =
-                placed.iter().map(|p| Placement { brokers: p.iter().map(|b| b.0).collect() }).collect();
+            let placements = placed.iter().map(|p| Placement { brokers: p.iter().map(|b| b.0).collect() }).collect();
             let change = ApplyTopic {
                 name: name.clone(),
                 spec: spec.clone(),
@@ -96,26 +101,38 @@ impl Admin for Context {
         Ok(self.applied())
     }
 
-    async fn delete_subscription(&self, request: Request<v1::DeleteRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
+    async fn delete_subscription(
+        &self,
+        request: Request<v1::DeleteRequest>,
+    ) -> Result<Response<v1::ApplyResponse>, Status> {
         let v1::DeleteRequest { name, owner_uid } = request.into_inner();
         self.propose(Kind::DeleteSubscription(Delete { name: full_name(&name)?, owner_uid })).await?;
         Ok(self.applied())
     }
 
-    async fn add_broker(&self, request: Request<v1::AddBrokerRequest>) -> Result<Response<v1::AddBrokerResponse>, Status> {
+    async fn add_broker(
+        &self,
+        request: Request<v1::AddBrokerRequest>,
+    ) -> Result<Response<v1::AddBrokerResponse>, Status> {
         let broker = core::Broker { name: request.into_inner().name, ..Default::default() };
         let id = self.propose(Kind::Expect(broker)).await?;
         Ok(Response::new(v1::AddBrokerResponse { id }))
     }
 
-    async fn drain_broker(&self, request: Request<v1::DrainBrokerRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
+    async fn drain_broker(
+        &self,
+        request: Request<v1::DrainBrokerRequest>,
+    ) -> Result<Response<v1::ApplyResponse>, Status> {
         let broker = request.into_inner().id;
         let phase = core::Phase::Draining.into();
         self.propose(Kind::SetPhase(SetPhase { broker, phase, removed: false })).await?;
         Ok(self.applied())
     }
 
-    async fn set_log_level(&self, request: Request<v1::SetLogLevelRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
+    async fn set_log_level(
+        &self,
+        request: Request<v1::SetLogLevelRequest>,
+    ) -> Result<Response<v1::ApplyResponse>, Status> {
         crate::logging::set_filter(&request.into_inner().filter).map_err(|e| Failure::invalid("FILTER", e))?;
         Ok(self.applied())
     }

@@ -39,7 +39,11 @@ pub fn check_range(partition: &Partition, offset: u64) -> Result<(), Failure> {
     Err(Failure::new(Code::OutOfRange, "OFFSET", text))
 }
 
-async fn fetch(context: &Context, mut partition: Partition, request: &v1::FetchRequest) -> Result<v1::FetchResponse, Failure> {
+async fn fetch(
+    context: &Context,
+    mut partition: Partition,
+    request: &v1::FetchRequest,
+) -> Result<v1::FetchResponse, Failure> {
     check_range(&partition, request.offset)?;
     let bytes_max = if request.bytes_max == 0 { 1 << 20 } else { request.bytes_max.min(BYTES_MAX) } as usize;
     let wait = Duration::from_millis(request.wait_ms.min(WAIT_MS_MAX).into());
@@ -67,7 +71,10 @@ impl Log for Context {
 
     type FetchStreamStream = Pin<Box<dyn Stream<Item = Result<v1::FetchResponse, Status>> + Send>>;
 
-    async fn fetch_stream(&self, request: Request<v1::FetchRequest>) -> Result<Response<Self::FetchStreamStream>, Status> {
+    async fn fetch_stream(
+        &self,
+        request: Request<v1::FetchRequest>,
+    ) -> Result<Response<Self::FetchStreamStream>, Status> {
         let mut request = request.into_inner();
         let (group, _) = self.group(&request.topic, request.partition)?;
         check_range(&self.led_partition(group)?, request.offset)?;
@@ -94,7 +101,10 @@ impl Log for Context {
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
-    async fn list_offsets(&self, request: Request<v1::ListOffsetsRequest>) -> Result<Response<v1::ListOffsetsResponse>, Status> {
+    async fn list_offsets(
+        &self,
+        request: Request<v1::ListOffsetsRequest>,
+    ) -> Result<Response<v1::ListOffsetsResponse>, Status> {
         let request = request.into_inner();
         let (group, _) = self.group(&request.topic, request.partition)?;
         let partition = self.led_partition(group)?;

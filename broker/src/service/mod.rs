@@ -121,8 +121,15 @@ impl Context {
         }
         let meta = self.shared.meta();
         let address = controller.and_then(|b| meta.broker(b)).map(|b| b.peer_address.clone());
-        let address = address.ok_or_else(|| Failure::new(Code::Unavailable, "NO_CONTROLLER", "no metadata leader now; try again"))?;
-        let unreachable = |e: tonic::transport::Error| Failure::new(Code::Unavailable, "NO_CONTROLLER", format!("the metadata leader at {address} is not reached: {e}"));
+        let address = address
+            .ok_or_else(|| Failure::new(Code::Unavailable, "NO_CONTROLLER", "no metadata leader now; try again"))?;
+        let unreachable = |e: tonic::transport::Error| {
+            Failure::new(
+                Code::Unavailable,
+                "NO_CONTROLLER",
+                format!("the metadata leader at {address} is not reached: {e}"),
+            )
+        };
         let mut peer = peers::connect(&address).await.map_err(unreachable)?;
         let answer = peer.propose(v1::ProposeRequest { command: command.encode_to_vec().into() }).await?.into_inner();
         // what was answered there may not be applied here yet; a caller that asks here next should see it
@@ -158,7 +165,6 @@ pub fn number(answer: Answer) -> u64 {
         Answer::Broker(id) | Answer::Producers(id) => id,
     }
 }
-
 
 #[cfg(test)]
 mod tests {

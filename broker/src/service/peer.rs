@@ -62,14 +62,18 @@ impl Peer for PeerService {
         if context.shared.controller() != Some(context.shared.broker) {
             let meta = context.shared.meta();
             let controller = context.shared.controller().and_then(|b| meta.broker(b)).map(|b| b.peer_address.clone());
-            let address = controller.ok_or_else(|| Failure::new(Code::Unavailable, "NO_CONTROLLER", "no metadata leader now"))?;
-            let mut peer = peers::connect(&address).await.map_err(|e| Failure::new(Code::Unavailable, "NO_CONTROLLER", e.to_string()))?;
+            let address =
+                controller.ok_or_else(|| Failure::new(Code::Unavailable, "NO_CONTROLLER", "no metadata leader now"))?;
+            let mut peer = peers::connect(&address)
+                .await
+                .map_err(|e| Failure::new(Code::Unavailable, "NO_CONTROLLER", e.to_string()))?;
             return peer.join(request).await;
         }
         let meta = context.shared.meta();
         if let Some(old) = meta.broker_named(&request.name).filter(|b| b.phase() != Phase::Expected) {
             let id = BrokerId(old.id);
-            let silent = context.node.ask(move |node| node.is_silent(id, SILENCE_MS)).await.ok_or_else(Failure::stopping)?;
+            let silent =
+                context.node.ask(move |node| node.is_silent(id, SILENCE_MS)).await.ok_or_else(Failure::stopping)?;
             if !silent {
                 let text = format!("a broker called {} (id {id}) was heard of just now", request.name);
                 return Err(Failure::new(Code::FailedPrecondition, "NAME_IN_USE", text).into());
@@ -89,7 +93,8 @@ impl Peer for PeerService {
 
     async fn propose(&self, request: Request<v1::ProposeRequest>) -> Result<Response<v1::ProposeResponse>, Status> {
         let context = self.running()?;
-        let command = Command::decode(request.into_inner().command).map_err(|e| Failure::invalid("COMMAND", e.to_string()))?;
+        let command =
+            Command::decode(request.into_inner().command).map_err(|e| Failure::invalid("COMMAND", e.to_string()))?;
         let number = number(context.propose_here(command).await?);
         Ok(Response::new(v1::ProposeResponse { number, version: context.shared.meta().version }))
     }
@@ -98,7 +103,8 @@ impl Peer for PeerService {
         let context = self.running()?.clone();
         let mut frames = request.into_inner();
         let first = frames.message().await?;
-        let hello = first.and_then(|f| f.hello).ok_or_else(|| Failure::invalid("HELLO", "a stream begins with a hello"))?;
+        let hello =
+            first.and_then(|f| f.hello).ok_or_else(|| Failure::invalid("HELLO", "a stream begins with a hello"))?;
         let identity = self.formation.identity();
         if hello.cluster_id != identity.cluster_id || hello.broker_id == identity.broker_id || hello.broker_id == 0 {
             let text = format!("broker {} of cluster '{}' is no peer of this one", hello.broker_id, hello.cluster_id);

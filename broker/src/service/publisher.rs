@@ -55,7 +55,8 @@ impl Publisher for Context {
             Some(partition) => partition,
             None => choose_partition(self, &request)?,
         };
-        let now_ms = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_millis() as i64);
+        let now_ms =
+            std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_millis() as i64);
         let record = |m: v1::Message| Record {
             key: (!m.key.is_empty()).then_some(m.key),
             value: Some(m.value),
@@ -84,10 +85,14 @@ impl Publisher for Context {
 
     type PublishStreamStream = AckStream;
 
-    async fn publish_stream(&self, request: Request<Streaming<v1::PublishBatch>>) -> Result<Response<AckStream>, Status> {
+    async fn publish_stream(
+        &self,
+        request: Request<Streaming<v1::PublishBatch>>,
+    ) -> Result<Response<AckStream>, Status> {
         let (replies, acks) = mpsc::unbounded_channel();
         let (refused, refusals) = mpsc::unbounded_channel();
-        let sessions: std::sync::Arc<std::sync::Mutex<HashMap<u64, (GroupId, u32, usize, Instant)>>> = Default::default();
+        let sessions: std::sync::Arc<std::sync::Mutex<HashMap<u64, (GroupId, u32, usize, Instant)>>> =
+            Default::default();
         tokio::spawn(take_batches(self.clone(), request.into_inner(), replies, refused, sessions.clone()));
         let context = self.clone();
         self.metrics.open_streams.inc();

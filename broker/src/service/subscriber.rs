@@ -211,7 +211,12 @@ impl Session {
     }
 }
 
-fn delivery(next: &mut u64, credit: &mut u64, batches: Vec<weir_core::tail::LogBatch>, high_watermark: u64) -> Option<v1::PullResponse> {
+fn delivery(
+    next: &mut u64,
+    credit: &mut u64,
+    batches: Vec<weir_core::tail::LogBatch>,
+    high_watermark: u64,
+) -> Option<v1::PullResponse> {
     let from_offset = *next;
     let mut out = Vec::new();
     for batch in batches {
@@ -230,9 +235,13 @@ fn delivery(next: &mut u64, credit: &mut u64, batches: Vec<weir_core::tail::LogB
 impl Subscriber for Context {
     type StreamingPullStream = Pin<Box<dyn Stream<Item = Result<v1::PullResponse, Status>> + Send>>;
 
-    async fn streaming_pull(&self, request: Request<Streaming<v1::PullRequest>>) -> Result<Response<Self::StreamingPullStream>, Status> {
+    async fn streaming_pull(
+        &self,
+        request: Request<Streaming<v1::PullRequest>>,
+    ) -> Result<Response<Self::StreamingPullStream>, Status> {
         let mut requests = request.into_inner();
-        let first = requests.message().await?.ok_or_else(|| Failure::invalid("OPEN", "a stream begins with an open"))?;
+        let first =
+            requests.message().await?.ok_or_else(|| Failure::invalid("OPEN", "a stream begins with an open"))?;
         let open = first.open.clone().ok_or_else(|| Failure::invalid("OPEN", "the first request holds an open"))?;
         let Resolved { group, subscription, ack_deadline } = resolve(self, &open.subscription, open.partition)?;
         let hold = Hold::take((self.shared.broker.0, group, subscription), &open.member)?;
@@ -281,4 +290,3 @@ impl Subscriber for Context {
         Ok(Response::new(v1::SeekResponse { offset }))
     }
 }
-

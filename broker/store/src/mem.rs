@@ -3,8 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use weir_core::eraftpb::Entry;
 use weir_core::entry::{Context, Kind};
+use weir_core::eraftpb::Entry;
 use weir_core::ids::{GroupId, ReplicaId};
 use weir_core::storage::{Checkpoint, HardState, Store, StoreError, StoredGroup, WriteOp};
 
@@ -12,6 +12,7 @@ use weir_core::storage::{Checkpoint, HardState, Store, StoreError, StoredGroup, 
 struct Held {
     replica: ReplicaId,
     quarantined: bool,
+    destroyed: bool,
     hard: HardState,
     checkpoints: BTreeMap<u64, Checkpoint>,
     entries: BTreeMap<u64, Entry>,
@@ -62,8 +63,8 @@ fn apply(groups: &mut Groups, op: &WriteOp) {
             let checkpoints = checkpoint.iter().map(|c| (c.index, c.clone())).collect();
             groups.insert(*group, Held { replica: *replica, checkpoints, ..Default::default() });
         }
-        WriteOp::Destroy { group } => {
-            groups.remove(group);
+        WriteOp::Destroy { group, replica } => {
+            groups.insert(*group, Held { replica: *replica, destroyed: true, ..Default::default() });
         }
         WriteOp::Append { group, .. }
         | WriteOp::SetHardState { group, .. }
@@ -113,6 +114,7 @@ impl Store for MemStore {
             group: *group,
             replica: held.replica,
             quarantined: held.quarantined,
+            destroyed: held.destroyed,
             hard: held.hard,
             checkpoints: held.checkpoints.values().cloned().collect(),
             last_index: held.entries.keys().chain(held.checkpoints.keys()).max().copied().unwrap_or(0),

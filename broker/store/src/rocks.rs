@@ -4,6 +4,7 @@
 //! A torn tail of the write-ahead log is accepted at start, nothing else: point-in-time recovery would open an
 //! older state as if all were well.
 
+use crate::keys::state::Standing;
 use crate::keys::{self, log, offsets, state};
 use bytes::Bytes;
 use rocksdb::{
@@ -11,8 +12,8 @@ use rocksdb::{
     ReadOptions, WriteBatch, WriteOptions,
 };
 use std::path::Path;
-use weir_core::eraftpb::Entry;
 use weir_core::entry::{Context, Kind, entry_bytes};
+use weir_core::eraftpb::Entry;
 use weir_core::ids::{GroupId, ReplicaId};
 use weir_core::storage::{Checkpoint, HardState, Store, StoreError, StoredGroup, WriteOp};
 
@@ -76,7 +77,8 @@ fn tables() -> BlockBasedOptions {
 impl RocksStore {
     /// Opens or creates the database in `path`.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let families = [(LOG, log_options()), (OFFSETS, small_options()), (STATE, small_options()), (META, small_options())];
+        let families =
+            [(LOG, log_options()), (OFFSETS, small_options()), (STATE, small_options()), (META, small_options())];
         let families = families.map(|(name, options)| ColumnFamilyDescriptor::new(name, options));
         let db = DB::open_cf_descriptors(&database_options(), path, families).map_err(io)?;
         Ok(Self { db })
@@ -107,7 +109,7 @@ impl RocksStore {
         match op {
             WriteOp::Create { group, replica, checkpoint } => {
                 self.wipe(batch, *group);
-                self.put_replica(batch, *group, *replica, false);
+                self.put_replica(batch, *group, *replica, Standing::Whole);
                 checkpoint.iter().for_each(|c| self.put_checkpoint(batch, *group, c));
             }
             WriteOp::Append { group, entries, replace_from } => {
@@ -138,10 +140,13 @@ impl RocksStore {
             }
             WriteOp::Quarantine { group } => {
                 if let Ok(Some((replica, _))) = self.replica(*group) {
-                    self.put_replica(batch, *group, replica, true);
+                    self.put_replica(batch, *group, replica, Standing::Quarantined);
                 }
             }
-            WriteOp::Destroy { group } => self.wipe(batch, *group),
+            WriteOp::Destroy { group, replica } => {
+                self.wipe(batch, *group);
+                self.put_replica(batch, *group, *replica, Standing::Destroyed);
+            }
         }
     }
 
@@ -161,9 +166,9 @@ impl RocksStore {
         batch.put_cf(self.family(STATE), key, state::encode_checkpoint(&key, checkpoint));
     }
 
-    fn put_replica(&self, batch: &mut WriteBatch, group: GroupId, replica: ReplicaId, quarantined: bool) {
+    fn put_replica(&self, batch: &mut WriteBatch, group: GroupId, replica: ReplicaId, standing: Standing) {
         let key = state::key(group.0, state::REPLICA);
-        batch.put_cf(self.family(STATE), key, state::encode_replica(&key, replica, quarantined));
+        batch.put_cf(self.family(STATE), key, state::encode_replica(&key, replica, standing));
     }
 
     fn wipe_log(&self, batch: &mut WriteBatch, group: GroupId) {
@@ -179,7 +184,7 @@ impl RocksStore {
         batch.delete_cf(self.family(STATE), state::key(group.0, state::REPLICA));
     }
 
-    fn replica(&self, group: GroupId) -> Result<Option<(ReplicaId, bool)>, StoreError> {
+    fn replica(&self, group: GroupId) -> Result<Option<(ReplicaId, Standing)>, StoreError> {
         let key = state::key(group.0, state::REPLICA);
         let value = self.db.get_cf(self.family(STATE), key).map_err(io)?;
         Ok(value.and_then(|v| state::decode_replica(&key, &v)))
@@ -202,6 +207,7 @@ impl RocksStore {
             group,
             replica: ReplicaId(0),
             quarantined: false,
+            destroyed: false,
             hard: HardState::default(),
             checkpoints: Vec::new(),
             last_index,
@@ -218,7 +224,11 @@ impl RocksStore {
                     None => whole = false,
                 },
                 state::REPLICA => match state::decode_replica(key, value) {
-                    Some((replica, quarantined)) => (stored.replica, stored.quarantined) = (replica, quarantined),
+                    Some((replica, standing)) => {
+                        stored.replica = replica;
+                        stored.quarantined = standing == Standing::Quarantined;
+                        stored.destroyed = standing == Standing::Destroyed;
+                    }
                     None => whole = false,
                 },
                 _ => {}
@@ -336,7 +346,7 @@ impl Store for RocksStore {
         for op in ops {
             let (group, to) = match op {
                 WriteOp::Truncate { group, index, .. } => (group, index + 1),
-                WriteOp::Destroy { group } => (group, u64::MAX),
+                WriteOp::Destroy { group, .. } => (group, u64::MAX),
                 _ => continue,
             };
             // whole files go at once; a failure leaves them to compaction

@@ -401,7 +401,9 @@ mod tests {
         let placements = vec![Placement { brokers: vec![1, 2] }; (partitions as usize).saturating_sub(had)];
         let spec = TopicSpec { partitions, replicas: 2, ..Default::default() };
         let name = "default/t".to_owned();
-        state.apply(&Kind::ApplyTopic(ApplyTopic { name, spec, owner_uid: uid.into(), generation: 1, placements }).into())
+        state.apply(
+            &Kind::ApplyTopic(ApplyTopic { name, spec, owner_uid: uid.into(), generation: 1, placements }).into(),
+        )
     }
 
     #[test]
@@ -448,7 +450,8 @@ mod tests {
         assert_eq!(after.replicas[0], before[0]);
         assert_eq!(after.leaving, vec![before[1]]);
         assert_eq!(state.apply(&Kind::Reassign(change).into()), Err(MetaError::Stale));
-        let renew = Reassign { group, expected_epoch: 1, brokers: vec![1, 3], renew: before[0].id, ..Default::default() };
+        let renew =
+            Reassign { group, expected_epoch: 1, brokers: vec![1, 3], renew: before[0].id, ..Default::default() };
         state.apply(&Kind::Reassign(renew).into()).unwrap();
         assert_ne!(state.groups[&group].replicas[0].id, before[0].id);
         state.apply(&Kind::Settled(Settled { group, epoch: 2 }).into()).unwrap();

@@ -93,7 +93,8 @@ pub fn rebalance_step(meta: &MetaState) -> Option<(u64, BrokerId, BrokerId)> {
         return None;
     }
     let racks: BTreeMap<u64, &str> = brokers.iter().map(|b| (b.id.0, b.rack.as_str())).collect();
-    let spread = |ids: &mut dyn Iterator<Item = u64>| ids.filter_map(|id| racks.get(&id)).collect::<BTreeSet<_>>().len();
+    let spread =
+        |ids: &mut dyn Iterator<Item = u64>| ids.filter_map(|id| racks.get(&id)).collect::<BTreeSet<_>>().len();
     meta.groups
         .iter()
         .filter(|(_, a)| a.topic != 0 && a.is_settled())

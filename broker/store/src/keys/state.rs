@@ -4,7 +4,7 @@
 //! |---|---|
 //! | group u64 ‖ `c` ‖ index u64 | CRC-32C u32 of key and rest ‖ `weir_core::storage::Checkpoint` as protobuf |
 //! | group u64 ‖ `h` | CRC-32C u32 ‖ term u64 ‖ vote u64 ‖ commit u64 |
-//! | group u64 ‖ `r` | CRC-32C u32 ‖ replica id u64 ‖ 1 where quarantined, else 0 |
+//! | group u64 ‖ `r` | CRC-32C u32 ‖ replica id u64 ‖ standing u8, see [`Standing`] |
 
 use super::u64_at;
 use prost::Message as _;
@@ -17,6 +17,17 @@ pub const CHECKPOINT: u8 = b'c';
 pub const HARD: u8 = b'h';
 /// Tag of replica records.
 pub const REPLICA: u8 = b'r';
+
+/// How a replica stands here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It takes part.
+    Whole = 0,
+    /// Found damaged: it takes part in nothing.
+    Quarantined = 1,
+    /// Removed; its id is kept, so that it is never made again.
+    Destroyed = 2,
+}
 
 /// Key of a group's hard state or replica record.
 pub fn key(group: u64, tag: u8) -> [u8; 9] {
@@ -58,16 +69,22 @@ pub fn decode_hard(key: &[u8], value: &[u8]) -> Option<HardState> {
 }
 
 /// Value of a replica record.
-pub fn encode_replica(key: &[u8], replica: ReplicaId, quarantined: bool) -> Vec<u8> {
+pub fn encode_replica(key: &[u8], replica: ReplicaId, standing: Standing) -> Vec<u8> {
     let mut body = replica.0.to_be_bytes().to_vec();
-    body.push(quarantined.into());
+    body.push(standing as u8);
     seal(key, &body)
 }
 
 /// Reads a replica record; `None` where damaged.
-pub fn decode_replica(key: &[u8], value: &[u8]) -> Option<(ReplicaId, bool)> {
+pub fn decode_replica(key: &[u8], value: &[u8]) -> Option<(ReplicaId, Standing)> {
     let body = unseal(key, value)?;
-    Some((ReplicaId(u64_at(body, 0)?), *body.get(8)? != 0))
+    let standing = match body.get(8)? {
+        0 => Standing::Whole,
+        1 => Standing::Quarantined,
+        2 => Standing::Destroyed,
+        _ => return None,
+    };
+    Some((ReplicaId(u64_at(body, 0)?), standing))
 }
 
 /// Value of a checkpoint.
@@ -93,7 +110,10 @@ mod tests {
         assert_eq!(decode_hard(&k, &value), Some(hard));
         assert_eq!(decode_hard(&key(4, HARD), &value), None, "a value under another key is damage");
         let r = key(3, REPLICA);
-        assert_eq!(decode_replica(&r, &encode_replica(&r, ReplicaId(8), true)), Some((ReplicaId(8), true)));
+        assert_eq!(
+            decode_replica(&r, &encode_replica(&r, ReplicaId(8), Standing::Destroyed)),
+            Some((ReplicaId(8), Standing::Destroyed))
+        );
         let c = checkpoint_key(3, 5);
         let checkpoint = Checkpoint { index: 5, term: 2, voters: vec![1, 2], ..Default::default() };
         assert_eq!(decode_checkpoint(&c, &encode_checkpoint(&c, &checkpoint)), Some(checkpoint));

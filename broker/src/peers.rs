@@ -66,7 +66,11 @@ impl Peers {
                 shared: self.shared.clone(),
                 to,
                 fallback: self.known.get(&to).cloned(),
-                hello: v1::PeerHello { cluster_id: self.cluster_id.clone(), broker_id: self.shared.broker.0 },
+                hello: v1::PeerHello {
+                    cluster_id: self.cluster_id.clone(),
+                    broker_id: self.shared.broker.0,
+                    to_broker_id: to.0,
+                },
             };
             self.runtime.spawn(link.run(receiver));
             sender

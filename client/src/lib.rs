@@ -130,6 +130,13 @@ impl Client {
             let mut client = v1::metadata_client::MetadataClient::new(self.channel(&address)?);
             let ask = client.get(v1::GetMetadataRequest::default());
             match tokio::time::timeout(Duration::from_millis(700), ask).await {
+                // a broker that has just joined, or was away, knows less than we do
+                Ok(Ok(answer)) if answer.get_ref().brokers.is_empty() => {
+                    last = format!("{address}: it is still joining")
+                }
+                Ok(Ok(answer)) if is_older(answer.get_ref(), &known.metadata) => {
+                    last = format!("{address}: it is behind")
+                }
                 Ok(Ok(answer)) => {
                     let cluster = Arc::new(Cluster { metadata: answer.into_inner() });
                     *self.0.cluster.lock().unwrap_or_else(PoisonError::into_inner) = cluster.clone();
@@ -195,6 +202,10 @@ impl Client {
             }
         }
     }
+}
+
+fn is_older(answer: &v1::GetMetadataResponse, known: &v1::GetMetadataResponse) -> bool {
+    answer.cluster_id == known.cluster_id && answer.version < known.version
 }
 
 /// Waits between tries: from 10 ms, doubling to 200 ms, with jitter.

@@ -485,7 +485,8 @@ impl Group {
             }
         }
         let ours = self.lead.as_ref().is_some_and(|l| l.term == entry.term);
-        if ours && let (Some(answer), Some(waiters)) = (answer, self.waiting.remove(&entry.index)) {
+        if let Some(answer) = answer.filter(|_| ours) {
+            let waiters = self.waiting.remove(&entry.index).unwrap_or_default();
             for waiter in waiters {
                 let Waiter::Done { ticket } = waiter else { continue };
                 out.replies.push((ticket, Reply::Meta(answer.clone())));

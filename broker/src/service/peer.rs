@@ -110,6 +110,11 @@ impl Peer for PeerService {
             let text = format!("broker {} of cluster '{}' is no peer of this one", hello.broker_id, hello.cluster_id);
             return Err(Failure::new(Code::PermissionDenied, "NOT_A_PEER", text).into());
         }
+        if hello.to_broker_id != identity.broker_id {
+            // without this a broker on an empty disk would answer as the one it replaced, and vote as it
+            let text = format!("this is broker {}, not {}", identity.broker_id, hello.to_broker_id);
+            return Err(Failure::new(Code::FailedPrecondition, "OTHER_BROKER", text).into());
+        }
         let from = BrokerId(hello.broker_id);
         while let Some(frame) = frames.message().await? {
             let meta = context.shared.meta();

@@ -471,6 +471,9 @@ pub struct PeerHello {
     pub cluster_id: ::prost::alloc::string::String,
     #[prost(uint64, tag = "2")]
     pub broker_id: u64,
+    /// Whom the sender means to reach: a new broker may listen where one that lost its disk did.
+    #[prost(uint64, tag = "3")]
+    pub to_broker_id: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LeaderInfo {

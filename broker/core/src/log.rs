@@ -205,11 +205,17 @@ impl Storage for GroupLog {
         Ok(self.last_index)
     }
 
-    fn snapshot(&self, _request_index: u64, _to: u64) -> RaftResult<Snapshot> {
+    fn snapshot(&self, _request_index: u64, to: u64) -> RaftResult<Snapshot> {
         let Some(oldest) = &self.oldest else {
             return Err(raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable));
         };
-        Ok(to_snapshot(oldest))
+        let mut checkpoint = oldest.clone();
+        let conf = [&oldest.voters, &oldest.voters_outgoing, &oldest.learners];
+        if !conf.iter().any(|ids| ids.contains(&to)) {
+            // Raft takes a snapshot only as a member; a replica added since then is a learner by the log behind it anyway
+            checkpoint.learners.push(to);
+        }
+        Ok(to_snapshot(&checkpoint))
     }
 }
 

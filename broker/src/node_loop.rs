@@ -112,6 +112,7 @@ pub fn channel_pair() -> (NodeHandle, Receiver<Event>) {
 }
 
 /// Runs the core until it is told to stop.
+#[allow(clippy::too_many_arguments)] // called once, by the broker's start
 pub fn run(
     mut node: Node,
     clock: Clock,

@@ -29,6 +29,9 @@ pub struct RocksStore {
     db: DB,
 }
 
+/// A key and its value.
+type Row = (Box<[u8]>, Box<[u8]>);
+
 fn io(error: rocksdb::Error) -> StoreError {
     StoreError::Io(error.into_string())
 }
@@ -200,7 +203,7 @@ impl RocksStore {
         }
     }
 
-    fn load_group(&self, group: u64, rows: &[(Box<[u8]>, Box<[u8]>)]) -> Result<StoredGroup, StoreError> {
+    fn load_group(&self, group: u64, rows: &[Row]) -> Result<StoredGroup, StoreError> {
         let group = GroupId(group);
         let last_index = self.last_index(group)?;
         let mut stored = StoredGroup {
@@ -255,7 +258,7 @@ impl RocksStore {
 impl Store for RocksStore {
     fn load(&self) -> Result<Vec<StoredGroup>, StoreError> {
         let mut groups = Vec::new();
-        let mut rows: Vec<(Box<[u8]>, Box<[u8]>)> = Vec::new();
+        let mut rows: Vec<Row> = Vec::new();
         let mut current = None;
         for row in self.db.iterator_cf(self.family(STATE), IteratorMode::Start) {
             let (key, value) = row.map_err(io)?;

@@ -1,0 +1,46 @@
+//! One node over memory, no faults: what must hold without anybody's retry.
+
+use std::sync::Arc;
+use weir_core::batch::{BatchHeader, synthetic};
+use weir_core::ids::{BrokerId, ReplicaId, Ticket};
+use weir_core::meta::command::{ApplyTopic, Command, Kind, Placement};
+use weir_core::meta::state::{Broker, MetaState, TopicSpec};
+use weir_core::node::{Limits, Node, Now, Reply};
+use weir_core::storage::Store as _;
+use weir_store::mem::MemStore;
+
+/// Runs until nothing is left to do; gives all replies.
+fn settle(node: &mut Node, store: &MemStore) -> Vec<(Ticket, Reply)> {
+    let mut replies = Vec::new();
+    loop {
+        let effects = node.drain();
+        replies.extend(effects.replies);
+        let Some(round) = effects.round else { return replies };
+        store.write(&round.ops).unwrap();
+        node.written(round.id);
+        store.sync().unwrap();
+        node.synced(round.id);
+    }
+}
+
+#[test]
+fn every_publish_is_answered_once_by_its_own_commit() {
+    let mut meta = MetaState::form("c", &[Broker { id: 1, name: "b".into(), ..Default::default() }]);
+    let spec = TopicSpec { partitions: 1, replicas: 1, ..Default::default() };
+    let placements = vec![Placement { brokers: vec![1] }];
+    let topic = ApplyTopic { name: "default/t".into(), spec, placements, ..Default::default() };
+    meta.apply(&Command::from(Kind::ApplyTopic(topic))).unwrap();
+    let store = Arc::new(MemStore::default());
+    let now = Now { mono_ms: 1, log_ms: 1 };
+    let mut node = Node::open(BrokerId(1), store.clone(), Limits::default(), 1, now).unwrap();
+    node.create_meta(ReplicaId(1), Some(&meta));
+    settle(&mut node, &store);
+    let group = node.meta().group_of("default/t", 0).unwrap();
+    for at in 0..20 {
+        let data = synthetic(3, None, b"value");
+        let header = BatchHeader::validate(&data).unwrap();
+        node.publish(Ticket(at + 1), group, data.into(), &header);
+        let published = Reply::Published { base_offset: at * 3, append_time_ms: 1 };
+        assert_eq!(settle(&mut node, &store), vec![(Ticket(at + 1), published)]);
+    }
+}

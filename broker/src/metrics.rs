@@ -72,6 +72,13 @@ impl Metrics {
         }
     }
 
+    /// Counts a batch that was committed, `since` its arrival.
+    pub fn published(&self, records: u32, bytes: usize, since: std::time::Instant) {
+        self.publish_seconds.observe(since.elapsed().as_secs_f64());
+        self.records_in.inc_by(u64::from(records));
+        self.bytes_in.inc_by(bytes as u64);
+    }
+
     fn render(&self, shared: &Shared) -> Vec<u8> {
         let meta = shared.meta();
         let led = meta.groups.keys().filter(|g| **g != 0 && shared.leads(weir_core::ids::GroupId(**g))).count();

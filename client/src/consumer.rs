@@ -99,7 +99,7 @@ async fn read(
     loop {
         let request =
             v1::FetchRequest { topic: topic.to_owned(), partition, offset, bytes_max: 4 << 20, wait_ms: 1_000 };
-        let opened = client
+        let mut responses = client
             .at_leader(topic, partition, Duration::from_secs(30), |address| {
                 let request = request.clone();
                 async move {
@@ -110,7 +110,6 @@ async fn read(
                 }
             })
             .await?;
-        let mut responses = opened;
         loop {
             let response = match responses.message().await {
                 Ok(Some(response)) => response,

@@ -73,9 +73,7 @@ impl Publisher for Context {
         let reply = self.node.call(|to| Event::Publish { group, data, header, to }).await;
         match reply.ok_or_else(Failure::stopping)? {
             Reply::Published { base_offset, .. } => {
-                self.metrics.publish_seconds.observe(started.elapsed().as_secs_f64());
-                self.metrics.records_in.inc_by(u64::from(header.count));
-                self.metrics.bytes_in.inc_by(bytes as u64);
+                self.metrics.published(header.count, bytes, started);
                 Ok(Response::new(v1::PublishResponse { partition, base_offset }))
             }
             Reply::Refused(refusal) => Err(self.failure(group, refusal).into()),
@@ -91,12 +89,11 @@ impl Publisher for Context {
     ) -> Result<Response<AckStream>, Status> {
         let (replies, acks) = mpsc::unbounded_channel();
         let (refused, refusals) = mpsc::unbounded_channel();
-        let sessions: std::sync::Arc<std::sync::Mutex<HashMap<u64, (GroupId, u32, usize, Instant)>>> =
-            Default::default();
-        tokio::spawn(take_batches(self.clone(), request.into_inner(), replies, refused, sessions.clone()));
+        let under_way = UnderWay::default();
+        tokio::spawn(take_batches(self.clone(), request.into_inner(), replies, refused, under_way.clone()));
         let context = self.clone();
         self.metrics.open_streams.inc();
-        let answers = answer(context, acks, refusals, sessions);
+        let answers = answer(context, acks, refusals, under_way);
         Ok(Response::new(Box::pin(answers)))
     }
 
@@ -110,6 +107,7 @@ impl Publisher for Context {
     }
 }
 
+/// Of each batch under way: its group, records, bytes, and when it came.
 type UnderWay = std::sync::Arc<std::sync::Mutex<HashMap<u64, (GroupId, u32, usize, Instant)>>>;
 
 /// Reads batches off a stream and hands them to the node, in the order they came; waits where too much is under way.
@@ -155,9 +153,7 @@ fn answer(
         let entry = under_way.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&id);
         let outcome = match (reply, entry) {
             (Reply::Published { base_offset, .. }, Some((_, count, bytes, since))) => {
-                context.metrics.publish_seconds.observe(since.elapsed().as_secs_f64());
-                context.metrics.records_in.inc_by(u64::from(count));
-                context.metrics.bytes_in.inc_by(bytes as u64);
+                context.metrics.published(count, bytes, since);
                 Outcome::BaseOffset(base_offset)
             }
             (Reply::Refused(refusal), Some((group, ..))) => Outcome::Error(context.failure(group, refusal).into()),

@@ -37,7 +37,10 @@ pub struct Config {
     /// The brokers that form the cluster, name=host:port of their peer listeners; none for a cluster of one.
     #[arg(long, env = "WEIR_PEERS", value_delimiter = ',')]
     pub peers: Vec<String>,
-    /// Failure domain, such as a zone.
+    /// The cluster this broker belongs to, once there is one: an empty disk then joins it, and never forms another.
+    #[arg(long, env = "WEIR_CLUSTER_ID", default_value = "")]
+    pub cluster_id: String,
+    /// Failure domain, such as a zone. Empty: as an administrator says.
     #[arg(long, env = "WEIR_RACK", default_value = "")]
     pub rack: String,
 }

@@ -38,6 +38,8 @@ pub struct Formation {
     /// This broker as others will know it.
     pub me: Broker,
     peers: Vec<(String, String)>,
+    /// the cluster an administrator knows this broker to belong to; empty where there may be none yet
+    expected: String,
     store: Arc<RocksStore>,
     identity: Mutex<Identity>,
     changed: Notify,
@@ -45,11 +47,17 @@ pub struct Formation {
 
 impl Formation {
     /// Reads the disk.
-    pub fn open(me: Broker, peers: Vec<(String, String)>, store: Arc<RocksStore>) -> Result<Self, StoreError> {
+    pub fn open(
+        me: Broker,
+        peers: Vec<(String, String)>,
+        expected: String,
+        store: Arc<RocksStore>,
+    ) -> Result<Self, StoreError> {
         let found = store.meta(KEY)?;
         let identity = found.map(|bytes| Identity::decode(&*bytes)).transpose();
         let identity = identity.map_err(|e| StoreError::Io(format!("the broker's identity is damaged: {e}")))?;
-        Ok(Self { me, peers, store, identity: Mutex::new(identity.unwrap_or_default()), changed: Notify::new() })
+        let identity = Mutex::new(identity.unwrap_or_default());
+        Ok(Self { me, peers, expected, store, identity, changed: Notify::new() })
     }
 
     /// The identity now.
@@ -71,6 +79,9 @@ impl Formation {
         let now = self.identity();
         if now.active {
             return Err(StoreError::Io(format!("{} belongs to cluster {}", self.me.name, now.cluster_id)));
+        }
+        if !self.expected.is_empty() && self.expected != cluster_id {
+            return Err(StoreError::Io(format!("{} waits for cluster {}", self.me.name, self.expected)));
         }
         let meta = MetaState::decode(state.clone()).map_err(|e| StoreError::Io(e.to_string()))?;
         let mine = meta.broker_named(&self.me.name).map(|b| b.id);
@@ -98,7 +109,7 @@ impl Formation {
             if now.active {
                 return Ok((now, known));
             }
-            if others.is_empty() {
+            if others.is_empty() && self.expected.is_empty() {
                 self.form(Vec::new()).await?;
                 continue;
             }
@@ -111,11 +122,20 @@ impl Formation {
                     hellos.push((name.clone(), address.clone(), hello));
                 }
             }
-            if let Some((_, address, hello)) = hellos.iter().find(|(_, _, h)| h.active) {
+            let right = |h: &v1::HelloResponse| self.expected.is_empty() || h.cluster_id == self.expected;
+            if let Some((_, address, hello)) = hellos.iter().find(|(_, _, h)| h.active && right(h)) {
                 if hello.cluster_id == now.cluster_id {
                     self.activate(&hello.cluster_id)?;
                 } else if let Err(error) = self.join(address).await {
                     tracing::info!(%error, "waiting to join");
+                }
+            } else if !self.expected.is_empty() {
+                if !said {
+                    said = true;
+                    tracing::warn!(
+                        cluster = self.expected,
+                        "this disk is empty and no broker of the cluster answers: waiting to join, another cluster is never formed"
+                    );
                 }
             } else if hellos.len() == others.len() && self.peers.iter().all(|(n, _)| *n >= self.me.name) {
                 let found = hellos.into_iter().map(|(name, address, _)| (name, address)).collect();

@@ -83,8 +83,9 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         rack: config.rack.clone(),
         ..Default::default()
     };
-    let formation = Arc::new(Formation::open(me.clone(), peers, store.clone())?);
+    let formation = Arc::new(Formation::open(me.clone(), peers, config.cluster_id, store.clone())?);
     let running = Arc::new(OnceLock::new());
+    tokio::spawn(metrics::serve(scrapers, running.clone()));
     let service = PeerService { formation: formation.clone(), context: running.clone() };
     let service = v1::peer_server::PeerServer::new(service)
         .max_decoding_message_size(weir_proto::MESSAGE_BYTES_MAX)
@@ -93,7 +94,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     tokio::spawn(async move { serving.await.inspect_err(|e| tracing::error!(%e, "the peer server ended")) });
     let (identity, known) = formation.establish().await?;
     let broker = BrokerId(identity.broker_id);
-    let metrics = Arc::new(Metrics::new());
+    let metrics = Arc::new(Metrics::new(config.data.clone()));
     let shared = Arc::new(Shared::new(broker, store.clone()));
     let (node, events) = node_loop::channel_pair();
     let clock = Clock::new();
@@ -110,10 +111,9 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         node_loop::run(core, clock, store, loop_shared, loop_metrics, for_loop, events, peer_streams);
     })?;
     let budget = Arc::new(Semaphore::new(service::IN_FLIGHT_BYTES_MAX / 1024));
-    let context = Context { shared: shared.clone(), node: node.clone(), metrics: metrics.clone(), formation, budget };
+    let context = Context { shared: shared.clone(), node: node.clone(), metrics, formation, budget };
     let _ = running.set(context.clone());
     serve_clients(context.clone(), clients, admins)?;
-    tokio::spawn(metrics::serve(scrapers, metrics, shared.clone()));
     tokio::spawn(keep_addresses(context, Broker { id: broker.0, ..me }));
     tracing::info!(%broker, %client, %admin, %peer, metrics = %metrics_at, "serving");
     Ok(Running { client, admin, peer, metrics: metrics_at, broker, shared, node })
@@ -159,11 +159,14 @@ fn serve_clients(context: Context, clients: TcpListener, admins: TcpListener) ->
 async fn keep_addresses(context: Context, me: Broker) {
     loop {
         let meta = context.shared.meta();
-        let stale = meta.broker(BrokerId(me.id)).is_some_and(|b| {
-            (&b.client_address, &b.peer_address, &b.admin_address, &b.rack)
-                != (&me.client_address, &me.peer_address, &me.admin_address, &me.rack)
-        });
-        if stale && let Err(error) = context.propose(weir_core::meta::command::Kind::UpdateBroker(me.clone())).await {
+        let known = meta.broker(BrokerId(me.id));
+        // told no rack, it is where an administrator says
+        let rack = if me.rack.is_empty() { known.map_or("", |b| &b.rack) } else { &me.rack };
+        let update = Broker { rack: rack.to_owned(), ..me.clone() };
+        let addresses =
+            |b: &Broker| (b.client_address.clone(), b.peer_address.clone(), b.admin_address.clone(), b.rack.clone());
+        let stale = known.is_some_and(|b| addresses(b) != addresses(&update));
+        if stale && let Err(error) = context.propose(weir_core::meta::command::Kind::UpdateBroker(update)).await {
             tracing::debug!(%error, "telling the cluster this broker's addresses");
         }
         tokio::time::sleep(Duration::from_millis(if stale { 200 } else { 1_000 })).await;

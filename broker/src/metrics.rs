@@ -1,22 +1,27 @@
 //! Prometheus metrics, and the HTTP server for them and for health.
 
+use crate::service::Context;
 use crate::shared::Shared;
-use prometheus::{Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
-use std::sync::Arc;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use axum::Router;
+use axum::http::StatusCode;
+use axum::routing::get;
+use prometheus::{
+    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tokio::net::TcpListener;
+use weir_core::ids::GroupId;
+use weir_proto::v1;
 
 /// All metrics of a broker.
 pub struct Metrics {
     registry: Registry,
-    /// Record batches' records taken.
-    pub records_in: IntCounter,
-    /// Their bytes.
-    pub bytes_in: IntCounter,
-    /// Records given to readers.
-    pub records_out: IntCounter,
-    /// Their bytes.
-    pub bytes_out: IntCounter,
+    records_in: IntCounterVec,
+    bytes_in: IntCounterVec,
+    records_out: IntCounterVec,
+    bytes_out: IntCounterVec,
     /// From a batch's arrival to its commit.
     pub publish_seconds: Histogram,
     /// Writing and syncing one round.
@@ -27,7 +32,109 @@ pub struct Metrics {
     pub damage: IntCounter,
     /// Streams open now.
     pub open_streams: IntGauge,
-    groups_led: IntGauge,
+    partitions: PartitionGauges,
+    disk_free_bytes: IntGauge,
+    disk_size_bytes: IntGauge,
+    data: PathBuf,
+    /// topics that have counters: those of deleted ones go with the next scrape
+    counted: Mutex<BTreeSet<String>>,
+}
+
+/// Of the partitions this broker leads, set anew at each scrape.
+struct PartitionGauges {
+    led: IntGauge,
+    leaderless: IntGauge,
+    under_replicated: IntGauge,
+    term: IntGaugeVec,
+    replicas: IntGaugeVec,
+    in_sync: IntGaugeVec,
+    high_watermark: IntGaugeVec,
+    log_bytes: IntGaugeVec,
+    lag_bytes: IntGaugeVec,
+    backlog: IntGaugeVec,
+    oldest_seconds: IntGaugeVec,
+}
+
+impl PartitionGauges {
+    fn new(r: &Registry) -> Self {
+        let partition = ["topic", "partition"];
+        let subscription = ["subscription", "topic", "partition"];
+        Self {
+            led: gauge(r, "weir_partitions_led", "Partitions this broker leads"),
+            leaderless: gauge(r, "weir_partitions_leaderless", "Partitions with a replica here and no known leader"),
+            under_replicated: gauge(
+                r,
+                "weir_partitions_under_replicated",
+                "Partitions led here with fewer replicas in sync than wanted",
+            ),
+            term: gauges(r, "weir_raft_term", "Raft term, told by the leader", &partition),
+            replicas: gauges(r, "weir_partition_replicas", "Replicas wanted", &partition),
+            in_sync: gauges(
+                r,
+                "weir_partition_in_sync_replicas",
+                "Replicas that have nearly all of the log",
+                &partition,
+            ),
+            high_watermark: gauges(
+                r,
+                "weir_partition_high_watermark",
+                "One past the last committed offset",
+                &partition,
+            ),
+            log_bytes: gauges(r, "weir_partition_log_bytes", "Bytes of log kept on each replica", &partition),
+            lag_bytes: gauges(
+                r,
+                "weir_replication_lag_bytes",
+                "Bytes a replica lacks, estimated",
+                &["topic", "partition", "broker"],
+            ),
+            backlog: gauges(r, "weir_subscription_backlog_messages", "Messages not acknowledged", &subscription),
+            oldest_seconds: gauges(
+                r,
+                "weir_subscription_oldest_unacked_seconds",
+                "Age of the oldest message not acknowledged",
+                &subscription,
+            ),
+        }
+    }
+
+    fn set(&self, context: &Context, statuses: &[v1::PartitionStatus]) {
+        for vec in [&self.term, &self.replicas, &self.in_sync, &self.high_watermark, &self.log_bytes, &self.lag_bytes] {
+            vec.reset();
+        }
+        self.backlog.reset();
+        self.oldest_seconds.reset();
+        let meta = context.shared.meta();
+        let now_ms = std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_millis() as u64);
+        let mut under_replicated = 0;
+        for status in statuses.iter().filter(|s| !s.topic.is_empty()) {
+            let partition = status.partition.to_string();
+            let labels = [status.topic.as_str(), &partition];
+            let wanted = meta.assignment(GroupId(status.group)).map_or(0, |a| a.replicas.len()) as i64;
+            let in_sync = status.replicas.iter().filter(|r| r.in_sync && r.voter).count() as i64;
+            under_replicated += i64::from(in_sync < wanted);
+            self.term.with_label_values(&labels).set(status.term as i64);
+            self.replicas.with_label_values(&labels).set(wanted);
+            self.in_sync.with_label_values(&labels).set(in_sync);
+            self.high_watermark.with_label_values(&labels).set(status.high_watermark as i64);
+            self.log_bytes.with_label_values(&labels).set(status.log_bytes as i64);
+            for replica in status.replicas.iter().filter(|r| r.broker != context.shared.broker.0) {
+                let labels = [status.topic.as_str(), &partition, &replica.broker.to_string()];
+                self.lag_bytes.with_label_values(&labels).set(replica.bytes_behind as i64);
+            }
+            for s in &status.subscriptions {
+                let labels = [s.subscription.as_str(), status.topic.as_str(), &partition];
+                let age_ms = if s.oldest_ms == 0 { 0 } else { now_ms.saturating_sub(s.oldest_ms) };
+                self.backlog.with_label_values(&labels).set(s.backlog as i64);
+                self.oldest_seconds.with_label_values(&labels).set((age_ms / 1_000) as i64);
+            }
+        }
+        let mine = meta.groups.iter().filter(|(_, a)| a.replica_on(context.shared.broker).is_some());
+        let leaderless = mine.filter(|(g, _)| context.shared.leader(GroupId(**g)).is_none()).count();
+        self.led.set(statuses.iter().filter(|s| !s.topic.is_empty()).count() as i64);
+        self.leaderless.set(leaderless as i64);
+        self.under_replicated.set(under_replicated);
+    }
 }
 
 fn counter(registry: &Registry, name: &str, help: &str) -> IntCounter {
@@ -42,6 +149,18 @@ fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
     metric
 }
 
+fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+    let metric = IntCounterVec::new(Opts::new(name, help), labels).expect("a right name");
+    registry.register(Box::new(metric.clone())).expect("registered once");
+    metric
+}
+
+fn gauges(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+    let metric = IntGaugeVec::new(Opts::new(name, help), labels).expect("a right name");
+    registry.register(Box::new(metric.clone())).expect("registered once");
+    metric
+}
+
 fn latency(registry: &Registry, name: &str, help: &str) -> Histogram {
     let buckets = prometheus::exponential_buckets(0.000_1, 2.0, 18).expect("right buckets");
     let metric = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets)).expect("a right name");
@@ -50,68 +169,88 @@ fn latency(registry: &Registry, name: &str, help: &str) -> Histogram {
 }
 
 impl Metrics {
-    /// With a registry of their own.
-    #[allow(clippy::new_without_default)]
-    pub fn new() -> Self {
+    /// With a registry of their own; `data` is the folder whose disk is watched.
+    pub fn new(data: PathBuf) -> Self {
         let r = Registry::new();
-        let rejected = IntCounterVec::new(Opts::new("weir_rejected_total", "Requests refused"), &["reason"]);
-        let rejected = rejected.expect("a right name");
-        r.register(Box::new(rejected.clone())).expect("registered once");
+        let process = prometheus::process_collector::ProcessCollector::for_self();
+        r.register(Box::new(process)).expect("registered once");
+        let info = gauges(&r, "weir_build_info", "The program's version", &["version"]);
+        info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         Self {
-            records_in: counter(&r, "weir_records_in_total", "Records committed"),
-            bytes_in: counter(&r, "weir_bytes_in_total", "Bytes of record batches committed"),
-            records_out: counter(&r, "weir_records_out_total", "Records given to readers"),
-            bytes_out: counter(&r, "weir_bytes_out_total", "Bytes of record batches given to readers"),
+            records_in: counters(&r, "weir_records_in_total", "Records committed", &["topic"]),
+            bytes_in: counters(&r, "weir_bytes_in_total", "Bytes of record batches committed", &["topic"]),
+            records_out: counters(&r, "weir_records_out_total", "Records given to readers", &["topic"]),
+            bytes_out: counters(&r, "weir_bytes_out_total", "Bytes of record batches given to readers", &["topic"]),
             publish_seconds: latency(&r, "weir_publish_seconds", "From a batch's arrival to its commit"),
             sync_seconds: latency(&r, "weir_sync_seconds", "Writing and syncing one round of the log"),
-            rejected,
+            rejected: counters(&r, "weir_rejected_total", "Requests refused", &["reason"]),
             damage: counter(&r, "weir_damaged_replicas_total", "Replicas found damaged and taken out"),
             open_streams: gauge(&r, "weir_open_streams", "Streams open"),
-            groups_led: gauge(&r, "weir_partitions_led", "Partitions this broker leads"),
+            partitions: PartitionGauges::new(&r),
+            disk_free_bytes: gauge(&r, "weir_disk_free_bytes", "Free on the disk of the data"),
+            disk_size_bytes: gauge(&r, "weir_disk_size_bytes", "Size of the disk of the data"),
+            data,
+            counted: Mutex::default(),
             registry: r,
         }
     }
 
     /// Counts a batch that was committed, `since` its arrival.
-    pub fn published(&self, records: u32, bytes: usize, since: std::time::Instant) {
+    pub fn published(&self, topic: &str, records: u32, bytes: usize, since: std::time::Instant) {
         self.publish_seconds.observe(since.elapsed().as_secs_f64());
-        self.records_in.inc_by(u64::from(records));
-        self.bytes_in.inc_by(bytes as u64);
+        self.records_in.with_label_values(&[topic]).inc_by(u64::from(records));
+        self.bytes_in.with_label_values(&[topic]).inc_by(bytes as u64);
     }
 
-    fn render(&self, shared: &Shared) -> Vec<u8> {
-        let meta = shared.meta();
-        let led = meta.groups.keys().filter(|g| **g != 0 && shared.leads(weir_core::ids::GroupId(**g))).count();
-        self.groups_led.set(led as i64);
-        let mut out = Vec::new();
-        let _ = TextEncoder::new().encode(&self.registry.gather(), &mut out);
-        out
+    /// Counts batches given to a reader.
+    pub fn delivered(&self, topic: &str, batches: &[v1::Batch]) {
+        self.records_out.with_label_values(&[topic]).inc_by(batches.iter().map(|b| u64::from(b.count)).sum());
+        self.bytes_out.with_label_values(&[topic]).inc_by(batches.iter().map(|b| b.batch.len() as u64).sum());
+    }
+
+    async fn render(&self, context: &Context) -> String {
+        self.partitions.set(context, &context.describe(&[]).await);
+        self.forget_deleted(context);
+        if let Ok(disk) = rustix::fs::statvfs(&self.data) {
+            self.disk_free_bytes.set((disk.f_bavail * disk.f_frsize) as i64);
+            self.disk_size_bytes.set((disk.f_blocks * disk.f_frsize) as i64);
+        }
+        TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
+    }
+
+    fn forget_deleted(&self, context: &Context) {
+        let topics: BTreeSet<String> = context.shared.meta().topics.keys().cloned().collect();
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        for gone in counted.difference(&topics) {
+            for vec in [&self.records_in, &self.bytes_in, &self.records_out, &self.bytes_out] {
+                let _ = vec.remove_label_values(&[gone]);
+            }
+        }
+        *counted = topics;
     }
 }
 
 /// Serves `/metrics`, `/livez` and `/readyz` (ready: the broker has joined, knows the metadata, and its groups have leaders).
-pub async fn serve(listener: TcpListener, metrics: Arc<Metrics>, shared: Arc<Shared>) {
-    while let Ok((mut socket, _)) = listener.accept().await {
-        let (metrics, shared) = (metrics.clone(), shared.clone());
-        tokio::spawn(async move {
-            let mut request = [0; 1024];
-            let read = tokio::time::timeout(std::time::Duration::from_secs(5), socket.read(&mut request)).await;
-            let Ok(Ok(n)) = read else { return };
-            let path = std::str::from_utf8(&request[..n]).ok().and_then(|r| r.split(' ').nth(1)).unwrap_or("/");
-            let (status, body) = match path {
-                "/metrics" => ("200 OK", metrics.render(&shared)),
-                "/livez" => ("200 OK", b"alive\n".to_vec()),
-                "/readyz" if is_ready(&shared) => ("200 OK", b"ready\n".to_vec()),
-                "/readyz" => ("503 Service Unavailable", b"not ready: a partition held here has no leader\n".to_vec()),
-                _ => ("404 Not Found", b"try /metrics, /livez, /readyz\n".to_vec()),
-            };
-            let head = format!(
-                "HTTP/1.1 {status}\r\ncontent-type: text/plain; version=0.0.4\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
-                body.len()
-            );
-            let _ = socket.write_all(head.as_bytes()).await;
-            let _ = socket.write_all(&body).await;
-        });
+/// Alive, and not ready, from before the broker has an identity.
+pub async fn serve(listener: TcpListener, running: Arc<OnceLock<Context>>) {
+    let text = |status, body: String| (status, [("content-type", "text/plain; version=0.0.4")], body);
+    let (for_metrics, for_ready) = (running.clone(), running);
+    let metrics = async move || match for_metrics.get() {
+        Some(context) => text(StatusCode::OK, context.metrics.render(context).await),
+        None => text(StatusCode::OK, String::new()),
+    };
+    let ready = async move || match for_ready.get() {
+        None => text(StatusCode::SERVICE_UNAVAILABLE, "not ready: waiting to form or join a cluster\n".to_owned()),
+        Some(c) if is_ready(&c.shared) => text(StatusCode::OK, "ready\n".to_owned()),
+        Some(_) => text(StatusCode::SERVICE_UNAVAILABLE, "not ready: a partition held here has no leader\n".to_owned()),
+    };
+    let routes = Router::new()
+        .route("/metrics", get(metrics))
+        .route("/livez", get(async || "alive\n"))
+        .route("/readyz", get(ready))
+        .fallback(async || (StatusCode::NOT_FOUND, "try /metrics, /livez, /readyz\n"));
+    if let Err(error) = axum::serve(listener, routes).await {
+        tracing::error!(%error, "the metrics server ended");
     }
 }
 
@@ -121,5 +260,5 @@ pub fn is_ready(shared: &Shared) -> bool {
     let mine = meta.groups.iter().filter(|(_, a)| a.replica_on(shared.broker).is_some());
     meta.broker(shared.broker).is_some()
         && shared.controller().is_some()
-        && mine.clone().all(|(id, _)| shared.leader(weir_core::ids::GroupId(*id)).is_some())
+        && mine.clone().all(|(id, _)| shared.leader(GroupId(*id)).is_some())
 }

@@ -28,6 +28,8 @@ pub(crate) enum Topic {
 pub(crate) enum Subscription {
     /// All subscriptions.
     List,
+    /// One subscription with its position and backlog in each partition.
+    Describe { name: String },
     /// Makes or changes the topics and subscriptions of manifest files.
     Apply {
         /// Manifest files.
@@ -45,7 +47,12 @@ pub(crate) enum Cluster {
     /// Names a broker that may join.
     Add { name: String },
     /// Moves everything off a broker, then removes it.
-    Drain { id: u64 },
+    Drain {
+        id: u64,
+        /// Take it back: the broker stays.
+        #[arg(long)]
+        cancel: bool,
+    },
 }
 
 /// Applies a checked topic.
@@ -97,14 +104,29 @@ async fn apply_files(client: &Client, files: &[PathBuf]) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn topic_json(topic: &v1::Topic) -> serde_json::Value {
+fn topic_json(topic: &v1::Topic, statuses: &[v1::PartitionStatus]) -> serde_json::Value {
     let spec = topic.spec.unwrap_or_default();
     let partitions = topic.partitions.iter();
-    let partition = |p: &v1::Partition| serde_json::json!({"partition": p.partition, "leader": p.leader, "replicas": p.replicas, "settled": p.settled});
+    let partition = |p: &v1::Partition| {
+        let mut json = serde_json::json!({"partition": p.partition, "leader": p.leader, "replicas": p.replicas,
+            "settled": p.settled});
+        if let Some(s) = statuses.iter().find(|s| s.group == p.group) {
+            json["inSync"] = in_sync(s).into();
+            json["term"] = s.term.into();
+            json["startOffset"] = s.start_offset.into();
+            json["highWatermark"] = s.high_watermark.into();
+            json["logBytes"] = s.log_bytes.into();
+        }
+        json
+    };
     serde_json::json!({"name": topic.name, "partitions": spec.partitions, "replicas": spec.replicas,
         "retentionMs": spec.retention_ms, "retentionBytes": spec.retention_bytes,
         "durability": if spec.quorum_memory { "quorumMemory" } else { "quorumSync" },
         "assignment": partitions.map(partition).collect::<Vec<_>>()})
+}
+
+fn in_sync(status: &v1::PartitionStatus) -> Vec<u64> {
+    status.replicas.iter().filter(|r| r.in_sync && r.voter).map(|r| r.broker).collect()
 }
 
 pub(crate) async fn topic(client: &Client, command: Topic, output: Output) -> anyhow::Result<()> {
@@ -112,7 +134,10 @@ pub(crate) async fn topic(client: &Client, command: Topic, output: Output) -> an
     match command {
         Topic::List => {
             if output == Output::Json {
-                println!("{}", serde_json::Value::Array(cluster.metadata.topics.iter().map(topic_json).collect()));
+                println!(
+                    "{}",
+                    serde_json::Value::Array(cluster.metadata.topics.iter().map(|t| topic_json(t, &[])).collect())
+                );
                 return Ok(());
             }
             println!("{:<40} {:>10} {:>8}", "NAME", "PARTITIONS", "REPLICAS");
@@ -123,19 +148,36 @@ pub(crate) async fn topic(client: &Client, command: Topic, output: Output) -> an
         }
         Topic::Describe { name } => {
             let topic = cluster.topic(&name).ok_or_else(|| anyhow::anyhow!("topic {name} does not exist"))?;
+            let statuses = client.describe(std::slice::from_ref(&topic.name)).await?;
             if output == Output::Json {
-                println!("{}", topic_json(topic));
+                println!("{}", topic_json(topic, &statuses));
                 return Ok(());
             }
             println!("{}", topic.name);
-            println!("{:>9} {:>7} {:<16} SETTLED", "PARTITION", "LEADER", "REPLICAS");
+            println!(
+                "{:>9} {:>7} {:<12} {:<12} {:>12} {:>12} {:>11} SETTLED",
+                "PARTITION", "LEADER", "REPLICAS", "IN SYNC", "START", "END", "SIZE"
+            );
             for p in &topic.partitions {
-                println!("{:>9} {:>7} {:<16} {}", p.partition, p.leader, format!("{:?}", p.replicas), p.settled);
+                let list = |ids: &[u64]| ids.iter().map(u64::to_string).collect::<Vec<_>>().join(",");
+                let status = statuses.iter().find(|s| s.group == p.group);
+                let offset = |get: fn(&v1::PartitionStatus) -> u64| status.map_or("-".into(), |s| get(s).to_string());
+                println!(
+                    "{:>9} {:>7} {:<12} {:<12} {:>12} {:>12} {:>11} {}",
+                    p.partition,
+                    p.leader,
+                    list(&p.replicas),
+                    status.map_or("-".into(), |s| list(&in_sync(s))),
+                    offset(|s| s.start_offset),
+                    offset(|s| s.high_watermark),
+                    status.map_or("-".into(), |s| indicatif::HumanBytes(s.log_bytes).to_string()),
+                    p.settled
+                );
             }
         }
         Topic::Apply { file } => apply_files(client, &file).await?,
         Topic::Delete { name } => {
-            let request = v1::DeleteRequest { name: name.clone(), owner_uid: String::new() };
+            let request = v1::DeleteRequest { name: name.clone(), ..Default::default() };
             client.admin().await?.delete_topic(request).await.map_err(weir_client::Error::from)?;
             println!("topic {name} deleted");
         }
@@ -158,12 +200,44 @@ pub(crate) async fn subscription(client: &Client, command: Subscription, output:
                 println!("{:<40} {}", s.name, s.spec.as_ref().map_or("", |x| &x.topic));
             }
         }
+        Subscription::Describe { name } => describe_subscription(client, &name, output).await?,
         Subscription::Apply { file } => apply_files(client, &file).await?,
         Subscription::Delete { name } => {
-            let request = v1::DeleteRequest { name: name.clone(), owner_uid: String::new() };
+            let request = v1::DeleteRequest { name: name.clone(), ..Default::default() };
             client.admin().await?.delete_subscription(request).await.map_err(weir_client::Error::from)?;
             println!("subscription {name} deleted");
         }
+    }
+    Ok(())
+}
+
+async fn describe_subscription(client: &Client, name: &str, output: Output) -> anyhow::Result<()> {
+    let cluster = client.cluster();
+    let full = if name.contains('/') { name.to_owned() } else { format!("default/{name}") };
+    let found = cluster.metadata.subscriptions.iter().find(|s| s.name == full);
+    let found = found.ok_or_else(|| anyhow::anyhow!("subscription {name} does not exist"))?;
+    let topic = found.spec.as_ref().map_or("", |s| s.topic.as_str()).to_owned();
+    let statuses = client.describe(&[topic.clone()]).await?;
+    let now_ms = crate::data::now_ms();
+    let mine = |p: &v1::PartitionStatus| p.subscriptions.iter().find(|s| s.subscription == full).cloned();
+    let age = |s: &v1::SubscriptionStatus| if s.oldest_ms == 0 { 0 } else { now_ms.saturating_sub(s.oldest_ms as i64) };
+    let rows: Vec<_> = statuses.iter().filter_map(|p| Some((p.partition, p.high_watermark, mine(p)?))).collect();
+    let backlog: u64 = rows.iter().map(|(_, _, s)| s.backlog).sum();
+    if output == Output::Json {
+        let row = |(partition, end, s): &(u32, u64, v1::SubscriptionStatus)| {
+            serde_json::json!({"partition": partition, "position": s.position, "end": end, "backlog": s.backlog,
+                "ackedAbove": s.acked_above, "oldestUnackedMs": age(s)})
+        };
+        let partitions: Vec<_> = rows.iter().map(row).collect();
+        println!("{}", serde_json::json!({"name": full, "topic": topic, "backlog": backlog, "partitions": partitions}));
+        return Ok(());
+    }
+    println!("{full} reads {topic}, {backlog} messages behind");
+    println!("{:>9} {:>12} {:>12} {:>10} {:>11} OLDEST", "PARTITION", "POSITION", "END", "BACKLOG", "ACKED ABOVE");
+    for (partition, end, s) in &rows {
+        let oldest = indicatif::HumanDuration(std::time::Duration::from_millis(age(s) as u64));
+        let oldest = if s.oldest_ms == 0 { "-".to_owned() } else { oldest.to_string() };
+        println!("{partition:>9} {:>12} {end:>12} {:>10} {:>11} {oldest}", s.position, s.backlog, s.acked_above);
     }
     Ok(())
 }
@@ -208,14 +282,17 @@ pub(crate) async fn cluster(client: &Client, command: Cluster, output: Output) -
             answer.map_err(weir_client::Error::from)?;
             println!("broker {name} may join");
         }
-        Cluster::Drain { id } => {
+        Cluster::Drain { id, cancel } => {
             client
                 .admin()
                 .await?
-                .drain_broker(v1::DrainBrokerRequest { id })
+                .drain_broker(v1::DrainBrokerRequest { id, cancel })
                 .await
                 .map_err(weir_client::Error::from)?;
-            println!("broker {id} is being drained; watch `weir cluster status`");
+            match cancel {
+                true => println!("broker {id} stays"),
+                false => println!("broker {id} is being drained; watch `weir cluster status`"),
+            }
         }
     }
     Ok(())

@@ -18,7 +18,8 @@ use weir_client::{Client, Compression, Record};
 #[command(after_help = "Examples:
   weir bench produce --topic load --records 10000000 --size 100
   weir bench consume --topic load --records 10000000
-  weir bench latency --topic load --records 10000")]
+  weir bench latency --topic load --records 10000
+  weir bench verify --topic load --seconds 60         # and break something meanwhile")]
 pub(crate) enum Bench {
     /// Publishes as fast as it can, or at --rate.
     Produce(Load),
@@ -26,6 +27,8 @@ pub(crate) enum Bench {
     Consume(Load),
     /// One message in flight at a time.
     Latency(Load),
+    /// Publishes numbered records for a while, then reads back whether any acknowledged one is missing, twice there or out of order.
+    Verify(crate::verify::Verify),
 }
 
 #[derive(Args, Clone)]
@@ -92,6 +95,7 @@ pub(crate) async fn run(client: &Client, bench: Bench, output: Output) -> anyhow
         Bench::Produce(load) => produce(client, &load).await?,
         Bench::Consume(load) => consume(client, &load).await?,
         Bench::Latency(load) => latency(client, &load).await?,
+        Bench::Verify(verify) => return crate::verify::run(client, verify, output).await,
     };
     let Outcome { records, bytes, seconds, latency_us: l } = outcome;
     let (rate, megabytes) = (records as f64 / seconds, bytes as f64 / 1e6 / seconds);

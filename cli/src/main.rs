@@ -4,6 +4,7 @@ mod admin;
 mod bench;
 mod data;
 mod serve;
+mod verify;
 
 use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 use std::time::Duration;

@@ -132,6 +132,7 @@ fn config(serve: &Serve, list: &[Addresses], at: usize) -> Config {
         metrics_listen: me.metrics,
         advertise_host: None,
         peers: if many { list.iter().map(|a| format!("{}={}", a.name, a.peer)).collect() } else { Vec::new() },
+        cluster_id: String::new(),
         rack: String::new(),
     }
 }

@@ -161,6 +161,27 @@ impl Client {
         }
     }
 
+    /// How the partitions stand (all, where `topics` is empty), gathered from their leaders. A broker that does not
+    /// answer within a second is left out, and its partitions with it.
+    pub async fn describe(&self, topics: &[String]) -> Result<Vec<v1::PartitionStatus>, Error> {
+        let cluster = self.connect(Duration::from_secs(5)).await?;
+        let mut asked = Vec::new();
+        for broker in cluster.metadata.brokers.iter().filter(|b| !b.client_address.is_empty()) {
+            let mut client = v1::metadata_client::MetadataClient::new(self.channel(&broker.client_address)?)
+                .max_decoding_message_size(weir_proto::MESSAGE_BYTES_MAX);
+            let request = v1::DescribeRequest { topics: topics.to_vec() };
+            asked.push(async move {
+                tokio::time::timeout(Duration::from_secs(1), client.describe(request)).await.ok()?.ok()
+            });
+        }
+        let answers = futures::future::join_all(asked).await.into_iter().flatten();
+        let mut out: Vec<_> = answers.flat_map(|a| a.into_inner().partitions).collect();
+        // while leadership moves two may claim one: the later term is right
+        out.sort_by(|a, b| (&a.topic, a.partition, b.term).cmp(&(&b.topic, b.partition, a.term)));
+        out.dedup_by_key(|p| p.group);
+        Ok(out)
+    }
+
     /// Administrative calls, at any broker. With the address of its admin listener.
     pub async fn admin(&self) -> Result<v1::admin_client::AdminClient<Channel>, Error> {
         let cluster = self.connect(Duration::from_secs(10)).await?;

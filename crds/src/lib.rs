@@ -1,12 +1,27 @@
 //! The resources people declare, group `weir.dev/v1alpha1`: the same types for Kubernetes and for a folder of manifests,
-//! so that both share their validation.
+//! so that both share their validation. What is said here on a field is what `kubectl explain` says.
 
+#![allow(unreachable_pub)] // what KubeSchema derives holds a copy of each type
+
+pub mod cluster;
 pub mod manifest;
 pub mod quantity;
+mod yaml;
 
-use kube::CustomResource;
+pub use cluster::{StreamCluster, StreamClusterSpec, StreamClusterStatus};
+pub use yaml::crd_files;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+/// Durations as people write them: `90s`, `12h`, `7d`.
+pub const DURATION_PATTERN: &str = "^([0-9]+(ms|s|m|h|d|w))+$";
+/// Sizes as people write them: `512Mi`, `10Gi`.
+pub const SIZE_PATTERN: &str = "^[0-9]+(Ki|Mi|Gi|Ti|k|M|G|T)?$";
+/// Replicas where neither the topic nor its cluster says how many.
+pub const REPLICAS_DEFAULT: u32 = 3;
 
 /// When a publish is acknowledged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -19,37 +34,127 @@ pub enum Durability {
     QuorumMemory,
 }
 
+/// What becomes of the data when the resource is deleted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum DeletionPolicy {
+    /// It stays; a resource of the same name takes it over again.
+    #[default]
+    Retain,
+    /// It is deleted too.
+    Delete,
+}
+
 /// How long records are kept. Records that a subscription has not acknowledged are kept in any case.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Retention {
     /// Records older than this may go, such as `7d` or `12h`. Absent: no limit by time.
+    #[schemars(regex(pattern = DURATION_PATTERN))]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub time: Option<String>,
     /// A partition larger than this loses its oldest records, such as `10Gi`. Absent: no limit by size.
+    #[schemars(regex(pattern = SIZE_PATTERN))]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes: Option<String>,
 }
 
-/// A stream of records in partitions, each replicated on several brokers.
-#[derive(CustomResource, Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[kube(group = "weir.dev", version = "v1alpha1", kind = "Topic", namespaced, shortname = "wt", category = "weir")]
+/// Which StreamCluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ClusterRef {
+    /// Its name.
+    #[schemars(length(min = 1, max = 63))]
+    pub name: String,
+    /// Its namespace, which it must allow in `allowedNamespaces`. Absent: the resource's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+}
+
+/// A stream of records in partitions, each replicated on several brokers.
+///
+/// Publish to it as `namespace/name`, or by its name alone in the namespace `default`.
+#[derive(CustomResource, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[kube(
+    group = "weir.dev",
+    version = "v1alpha1",
+    kind = "Topic",
+    namespaced,
+    shortname = "wt",
+    category = "weir",
+    status = "TopicStatus",
+    doc = "A stream of records in partitions, each replicated on several brokers. Services publish to it over gRPC; Subscriptions read it.",
+    printcolumn(name = "Partitions", type_ = "integer", json_path = ".spec.partitions"),
+    printcolumn(name = "Replicas", type_ = "integer", json_path = ".status.replicas"),
+    printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason"),
+    printcolumn(name = "Size", type_ = "string", json_path = ".status.size"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[x_kube(validation = Rule::new("has(self.clusterRef) == has(oldSelf.clusterRef) && (!has(self.clusterRef) || self.clusterRef == oldSelf.clusterRef)").message("clusterRef cannot change: make a new topic and move its readers"))]
 pub struct TopicSpec {
-    /// Number of partitions. May grow, never shrink; a key's records keep their order within one number of partitions.
+    /// Number of partitions, 1 to 10000. May grow, never shrink; a key's records keep their order within one number of partitions.
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 10_000))]
+    #[x_kube(validation = Rule::new("self >= oldSelf").message("partitions can grow, never shrink: records would lose their place"))]
     pub partitions: u32,
-    /// Copies of each partition, on different brokers. With three, one broker may fail and nothing stops.
-    #[serde(default = "three")]
+    /// Copies of each partition, on different brokers: 1, 3, 5 or 7. With three, one broker may fail and nothing stops.
+    /// Absent: what the cluster says in `topicDefaults`, else 3.
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 7))]
-    pub replicas: u32,
-    /// How long records are kept. Absent: for ever.
-    #[serde(default)]
-    pub retention: Retention,
+    #[x_kube(validation = Rule::new("self % 2 == 1").message("use 1, 3, 5 or 7 replicas: an even number survives no more failures than one less"))]
+    pub replicas: Option<u32>,
+    /// How long records are kept. Absent: what the cluster says in `topicDefaults`, else for ever.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retention: Option<Retention>,
     /// When a publish is acknowledged.
     #[serde(default)]
     pub durability: Durability,
-    /// Largest record batch taken, such as `1Mi` (the default).
+    /// Largest record batch taken, such as `1Mi` (the default); `32Mi` at most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = SIZE_PATTERN))]
+    #[x_kube(validation = Rule::new("quantity(self).compareTo(quantity('32Mi')) <= 0").message("maxMessageBytes is 32Mi at most"))]
     pub max_message_bytes: Option<String>,
+    /// The StreamCluster that holds it. Absent: the one called `default` in the topic's namespace. Cannot change.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster_ref: Option<ClusterRef>,
+    /// What becomes of the records when the Topic is deleted.
+    #[serde(default)]
+    pub deletion_policy: DeletionPolicy,
+}
+
+/// How a topic stands.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TopicStatus {
+    /// The generation of the spec that was applied.
+    pub observed_generation: Option<i64>,
+    /// `Ready`: it takes records. `Degraded`: some partition lacks a leader or a replica.
+    #[serde(default)]
+    pub conditions: Vec<Condition>,
+    /// Copies of each partition, as applied.
+    pub replicas: Option<u32>,
+    /// Partitions that have no leader now.
+    pub leaderless: Option<u32>,
+    /// Partitions with fewer replicas in sync than wanted.
+    pub under_replicated: Option<u32>,
+    /// Bytes of log kept in all partitions, on each replica, for people.
+    pub size: Option<String>,
+    /// The first hundred partitions.
+    #[serde(default)]
+    pub partitions: Vec<TopicPartitionStatus>,
+}
+
+/// How a partition stands.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TopicPartitionStatus {
+    /// Its number.
+    pub partition: u32,
+    /// Name of the broker that leads it.
+    pub leader: Option<String>,
+    /// Names of the brokers whose replicas have nearly all of it.
+    pub in_sync: Vec<String>,
 }
 
 /// Where a new subscription starts.
@@ -73,18 +178,29 @@ pub enum Mode {
 }
 
 /// A reader of a topic whose position Weir keeps: what it has not acknowledged comes again.
-#[derive(CustomResource, Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(CustomResource, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[kube(
     group = "weir.dev",
     version = "v1alpha1",
     kind = "Subscription",
     namespaced,
     shortname = "wsub",
-    category = "weir"
+    category = "weir",
+    status = "SubscriptionStatus",
+    doc = "A reader of a topic whose position Weir keeps: what it has not acknowledged comes again. New ones need no change at the publisher.",
+    printcolumn(name = "Topic", type_ = "string", json_path = ".spec.topic"),
+    printcolumn(name = "Mode", type_ = "string", json_path = ".spec.mode"),
+    printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason"),
+    printcolumn(name = "Backlog", type_ = "integer", json_path = ".status.backlog"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[x_kube(validation = Rule::new("has(self.clusterRef) == has(oldSelf.clusterRef) && (!has(self.clusterRef) || self.clusterRef == oldSelf.clusterRef)").message("clusterRef cannot change: make a new subscription"))]
 pub struct SubscriptionSpec {
-    /// The topic's name, in the same namespace, or `namespace/name`.
+    /// The topic's name, in the same namespace, or `namespace/name`. Cannot change.
+    #[schemars(length(min = 1, max = 507))]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("a subscription's topic cannot change: make a new subscription"))]
     pub topic: String,
     /// How messages are shared among consumers.
     #[serde(default)]
@@ -93,15 +209,38 @@ pub struct SubscriptionSpec {
     #[serde(default)]
     pub start: StartPosition,
     /// How long a consumer may hold a message unacknowledged, such as `30s` (the default).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = DURATION_PATTERN))]
     pub ack_deadline: Option<String>,
+    /// The StreamCluster that holds the topic. Absent: the one called `default` in the subscription's namespace. Cannot change.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster_ref: Option<ClusterRef>,
+    /// What becomes of the position when the Subscription is deleted. A retained one goes on holding the topic's records.
+    #[serde(default = "delete")]
+    pub deletion_policy: DeletionPolicy,
+}
+
+/// How a subscription stands.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SubscriptionStatus {
+    /// The generation of the spec that was applied.
+    pub observed_generation: Option<i64>,
+    /// `Ready`: consumers can read it.
+    #[serde(default)]
+    pub conditions: Vec<Condition>,
+    /// Messages not acknowledged, over all partitions.
+    pub backlog: Option<i64>,
+    /// Age of the oldest of them, seconds.
+    pub oldest_unacked_seconds: Option<i64>,
 }
 
 fn one() -> u32 {
     1
 }
 
-fn three() -> u32 {
-    3
+fn delete() -> DeletionPolicy {
+    DeletionPolicy::Delete
 }
 
 /// A topic that was checked: plain numbers.
@@ -162,9 +301,11 @@ impl Topic {
         if !(1..=10_000).contains(&spec.partitions) {
             return Err(invalid("spec.partitions", format!("must be 1 to 10000, not {}", spec.partitions)));
         }
-        if !(1..=7).contains(&spec.replicas) {
-            return Err(invalid("spec.replicas", format!("must be 1 to 7, not {}", spec.replicas)));
+        let replicas = spec.replicas.unwrap_or(REPLICAS_DEFAULT);
+        if !(1..=7).contains(&replicas) || replicas.is_multiple_of(2) {
+            return Err(invalid("spec.replicas", format!("must be 1, 3, 5 or 7, not {replicas}")));
         }
+        let retention = spec.retention.clone().unwrap_or_default();
         let bytes = |field, text: &Option<String>| {
             text.as_deref().map_or(Ok(0), |t| quantity::bytes(t).map_err(|e| invalid(field, e)))
         };
@@ -175,9 +316,9 @@ impl Topic {
         Ok(ValidatedTopic {
             name: full_name(&self.metadata)?,
             partitions: spec.partitions,
-            replicas: spec.replicas,
-            retention_ms: millis("spec.retention.time", &spec.retention.time)?,
-            retention_bytes: bytes("spec.retention.bytes", &spec.retention.bytes)?,
+            replicas,
+            retention_ms: millis("spec.retention.time", &retention.time)?,
+            retention_bytes: bytes("spec.retention.bytes", &retention.bytes)?,
             message_bytes_max: largest as u32,
             quorum_memory: spec.durability == Durability::QuorumMemory,
         })

@@ -211,6 +211,11 @@ impl Group {
         self.applied
     }
 
+    /// Index of the last entry of the log.
+    pub fn last_index(&self) -> u64 {
+        self.raft.raft.raft_log.last_index()
+    }
+
     /// Committed but not yet applied or proposed but not yet committed entries.
     pub fn unapplied(&self) -> u64 {
         self.raft.raft.raft_log.last_index() - self.applied

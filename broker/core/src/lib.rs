@@ -11,6 +11,7 @@ pub mod log;
 pub mod membership;
 pub mod meta;
 pub mod node;
+pub mod observe;
 pub mod partition;
 pub mod producer;
 pub mod retention;

@@ -39,6 +39,15 @@ fn topic_spec(spec: Option<v1::TopicSpec>) -> Result<core::TopicSpec, Failure> {
     })
 }
 
+fn delete(request: v1::DeleteRequest) -> Result<Delete, Failure> {
+    let v1::DeleteRequest { name, owner_uid, release } = request;
+    Ok(Delete { name: full_name(&name)?, owner_uid, release })
+}
+
+fn no_broker(id: u64) -> Failure {
+    Failure::new(tonic::Code::NotFound, "NO_BROKER", format!("there is no broker {id}"))
+}
+
 impl Context {
     fn applied(&self) -> Response<v1::ApplyResponse> {
         Response::new(v1::ApplyResponse { version: self.shared.meta().version })
@@ -56,13 +65,9 @@ impl Admin for Context {
         let spec = topic_spec(request.spec)?;
         self.decide(|meta| {
             let had = meta.topics.get(&name).map_or(0, |t| t.groups.len() as u32);
-            if meta.topics.get(&name).is_some_and(|t| t.spec.replicas != spec.replicas) {
-                let text = "the number of replicas of an existing topic cannot be changed yet";
-                return Err(Failure::invalid("REPLICAS", text));
-            }
             let missing = spec.partitions.saturating_sub(had);
-            let placed = placement::place(placement::candidates(meta), missing, spec.replicas);
-            let placed = if missing == 0 { Vec::new() } else { placed? };
+            // also where none is missing: more replicas than brokers are refused, not waited for
+            let placed = placement::place(placement::candidates(meta), missing, spec.replicas)?;
             let placements = placed.iter().map(|p| Placement { brokers: p.iter().map(|b| b.0).collect() }).collect();
             let change = ApplyTopic {
                 name: name.clone(),
@@ -78,8 +83,7 @@ impl Admin for Context {
     }
 
     async fn delete_topic(&self, request: Request<v1::DeleteRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
-        let v1::DeleteRequest { name, owner_uid } = request.into_inner();
-        self.propose(Kind::DeleteTopic(Delete { name: full_name(&name)?, owner_uid })).await?;
+        self.propose(Kind::DeleteTopic(delete(request.into_inner())?)).await?;
         Ok(self.applied())
     }
 
@@ -105,8 +109,7 @@ impl Admin for Context {
         &self,
         request: Request<v1::DeleteRequest>,
     ) -> Result<Response<v1::ApplyResponse>, Status> {
-        let v1::DeleteRequest { name, owner_uid } = request.into_inner();
-        self.propose(Kind::DeleteSubscription(Delete { name: full_name(&name)?, owner_uid })).await?;
+        self.propose(Kind::DeleteSubscription(delete(request.into_inner())?)).await?;
         Ok(self.applied())
     }
 
@@ -123,9 +126,30 @@ impl Admin for Context {
         &self,
         request: Request<v1::DrainBrokerRequest>,
     ) -> Result<Response<v1::ApplyResponse>, Status> {
-        let broker = request.into_inner().id;
-        let phase = core::Phase::Draining.into();
-        self.propose(Kind::SetPhase(SetPhase { broker, phase, removed: false })).await?;
+        let v1::DrainBrokerRequest { id, cancel } = request.into_inner();
+        self.decide(|meta| {
+            let broker = meta.brokers.get(&id).ok_or_else(|| no_broker(id))?;
+            let wanted = if cancel { core::Phase::Active } else { core::Phase::Draining };
+            if !matches!(broker.phase(), core::Phase::Active | core::Phase::Draining) {
+                let text = format!("broker {id} is {:?}; only an active one can be drained", broker.phase());
+                return Err(Failure::new(tonic::Code::FailedPrecondition, "PHASE", text));
+            }
+            Ok(Kind::SetPhase(SetPhase { broker: id, phase: wanted.into(), removed: false }).into())
+        })
+        .await?;
+        Ok(self.applied())
+    }
+
+    async fn set_broker_rack(
+        &self,
+        request: Request<v1::SetBrokerRackRequest>,
+    ) -> Result<Response<v1::ApplyResponse>, Status> {
+        let v1::SetBrokerRackRequest { id, rack } = request.into_inner();
+        self.decide(|meta| {
+            let broker = meta.brokers.get(&id).ok_or_else(|| no_broker(id))?;
+            Ok(Kind::UpdateBroker(core::Broker { rack: rack.clone(), ..broker.clone() }).into())
+        })
+        .await?;
         Ok(self.applied())
     }
 

@@ -1,6 +1,6 @@
 //! Reading a partition's log by offset.
 
-use super::Context;
+use super::{Context, Found};
 use crate::shared::Partition;
 use crate::status::Failure;
 use futures::Stream;
@@ -41,6 +41,7 @@ pub fn check_range(partition: &Partition, offset: u64) -> Result<(), Failure> {
 
 async fn fetch(
     context: &Context,
+    topic: &str,
     mut partition: Partition,
     request: &v1::FetchRequest,
 ) -> Result<v1::FetchResponse, Failure> {
@@ -49,12 +50,10 @@ async fn fetch(
     let wait = Duration::from_millis(request.wait_ms.min(WAIT_MS_MAX).into());
     let _ = tokio::time::timeout(wait, partition.high_watermark.wait_for(|hw| *hw > request.offset)).await;
     let batches = partition.read(request.offset, bytes_max).await?;
-    for batch in &batches {
-        context.metrics.records_out.inc_by(u64::from(batch.count));
-        context.metrics.bytes_out.inc_by(batch.data.len() as u64);
-    }
+    let batches: Vec<v1::Batch> = batches.into_iter().map(to_wire).collect();
+    context.metrics.delivered(topic, &batches);
     Ok(v1::FetchResponse {
-        batches: batches.into_iter().map(to_wire).collect(),
+        batches,
         high_watermark: partition.tail.high_watermark(),
         start_offset: partition.tail.start_offset(),
     })
@@ -64,9 +63,10 @@ async fn fetch(
 impl Log for Context {
     async fn fetch(&self, request: Request<v1::FetchRequest>) -> Result<Response<v1::FetchResponse>, Status> {
         let request = request.into_inner();
-        let (group, _) = self.group(&request.topic, request.partition)?;
+        let Found { group, topic, .. } = self.find(&request.topic, request.partition).map_err(|f| self.rejected(f))?;
         let partition = self.led_partition(group)?;
-        Ok(Response::new(fetch(self, partition, &request).await?))
+        let answer = fetch(self, &topic, partition, &request).await;
+        Ok(Response::new(answer.map_err(|f| self.rejected(f))?))
     }
 
     type FetchStreamStream = Pin<Box<dyn Stream<Item = Result<v1::FetchResponse, Status>> + Send>>;
@@ -76,7 +76,7 @@ impl Log for Context {
         request: Request<v1::FetchRequest>,
     ) -> Result<Response<Self::FetchStreamStream>, Status> {
         let mut request = request.into_inner();
-        let (group, _) = self.group(&request.topic, request.partition)?;
+        let Found { group, topic, .. } = self.find(&request.topic, request.partition).map_err(|f| self.rejected(f))?;
         check_range(&self.led_partition(group)?, request.offset)?;
         request.wait_ms = 1_000;
         let (sender, receiver) = mpsc::channel(4);
@@ -84,7 +84,7 @@ impl Log for Context {
         tokio::spawn(async move {
             loop {
                 let answer = match context.led_partition(group) {
-                    Ok(partition) => fetch(&context, partition, &request).await,
+                    Ok(partition) => fetch(&context, &topic, partition, &request).await,
                     Err(failure) => Err(failure),
                 };
                 let ended = answer.is_err();
@@ -106,7 +106,7 @@ impl Log for Context {
         request: Request<v1::ListOffsetsRequest>,
     ) -> Result<Response<v1::ListOffsetsResponse>, Status> {
         let request = request.into_inner();
-        let (group, _) = self.group(&request.topic, request.partition)?;
+        let Found { group, .. } = self.find(&request.topic, request.partition).map_err(|f| self.rejected(f))?;
         let partition = self.led_partition(group)?;
         let high_watermark = partition.tail.high_watermark();
         let offset = match request.time_ms {

@@ -61,9 +61,19 @@ pub fn full_name(name: &str) -> Result<String, Failure> {
     Err(Failure::invalid("NAME", format!("'{shown}' is not a name: {rule}")))
 }
 
+/// A partition that was asked for.
+pub struct Found {
+    /// Its group.
+    pub group: GroupId,
+    /// Largest batch it takes, bytes.
+    pub batch_bytes_max: u32,
+    /// The topic's full name.
+    pub topic: String,
+}
+
 impl Context {
     /// The group of a topic's partition.
-    pub fn group(&self, topic: &str, partition: u32) -> Result<(GroupId, u32), Failure> {
+    pub fn find(&self, topic: &str, partition: u32) -> Result<Found, Failure> {
         let name = full_name(topic)?;
         let meta = self.shared.meta();
         let Some(found) = meta.topics.get(&name) else {
@@ -74,7 +84,8 @@ impl Context {
             return Err(Failure::new(Code::NotFound, "NO_PARTITION", text));
         };
         let limit = found.spec.message_bytes_max;
-        Ok((GroupId(*group), if limit == 0 { BATCH_BYTES_DEFAULT } else { limit }))
+        let batch_bytes_max = if limit == 0 { BATCH_BYTES_DEFAULT } else { limit };
+        Ok(Found { group: GroupId(*group), batch_bytes_max, topic: name })
     }
 
     /// The failure that tells who leads a group.
@@ -98,6 +109,11 @@ impl Context {
             Refusal::NotLeader | Refusal::UnknownGroup => self.not_leader(group),
             other => other.into(),
         };
+        self.rejected(failure)
+    }
+
+    /// Counts a refusal.
+    pub fn rejected(&self, failure: Failure) -> Failure {
         self.metrics.rejected.with_label_values(&[failure.reason]).inc();
         failure
     }

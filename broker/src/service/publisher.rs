@@ -1,6 +1,6 @@
 //! Publishing: one call with plain messages, and a stream of batches with many in flight.
 
-use super::{Context, full_name};
+use super::{Context, Found, full_name};
 use crate::node_loop::{Event, ReplyTo};
 use crate::status::Failure;
 use bytes::Bytes;
@@ -21,13 +21,14 @@ use weir_proto::v1::publisher_server::Publisher;
 type AckStream = Pin<Box<dyn Stream<Item = Result<v1::PublishAck, Status>> + Send>>;
 
 struct Checked {
+    topic: String,
     group: GroupId,
     data: Bytes,
     header: BatchHeader,
 }
 
 fn check(context: &Context, topic: &str, partition: u32, data: Bytes) -> Result<Checked, Failure> {
-    let (group, limit) = context.group(topic, partition)?;
+    let Found { group, batch_bytes_max: limit, topic } = context.find(topic, partition)?;
     if data.len() > limit as usize {
         let text = format!("the batch has {} bytes, topic {topic} takes at most {limit}", data.len());
         return Err(Failure::invalid("TOO_LARGE", text));
@@ -36,7 +37,7 @@ fn check(context: &Context, topic: &str, partition: u32, data: Bytes) -> Result<
     if !context.shared.leads(group) {
         return Err(context.not_leader(group));
     }
-    Ok(Checked { group, data, header })
+    Ok(Checked { topic, group, data, header })
 }
 
 async fn budget(context: &Context, bytes: usize) -> OwnedSemaphorePermit {
@@ -53,7 +54,7 @@ impl Publisher for Context {
         }
         let partition = match request.partition {
             Some(partition) => partition,
-            None => choose_partition(self, &request)?,
+            None => choose_partition(self, &request).map_err(|f| self.rejected(f))?,
         };
         let now_ms =
             std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_millis() as i64);
@@ -66,14 +67,14 @@ impl Publisher for Context {
         let list: Vec<Record> = request.messages.into_iter().map(record).collect();
         let batch = records::encode(&list, Compression::None, None).map_err(|e| Failure::invalid("RECORDS", e))?;
         let bytes = batch.len();
-        let checked = check(self, &request.topic, partition, batch)?;
+        let checked = check(self, &request.topic, partition, batch).map_err(|f| self.rejected(f))?;
         let _permit = budget(self, bytes).await;
         let started = Instant::now();
-        let Checked { group, data, header } = checked;
+        let Checked { topic, group, data, header } = checked;
         let reply = self.node.call(|to| Event::Publish { group, data, header, to }).await;
         match reply.ok_or_else(Failure::stopping)? {
             Reply::Published { base_offset, .. } => {
-                self.metrics.published(header.count, bytes, started);
+                self.metrics.published(&topic, header.count, bytes, started);
                 Ok(Response::new(v1::PublishResponse { partition, base_offset }))
             }
             Reply::Refused(refusal) => Err(self.failure(group, refusal).into()),
@@ -107,8 +108,16 @@ impl Publisher for Context {
     }
 }
 
-/// Of each batch under way: its group, records, bytes, and when it came.
-type UnderWay = std::sync::Arc<std::sync::Mutex<HashMap<u64, (GroupId, u32, usize, Instant)>>>;
+/// A batch under way.
+struct Pending {
+    topic: String,
+    group: GroupId,
+    records: u32,
+    bytes: usize,
+    since: Instant,
+}
+
+type UnderWay = std::sync::Arc<std::sync::Mutex<HashMap<u64, Pending>>>;
 
 /// Reads batches off a stream and hands them to the node, in the order they came; waits where too much is under way.
 async fn take_batches(
@@ -121,15 +130,14 @@ async fn take_batches(
     while let Ok(Some(batch)) = batches.message().await {
         let permit = budget(&context, batch.batch.len()).await;
         match check(&context, &batch.topic, batch.partition, batch.batch) {
-            Ok(Checked { group, data, header }) => {
-                let entry = (group, header.count, data.len(), Instant::now());
+            Ok(Checked { topic, group, data, header }) => {
+                let entry = Pending { topic, group, records: header.count, bytes: data.len(), since: Instant::now() };
                 under_way.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(batch.id, entry);
                 let to = ReplyTo::Stream(replies.clone(), batch.id, permit);
                 context.node.send(Event::Publish { group, data, header, to });
             }
             Err(failure) => {
-                context.metrics.rejected.with_label_values(&[failure.reason]).inc();
-                let _ = refused.send((batch.id, failure));
+                let _ = refused.send((batch.id, context.rejected(failure)));
             }
         }
     }
@@ -152,11 +160,11 @@ fn answer(
         let Some((id, reply)) = next else { return Poll::Ready(None) };
         let entry = under_way.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&id);
         let outcome = match (reply, entry) {
-            (Reply::Published { base_offset, .. }, Some((_, count, bytes, since))) => {
-                context.metrics.published(count, bytes, since);
+            (Reply::Published { base_offset, .. }, Some(p)) => {
+                context.metrics.published(&p.topic, p.records, p.bytes, p.since);
                 Outcome::BaseOffset(base_offset)
             }
-            (Reply::Refused(refusal), Some((group, ..))) => Outcome::Error(context.failure(group, refusal).into()),
+            (Reply::Refused(refusal), Some(p)) => Outcome::Error(context.failure(p.group, refusal).into()),
             (other, _) => {
                 Outcome::Error(Failure::new(Code::Internal, "REPLY", format!("unexpected reply {other:?}")).into())
             }
@@ -168,7 +176,7 @@ fn answer(
 /// By the first message's key, else the partition led here, so that a plain call needs no second hop.
 fn choose_partition(context: &Context, request: &v1::PublishRequest) -> Result<u32, Failure> {
     let name = full_name(&request.topic)?;
-    context.group(&name, 0)?;
+    context.find(&name, 0)?;
     let meta = context.shared.meta();
     let groups = &meta.topics[&name].groups;
     let key = &request.messages[0].key;

@@ -1,7 +1,7 @@
 //! Delivery of exclusive subscriptions: one member at a time holds a partition, gets its batches in order from the cursor on,
 //! and acks move the cursor, which is replicated with the partition. After a failover what was unacked comes again.
 
-use super::{Context, full_name, log};
+use super::{Context, Found, full_name, log};
 use crate::node_loop::{Event, ReplyTo};
 use crate::status::Failure;
 use futures::Stream;
@@ -30,6 +30,7 @@ static HOLDERS: LazyLock<Mutex<Holders>> = LazyLock::new(Mutex::default);
 static SESSIONS: AtomicU64 = AtomicU64::new(1);
 
 struct Resolved {
+    topic: String,
     group: GroupId,
     subscription: u64,
     ack_deadline: Duration,
@@ -40,12 +41,12 @@ fn resolve(context: &Context, name: &str, partition: u32) -> Result<Resolved, Fa
     let meta = context.shared.meta();
     let missing = || Failure::new(Code::NotFound, "NO_SUBSCRIPTION", format!("subscription {name} does not exist"));
     let found = meta.subscriptions.get(&name).ok_or_else(missing)?;
-    let (group, _) = context.group(&found.spec.topic, partition)?;
+    let Found { group, topic, .. } = context.find(&found.spec.topic, partition)?;
     if !context.shared.leads(group) {
         return Err(context.not_leader(group));
     }
     let ack_deadline = Duration::from_millis(found.spec.ack_deadline_ms);
-    Ok(Resolved { group, subscription: found.id, ack_deadline })
+    Ok(Resolved { topic, group, subscription: found.id, ack_deadline })
 }
 
 /// The cursor as applied here; a new subscription gets its own within moments.
@@ -101,6 +102,7 @@ impl Drop for Hold {
 struct Session {
     context: Context,
     hold: Hold,
+    topic: String,
     group: GroupId,
     subscription: u64,
     ack_deadline: Duration,
@@ -150,7 +152,7 @@ impl Session {
                     let Ok(room) = room else { return Ok(()) };
                     let batches = partition.read(self.next, DELIVERY_BYTES).await?;
                     if let Some(response) = delivery(&mut self.next, &mut self.credit, batches, partition.tail.high_watermark()) {
-                        self.context.metrics.records_out.inc_by(response.batches.iter().map(|b| u64::from(b.count)).sum());
+                        self.context.metrics.delivered(&self.topic, &response.batches);
                         self.last_progress = Instant::now();
                         room.send(Ok(response));
                     } else if self.next < partition.tail.start_offset() {
@@ -243,13 +245,15 @@ impl Subscriber for Context {
         let first =
             requests.message().await?.ok_or_else(|| Failure::invalid("OPEN", "a stream begins with an open"))?;
         let open = first.open.clone().ok_or_else(|| Failure::invalid("OPEN", "the first request holds an open"))?;
-        let Resolved { group, subscription, ack_deadline } = resolve(self, &open.subscription, open.partition)?;
+        let Resolved { topic, group, subscription, ack_deadline } =
+            resolve(self, &open.subscription, open.partition).map_err(|f| self.rejected(f))?;
         let hold = Hold::take((self.shared.broker.0, group, subscription), &open.member)?;
         let cursor = cursor(self, group, subscription).await?;
         let (out, responses) = mpsc::channel(4);
         let mut session = Session {
             context: self.clone(),
             hold,
+            topic,
             group,
             subscription,
             ack_deadline,

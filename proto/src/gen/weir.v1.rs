@@ -229,6 +229,82 @@ pub struct SeekResponse {
     pub offset: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DescribeRequest {
+    /// Only these; none for all.
+    #[prost(string, repeated, tag = "1")]
+    pub topics: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct DescribeResponse {
+    /// The broker that answered.
+    #[prost(uint64, tag = "1")]
+    pub broker: u64,
+    /// Those it leads; the metadata group, where it leads that, has an empty topic.
+    #[prost(message, repeated, tag = "2")]
+    pub partitions: ::prost::alloc::vec::Vec<PartitionStatus>,
+}
+/// A partition as its leader sees it.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PartitionStatus {
+    #[prost(string, tag = "1")]
+    pub topic: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "2")]
+    pub partition: u32,
+    #[prost(uint64, tag = "3")]
+    pub group: u64,
+    /// Raft term.
+    #[prost(uint64, tag = "4")]
+    pub term: u64,
+    /// Offset of the first record kept.
+    #[prost(uint64, tag = "5")]
+    pub start_offset: u64,
+    /// One past the last committed record.
+    #[prost(uint64, tag = "6")]
+    pub high_watermark: u64,
+    /// Bytes of log kept, on each replica.
+    #[prost(uint64, tag = "7")]
+    pub log_bytes: u64,
+    #[prost(message, repeated, tag = "8")]
+    pub replicas: ::prost::alloc::vec::Vec<ReplicaStatus>,
+    #[prost(message, repeated, tag = "9")]
+    pub subscriptions: ::prost::alloc::vec::Vec<SubscriptionStatus>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReplicaStatus {
+    /// Broker id, 0 where it is not known (any more).
+    #[prost(uint64, tag = "1")]
+    pub broker: u64,
+    /// Has nearly all of the log, and was heard of lately.
+    #[prost(bool, tag = "2")]
+    pub in_sync: bool,
+    /// A voter, not a learner that catches up.
+    #[prost(bool, tag = "3")]
+    pub voter: bool,
+    #[prost(uint64, tag = "4")]
+    pub entries_behind: u64,
+    /// Estimated from the average entry.
+    #[prost(uint64, tag = "5")]
+    pub bytes_behind: u64,
+}
+/// A subscription's position in one partition.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SubscriptionStatus {
+    #[prost(string, tag = "1")]
+    pub subscription: ::prost::alloc::string::String,
+    /// Everything below it is acknowledged.
+    #[prost(uint64, tag = "2")]
+    pub position: u64,
+    /// Records not acknowledged.
+    #[prost(uint64, tag = "3")]
+    pub backlog: u64,
+    /// Records acknowledged above the position.
+    #[prost(uint64, tag = "4")]
+    pub acked_above: u64,
+    /// When the record at the position was appended, ms since the epoch; 0 where all is acknowledged.
+    #[prost(uint64, tag = "5")]
+    pub oldest_ms: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetMetadataRequest {
     /// Only these; none for all.
     #[prost(string, repeated, tag = "1")]
@@ -253,6 +329,9 @@ pub struct GetMetadataResponse {
     /// The broker that leads the metadata group, 0 where unknown.
     #[prost(uint64, tag = "7")]
     pub controller: u64,
+    /// The metadata group itself.
+    #[prost(message, optional, tag = "8")]
+    pub metadata_group: ::core::option::Option<Partition>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Broker {
@@ -280,6 +359,11 @@ pub struct Topic {
     pub spec: ::core::option::Option<TopicSpec>,
     #[prost(message, repeated, tag = "4")]
     pub partitions: ::prost::alloc::vec::Vec<Partition>,
+    /// Of the resource that declared it; empty from the command line.
+    #[prost(string, tag = "5")]
+    pub owner_uid: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "6")]
+    pub generation: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Partition {
@@ -323,6 +407,10 @@ pub struct Subscription {
     pub id: u64,
     #[prost(message, optional, tag = "3")]
     pub spec: ::core::option::Option<SubscriptionSpec>,
+    #[prost(string, tag = "4")]
+    pub owner_uid: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "5")]
+    pub generation: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SubscriptionSpec {
@@ -364,6 +452,9 @@ pub struct DeleteRequest {
     pub name: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
     pub owner_uid: ::prost::alloc::string::String,
+    /// Only forget the owner: what there is stays, and another may take it over.
+    #[prost(bool, tag = "3")]
+    pub release: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct AddBrokerRequest {
@@ -379,6 +470,16 @@ pub struct AddBrokerResponse {
 pub struct DrainBrokerRequest {
     #[prost(uint64, tag = "1")]
     pub id: u64,
+    /// Take it back: the broker stays.
+    #[prost(bool, tag = "2")]
+    pub cancel: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetBrokerRackRequest {
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    #[prost(string, tag = "2")]
+    pub rack: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SetLogLevelRequest {
@@ -1938,6 +2039,30 @@ pub mod metadata_client {
             req.extensions_mut().insert(GrpcMethod::new("weir.v1.Metadata", "Get"));
             self.inner.unary(req, path, codec).await
         }
+        /// How the partitions stand that the asked broker leads: replicas in sync, sizes, backlogs. Ask all brokers for all.
+        pub async fn describe(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DescribeRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DescribeResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/weir.v1.Metadata/Describe",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("weir.v1.Metadata", "Describe"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -1958,6 +2083,14 @@ pub mod metadata_server {
             request: tonic::Request<super::GetMetadataRequest>,
         ) -> std::result::Result<
             tonic::Response<super::GetMetadataResponse>,
+            tonic::Status,
+        >;
+        /// How the partitions stand that the asked broker leads: replicas in sync, sizes, backlogs. Ask all brokers for all.
+        async fn describe(
+            &self,
+            request: tonic::Request<super::DescribeRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DescribeResponse>,
             tonic::Status,
         >;
     }
@@ -2068,6 +2201,49 @@ pub mod metadata_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = GetSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weir.v1.Metadata/Describe" => {
+                    #[allow(non_camel_case_types)]
+                    struct DescribeSvc<T: Metadata>(pub Arc<T>);
+                    impl<T: Metadata> tonic::server::UnaryService<super::DescribeRequest>
+                    for DescribeSvc<T> {
+                        type Response = super::DescribeResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DescribeRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Metadata>::describe(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DescribeSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
@@ -2338,6 +2514,28 @@ pub mod admin_client {
             req.extensions_mut().insert(GrpcMethod::new("weir.v1.Admin", "DrainBroker"));
             self.inner.unary(req, path, codec).await
         }
+        /// Says in which failure domain a broker is; for one that was started without `--rack`.
+        pub async fn set_broker_rack(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SetBrokerRackRequest>,
+        ) -> std::result::Result<tonic::Response<super::ApplyResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/weir.v1.Admin/SetBrokerRack",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("weir.v1.Admin", "SetBrokerRack"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Changes the log level, a tracing filter such as `info,weir_broker=debug`.
         pub async fn set_log_level(
             &mut self,
@@ -2402,6 +2600,11 @@ pub mod admin_server {
         async fn drain_broker(
             &self,
             request: tonic::Request<super::DrainBrokerRequest>,
+        ) -> std::result::Result<tonic::Response<super::ApplyResponse>, tonic::Status>;
+        /// Says in which failure domain a broker is; for one that was started without `--rack`.
+        async fn set_broker_rack(
+            &self,
+            request: tonic::Request<super::SetBrokerRackRequest>,
         ) -> std::result::Result<tonic::Response<super::ApplyResponse>, tonic::Status>;
         /// Changes the log level, a tracing filter such as `info,weir_broker=debug`.
         async fn set_log_level(
@@ -2731,6 +2934,51 @@ pub mod admin_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = DrainBrokerSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weir.v1.Admin/SetBrokerRack" => {
+                    #[allow(non_camel_case_types)]
+                    struct SetBrokerRackSvc<T: Admin>(pub Arc<T>);
+                    impl<
+                        T: Admin,
+                    > tonic::server::UnaryService<super::SetBrokerRackRequest>
+                    for SetBrokerRackSvc<T> {
+                        type Response = super::ApplyResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SetBrokerRackRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Admin>::set_broker_rack(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SetBrokerRackSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

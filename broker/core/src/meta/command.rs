@@ -59,6 +59,9 @@ pub struct Delete {
     /// Uid of the owner; empty for an administrator.
     #[prost(string, tag = "2")]
     pub owner_uid: String,
+    /// Only forget the owner.
+    #[prost(bool, tag = "3")]
+    pub release: bool,
 }
 
 /// Changes where a group's replicas should be.
@@ -311,6 +314,10 @@ impl MetaState {
     fn delete_topic(&mut self, change: &Delete) -> Result<Answer, MetaError> {
         let topic = self.topics.get(&change.name).ok_or_else(|| not_found("topic", &change.name))?;
         check_owner(&change.name, &topic.owner_uid, &change.owner_uid)?;
+        if change.release {
+            self.topics.entry(change.name.clone()).and_modify(|t| t.owner_uid.clear());
+            return Ok(Answer::Done);
+        }
         let topic = self.topics.remove(&change.name).expect("just found");
         for group in topic.groups {
             self.groups.remove(&group);
@@ -347,7 +354,11 @@ impl MetaState {
     fn delete_subscription(&mut self, change: &Delete) -> Result<Answer, MetaError> {
         let old = self.subscriptions.get(&change.name).ok_or_else(|| not_found("subscription", &change.name))?;
         check_owner(&change.name, &old.owner_uid, &change.owner_uid)?;
-        self.subscriptions.remove(&change.name);
+        if change.release {
+            self.subscriptions.entry(change.name.clone()).and_modify(|s| s.owner_uid.clear());
+        } else {
+            self.subscriptions.remove(&change.name);
+        }
         Ok(Answer::Done)
     }
 
@@ -421,7 +432,7 @@ mod tests {
         let mut state = MetaState::form("c", &[broker(1), broker(2)]);
         topic(&mut state, 1, "").unwrap();
         let old = state.topics["default/t"].groups[0];
-        state.apply(&Kind::DeleteTopic(Delete { name: "default/t".into(), owner_uid: String::new() }).into()).unwrap();
+        state.apply(&Kind::DeleteTopic(Delete { name: "default/t".into(), ..Default::default() }).into()).unwrap();
         topic(&mut state, 1, "").unwrap();
         assert_ne!(state.topics["default/t"].groups[0], old);
         assert!(state.deleted_groups.contains_key(&old) && !state.groups.contains_key(&old));

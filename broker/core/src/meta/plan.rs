@@ -5,6 +5,7 @@ use super::command::{Command, Kind, Reassign, SetPhase};
 use super::placement::{candidates, next_broker, rebalance_step};
 use super::state::{Assignment, MetaState, Phase};
 use crate::ids::{BrokerId, META_GROUP};
+use std::collections::BTreeMap;
 
 /// Voters of the metadata group; brokers beyond them follow as learners.
 pub const META_VOTERS_MAX: usize = 5;
@@ -16,11 +17,13 @@ pub fn plan(meta: &MetaState) -> Vec<Command> {
     let mut out: Vec<Command> = Vec::new();
     out.extend(plan_meta_group(meta));
     let mut moving = meta.groups.values().filter(|a| a.topic != 0 && !a.is_settled()).count();
+    let replicas: BTreeMap<u64, u32> = meta.topics.values().map(|t| (t.id, t.spec.replicas)).collect();
     for (group, assignment) in meta.groups.iter().filter(|(_, a)| a.topic != 0 && a.is_settled()) {
         if moving >= MOVES_MAX {
             break;
         }
-        if let Some(brokers) = replacements(meta, assignment) {
+        let Some(wanted) = replicas.get(&assignment.topic) else { continue };
+        if let Some(brokers) = changed_brokers(meta, assignment, *wanted as usize) {
             let change = Reassign { group: *group, expected_epoch: assignment.epoch, brokers, ..Default::default() };
             out.push(Kind::Reassign(change).into());
             moving += 1;
@@ -55,28 +58,29 @@ fn plan_meta_group(meta: &MetaState) -> Option<Command> {
     Some(Kind::Reassign(change).into())
 }
 
-/// New brokers for the replicas whose broker is drained or lost; `None` where nothing is to do or no broker is free.
-fn replacements(meta: &MetaState, assignment: &Assignment) -> Option<Vec<u64>> {
+/// Brokers for a group whose replicas are more or fewer than its topic wants, or stand on brokers that are drained or lost;
+/// `None` where nothing is to do or no broker is free.
+fn changed_brokers(meta: &MetaState, assignment: &Assignment, replicas: usize) -> Option<Vec<u64>> {
     let active = |id: u64| meta.brokers.get(&id).is_some_and(|b| b.phase() == Phase::Active);
-    if assignment.replicas.iter().all(|r| active(r.broker)) {
+    let (stay, go): (Vec<u64>, Vec<u64>) = assignment.replicas.iter().map(|r| r.broker).partition(|b| active(*b));
+    if go.is_empty() && stay.len() == replicas {
         return None;
     }
-    let mut free = candidates(meta);
-    let mut brokers: Vec<BrokerId> =
-        assignment.replicas.iter().map(|r| BrokerId(r.broker)).filter(|b| active(b.0)).collect();
-    let mut changed = false;
-    for replica in assignment.replicas.iter().filter(|r| !active(r.broker)) {
-        free.retain(|b| !brokers.contains(&b.id) || active(b.id.0));
-        match next_broker(&free, &brokers) {
-            Some(id) => {
-                brokers.push(id);
-                changed = true;
-            }
-            // nowhere to go: a drained broker keeps its replica, and the drain waits
-            None => brokers.push(BrokerId(replica.broker)),
-        }
+    let free = candidates(meta);
+    let mut brokers: Vec<BrokerId> = stay.into_iter().map(BrokerId).collect();
+    while brokers.len() < replicas
+        && let Some(id) = next_broker(&free, &brokers)
+    {
+        brokers.push(id);
     }
-    changed.then(|| brokers.iter().map(|b| b.0).collect())
+    // nowhere to go: a drained broker keeps its replica, and the drain waits
+    brokers.extend(go.into_iter().map(BrokerId));
+    brokers.truncate(replicas); // the preferred leader stands first and stays
+    let mut before: Vec<u64> = assignment.replicas.iter().map(|r| r.broker).collect();
+    let after: Vec<u64> = brokers.iter().map(|b| b.0).collect();
+    let (mut sorted, _) = (after.clone(), before.sort_unstable());
+    sorted.sort_unstable();
+    (sorted != before).then_some(after)
 }
 
 fn rebalance(meta: &MetaState) -> Option<Command> {
@@ -166,6 +170,20 @@ mod tests {
         run(&mut state);
         assert_eq!(counts(&state), vec![4, 4, 4]);
         assert!(!state.brokers.contains_key(&2));
+    }
+
+    #[test]
+    fn a_topic_gets_more_replicas_and_gives_them_back() {
+        let mut state = cluster(5, 4);
+        for (replicas, each) in [(5, 4), (1, 1), (3, 3)] {
+            let spec = TopicSpec { partitions: 4, replicas, ..Default::default() };
+            let change = ApplyTopic { name: "default/t".into(), spec, ..Default::default() };
+            state.apply(&Kind::ApplyTopic(change).into()).unwrap();
+            run(&mut state);
+            let held = |a: &Assignment| a.replicas.len() as u32;
+            assert!(state.groups.values().filter(|a| a.topic != 0).all(|a| held(a) == replicas));
+            assert!(counts(&state).iter().all(|c| *c <= each), "{:?}", counts(&state));
+        }
     }
 
     #[test]

@@ -1,0 +1,21 @@
+{{- define "weir.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end }}
+
+{{- define "weir.operator" -}}
+{{ .Release.Name }}-operator
+{{- end }}
+
+{{- define "weir.labels" -}}
+app.kubernetes.io/name: weir-operator
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+app.kubernetes.io/part-of: weir
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end }}
+
+{{- define "weir.selector" -}}
+app.kubernetes.io/name: weir-operator
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}

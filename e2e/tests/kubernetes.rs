@@ -1,0 +1,312 @@
+//! Weir on a real Kubernetes. `make e2e` runs these, in order, one at a time.
+
+use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
+use kube::api::{DeleteParams, ListParams};
+use kube::{Api, ResourceExt as _};
+use serde_json::json;
+use std::time::{Duration, Instant};
+use weir_crds::{StreamCluster, Topic};
+use weir_e2e::{Kubernetes, NAMESPACE, faults};
+
+const LONG: Duration = Duration::from_secs(180);
+
+/// Verifies for so many seconds while `during` happens.
+async fn under_load(
+    kubernetes: &Kubernetes,
+    what: &str,
+    seconds: u64,
+    during: impl AsyncFnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<serde_json::Value> {
+    let begun = Instant::now();
+    let seconds_text = seconds.to_string();
+    let arguments =
+        ["bench", "verify", "--topic", "weir/load", "--seconds", &seconds_text, "--rate", "600", "-o", "json"];
+    kubernetes.start("verify", &arguments).await?;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let outcome = during().await;
+    let found = kubernetes.verified(what, "verify", Duration::from_secs(seconds) + LONG).await;
+    outcome?;
+    println!("{what}: {:.0} s", begun.elapsed().as_secs_f64());
+    found
+}
+
+#[tokio::test]
+#[ignore = "needs a Kubernetes: make e2e"]
+async fn a_cluster_from_installation_to_removal() -> anyhow::Result<()> {
+    let k = Kubernetes::connect().await?;
+    install(&k).await?;
+    declare(&k).await?;
+    invalid_resources_are_refused(&k).await?;
+    publish_and_consume(&k).await?;
+    kill_and_delete(&k).await?;
+    drift(&k).await?;
+    scale(&k).await?;
+    roll(&k).await?;
+    grow(&k).await?;
+    if let Some(home) = k.home.clone() {
+        lose_volume(&k).await?;
+        stop_api(&k, &home).await?;
+        lose_node(&k, &home).await?;
+    }
+    other_namespace(&k).await?;
+    reinstall(&k).await?;
+    remove(&k).await
+}
+
+async fn install(k: &Kubernetes) -> anyhow::Result<()> {
+    let begun = Instant::now();
+    k.install(&[])?;
+    k.settled(3, LONG).await?;
+    println!("installed, three brokers serve: {:.1} s", begun.elapsed().as_secs_f64());
+    k.helm(&["test", "weir", "-n", NAMESPACE])?;
+    let cluster = k.cluster().await?;
+    let members = cluster.status.unwrap_or_default().members;
+    if k.home.is_some() {
+        let mut zones: Vec<_> = members.iter().map(|m| m.zone.clone()).collect();
+        zones.sort();
+        assert_eq!(zones, ["zone-0", "zone-1", "zone-2"], "one broker a zone, and it knows which");
+    }
+    Ok(())
+}
+
+async fn declare(k: &Kubernetes) -> anyhow::Result<()> {
+    let load =
+        "apiVersion: weir.dev/v1alpha1\nkind: Topic\nmetadata: {name: load}\nspec: {partitions: 6, replicas: 3}\n";
+    k.apply(load).await?;
+    k.apply(include_str!("../../examples/orders.yaml")).await?;
+    let took = k.topic_ready("load").await?;
+    k.topic_ready("orders").await?;
+    println!("a topic is ready after {:.1} s", took.as_secs_f64());
+    Ok(())
+}
+
+async fn invalid_resources_are_refused(k: &Kubernetes) -> anyhow::Result<()> {
+    let topic = |name: &str, spec: &str| {
+        format!("apiVersion: weir.dev/v1alpha1\nkind: Topic\nmetadata: {{name: {name}}}\nspec: {{{spec}}}\n")
+    };
+    let cases = [
+        (topic("bad", "replicas: 0"), "greater than or equal to 1"),
+        (topic("bad", "replicas: 2"), "an even number survives no more failures"),
+        (topic("bad", "partitions: 0"), "greater than or equal to 1"),
+        (topic("bad", "retention: {time: -1h}"), "spec.retention.time"),
+        (topic("bad", "maxMessageBytes: 64Mi"), "maxMessageBytes is 32Mi at most"),
+        (topic("bad", "partitons: 3"), "partitons"),
+        (topic("load", "partitions: 3, replicas: 3"), "partitions can grow, never shrink"),
+        (topic("load", "partitions: 6, replicas: 3, clusterRef: {name: other}"), "clusterRef cannot change"),
+        (
+            "apiVersion: weir.dev/v1alpha1\nkind: StreamCluster\nmetadata: {name: default}\nspec: {storage: {size: 1Mi}}\n"
+                .to_owned(),
+            "storage can grow, never shrink",
+        ),
+        (
+            "apiVersion: weir.dev/v1alpha1\nkind: Subscription\nmetadata: {name: mail}\nspec: {topic: load}\n".to_owned(),
+            "topic cannot change",
+        ),
+    ];
+    for (yaml, message) in cases {
+        let refused = k.apply(&yaml).await.expect_err(&yaml).to_string();
+        assert!(refused.contains(message), "{yaml}: {refused:?} does not say {message:?}");
+    }
+    // what the API server cannot know, a condition says
+    k.apply(&topic("many", "replicas: 5")).await?;
+    let reason = async |name: &str| {
+        let topic = k.api::<Topic>().get(name).await.ok()?;
+        let conditions = topic.status?.conditions;
+        conditions.into_iter().find(|c| c.type_ == "Ready").map(|c| c.reason)
+    };
+    let is = async |name: &str, wanted: &str| (reason(name).await.as_deref() == Some(wanted)).then_some(());
+    k.until("TooFewBrokers", LONG, async || is("many", "TooFewBrokers").await).await?;
+    k.api::<Topic>().delete("many", &DeleteParams::default()).await?;
+    k.apply(&topic("lonely", "clusterRef: {name: nowhere}")).await?;
+    k.until("ClusterNotFound", LONG, async || is("lonely", "ClusterNotFound").await).await?;
+    k.api::<Topic>().delete("lonely", &DeleteParams::default()).await?;
+    k.until("both are gone", LONG, async || {
+        let gone = async |name| k.api::<Topic>().get_opt(name).await.is_ok_and(|t| t.is_none());
+        (gone("many").await && gone("lonely").await).then_some(())
+    })
+    .await?;
+    println!("invalid resources: all refused");
+    Ok(())
+}
+
+async fn publish_and_consume(k: &Kubernetes) -> anyhow::Result<()> {
+    let produce = ["bench", "produce", "--topic", "weir/orders", "--records", "10000", "--size", "100", "-o", "json"];
+    k.start("publisher", &produce).await?;
+    let (published, log) = k.finish("publisher", LONG).await?;
+    assert!(published, "{log}");
+    let consume = ["consume", "--topic", "weir/orders", "--from", "earliest", "--max", "10000", "-o", "raw"];
+    k.start("consumer", &consume).await?;
+    let (consumed, log) = k.finish("consumer", LONG).await?;
+    assert!(consumed && log.lines().count() == 10_000, "{} lines", log.lines().count());
+    println!("a Job published 10000 records over the Service's name, another read them");
+    Ok(())
+}
+
+async fn kill_and_delete(k: &Kubernetes) -> anyhow::Result<()> {
+    under_load(k, "a broker killed, another's pod deleted", 30, async || {
+        let pods = k.brokers().await?;
+        if k.home.is_some() {
+            faults::kill_in_pod(&pods[0].uid().unwrap_or_default(), "weir-broker")?;
+            tokio::time::sleep(Duration::from_secs(8)).await;
+        }
+        k.api::<Pod>().delete(&pods[1].name_any(), &DeleteParams::default()).await?;
+        Ok(())
+    })
+    .await?;
+    k.settled(3, LONG).await.map(drop)
+}
+
+async fn drift(k: &Kubernetes) -> anyhow::Result<()> {
+    let services = k.api::<k8s_openapi::api::core::v1::Service>();
+    let budgets = k.api::<k8s_openapi::api::policy::v1::PodDisruptionBudget>();
+    services.delete("default-admin", &DeleteParams::default()).await?;
+    budgets.delete("default-broker", &DeleteParams::default()).await?;
+    let back = async || {
+        let both = services.get("default-admin").await.is_ok() && budgets.get("default-broker").await.is_ok();
+        both.then_some(())
+    };
+    let took = k.until("what was deleted is back", Duration::from_secs(30), back).await?;
+    println!("drift put right after {:.1} s", took.as_secs_f64());
+    Ok(())
+}
+
+async fn scale(k: &Kubernetes) -> anyhow::Result<()> {
+    under_load(k, "3 → 5 → 3 brokers", 60, async || {
+        let begun = Instant::now();
+        k.scale(5).await?;
+        k.settled(5, LONG).await?;
+        let holds = |m: &weir_crds::cluster::Member| m.replicas;
+        let members = k.cluster().await?.status.unwrap_or_default().members;
+        assert!(members.iter().map(holds).min() > Some(0), "replicas moved onto the new brokers: {members:?}");
+        let up = begun.elapsed();
+        k.scale(3).await?;
+        k.settled(3, LONG).await?;
+        println!("scaled up in {:.0} s, down in {:.0} s", up.as_secs_f64(), (begun.elapsed() - up).as_secs_f64());
+        Ok(())
+    })
+    .await?;
+    let claims = k.api::<PersistentVolumeClaim>();
+    k.until("the drained brokers' claims are gone", LONG, async || {
+        (claims.list(&ListParams::default()).await.ok()?.items.len() == 3).then_some(())
+    })
+    .await?;
+    Ok(())
+}
+
+async fn roll(k: &Kubernetes) -> anyhow::Result<()> {
+    under_load(k, "rolling change", 60, async || {
+        let before: Vec<_> = k.brokers().await?.iter().filter_map(|p| p.uid()).collect();
+        k.change_cluster(json!({"resources": {"requests": {"cpu": "101m"}, "limits": {"memory": "1Gi"}}})).await?;
+        let took = k
+            .until("every broker was replaced", LONG, async || {
+                let pods = k.brokers().await.ok()?;
+                pods.iter().all(|p| p.uid().is_some_and(|u| !before.contains(&u))).then_some(())
+            })
+            .await?;
+        // its process killed in the middle of things, the operator goes on where it was
+        k.settled(3, LONG).await?;
+        println!("three brokers rolled in {:.0} s", took.as_secs_f64());
+        Ok(())
+    })
+    .await?;
+    Ok(())
+}
+
+async fn grow(k: &Kubernetes) -> anyhow::Result<()> {
+    k.change_cluster(json!({"storage": {"size": "2Gi"}})).await?;
+    let claims = k.api::<PersistentVolumeClaim>();
+    k.until("every claim has grown", LONG, async || {
+        let list = claims.list(&ListParams::default()).await.ok()?;
+        let size = |c: &PersistentVolumeClaim| {
+            c.status.as_ref().and_then(|s| Some(s.capacity.as_ref()?.get("storage")?.0.clone()))
+        };
+        list.iter().all(|c| size(c).as_deref() == Some("2Gi")).then_some(())
+    })
+    .await?;
+    println!("volumes have grown");
+    Ok(())
+}
+
+async fn lose_volume(k: &Kubernetes) -> anyhow::Result<()> {
+    under_load(k, "a volume deleted", 40, async || {
+        let claims = k.api::<PersistentVolumeClaim>();
+        claims.delete("data-default-broker-1", &DeleteParams::default()).await?;
+        k.api::<Pod>().delete("default-broker-1", &DeleteParams::default()).await?;
+        let took = k.settled(3, LONG).await?;
+        println!("rebuilt in {:.0} s", took.as_secs_f64());
+        Ok(())
+    })
+    .await?;
+    k.settled(3, LONG).await.map(drop)
+}
+
+async fn stop_api(k: &Kubernetes, home: &std::path::Path) -> anyhow::Result<()> {
+    under_load(k, "API server stopped for a minute, a broker killed meanwhile", 75, async || {
+        let pods = k.brokers().await?;
+        faults::command(home, "stop-api").await?;
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        faults::kill_in_pod(&pods[2].uid().unwrap_or_default(), "weir-broker")?;
+        tokio::time::sleep(Duration::from_secs(40)).await;
+        faults::command(home, "start-api").await
+    })
+    .await?;
+    k.settled(3, LONG).await.map(drop)
+}
+
+async fn lose_node(k: &Kubernetes, home: &std::path::Path) -> anyhow::Result<()> {
+    under_load(k, "a node lost", 45, async || {
+        faults::command(home, "stop-node-2").await?;
+        tokio::time::sleep(Duration::from_secs(15)).await;
+        faults::command(home, "start-node-2").await
+    })
+    .await?;
+    k.settled(3, LONG).await.map(drop)
+}
+
+async fn other_namespace(k: &Kubernetes) -> anyhow::Result<()> {
+    k.namespace("shop").await?;
+    let topics: Api<Topic> = Api::namespaced(k.client.clone(), "shop");
+    let topic: Topic = serde_yaml_ng::from_str(
+        "apiVersion: weir.dev/v1alpha1\nkind: Topic\nmetadata: {name: carts}\nspec: {clusterRef: {name: default, namespace: weir}, deletionPolicy: Delete}\n",
+    )?;
+    topics.create(&Default::default(), &topic).await?;
+    let reason = async || {
+        let topic = topics.get("carts").await.ok()?;
+        topic.status?.conditions.into_iter().find(|c| c.type_ == "Ready").map(|c| c.reason)
+    };
+    k.until("served in another namespace", LONG, async || (reason().await? == "Serving").then_some(())).await?;
+    k.change_cluster(json!({"allowedNamespaces": []})).await?;
+    k.until("not allowed any more", LONG, async || (reason().await? == "NamespaceNotAllowed").then_some(())).await?;
+    let namespaces: Api<k8s_openapi::api::core::v1::Namespace> = Api::all(k.client.clone());
+    namespaces.delete("shop", &DeleteParams::default()).await?;
+    k.until("deleting the namespace finishes", LONG, async || {
+        namespaces.get_opt("shop").await.is_ok_and(|n| n.is_none()).then_some(())
+    })
+    .await?;
+    println!("a topic in another namespace: served, then refused, then gone");
+    Ok(())
+}
+
+async fn reinstall(k: &Kubernetes) -> anyhow::Result<()> {
+    k.helm(&["uninstall", "weir", "-n", NAMESPACE])?;
+    k.until("the brokers are gone", LONG, async || k.brokers().await.is_ok_and(|p| p.is_empty()).then_some(())).await?;
+    k.install(&[])?;
+    k.settled(3, LONG).await?;
+    let consume = ["consume", "--topic", "weir/orders", "--from", "earliest", "--max", "10000", "-o", "raw"];
+    k.start("again", &consume).await?;
+    let (consumed, log) = k.finish("again", LONG).await?;
+    assert!(consumed && log.lines().count() == 10_000, "{} lines", log.lines().count());
+    println!("uninstalled and installed again: the data is there");
+    Ok(())
+}
+
+async fn remove(k: &Kubernetes) -> anyhow::Result<()> {
+    let namespaces: Api<k8s_openapi::api::core::v1::Namespace> = Api::all(k.client.clone());
+    assert!(k.api::<StreamCluster>().get("default").await.is_ok());
+    k.helm(&["uninstall", "weir", "-n", NAMESPACE])?;
+    namespaces.delete(NAMESPACE, &DeleteParams::default()).await?;
+    let gone = async || namespaces.get_opt(NAMESPACE).await.is_ok_and(|n| n.is_none()).then_some(());
+    let took = k.until("deleting the namespace finishes", LONG, gone).await?;
+    println!("namespace deleted in {:.0} s", took.as_secs_f64());
+    Ok(())
+}

@@ -1,0 +1,514 @@
+//! What to do next about a StreamCluster, out of what it wants and what is seen. Pure: asked again it says the same.
+
+use super::names::Names;
+use crate::brokers::Snapshot;
+use crate::conditions::Said;
+use k8s_openapi::jiff::Timestamp;
+use weir_crds::StreamCluster;
+use weir_crds::cluster::{Member, Moves, StreamClusterStatus};
+use weir_proto::v1;
+
+/// A new pod that is not ready after this long holds a roll up, and people are told.
+pub const STUCK_AFTER_SECONDS: i64 = 300;
+
+/// A broker's pod as seen.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodSeen {
+    /// Its name, which is the broker's.
+    pub name: String,
+    /// Its uid.
+    pub uid: String,
+    /// Its version.
+    pub resource_version: String,
+    /// Its readiness probe succeeds.
+    pub ready: bool,
+    /// It was made from the StatefulSet's newest template.
+    pub current: bool,
+    /// It is going.
+    pub terminating: bool,
+    /// Its node's failure domain, where known.
+    pub zone: Option<String>,
+    /// When it was made.
+    pub created: Option<Timestamp>,
+}
+
+/// What is seen.
+#[derive(Clone, Debug, Default)]
+pub struct Seen {
+    /// Replicas of the StatefulSet, where there is one.
+    pub pods_wanted: Option<i32>,
+    /// The StatefulSet controller has seen the newest template.
+    pub template_observed: bool,
+    /// Storage its volume claims are made with, where there is one.
+    pub template_storage: Option<String>,
+    /// Its pods.
+    pub pods: Vec<PodSeen>,
+    /// What the brokers say, where one answered.
+    pub snapshot: Option<std::sync::Arc<Snapshot>>,
+    /// Why none did.
+    pub unreachable: String,
+}
+
+/// What the child objects should say.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// Replicas of the StatefulSet.
+    pub pods: i32,
+    /// Brokers a broker with an empty disk looks for.
+    pub peers: i32,
+    /// The cluster it must join, once there is one.
+    pub cluster_id: String,
+    /// Storage that volume claims are made with; claims grow afterwards.
+    pub template_storage: String,
+}
+
+/// A call to the brokers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// Lets a broker of this name join.
+    Add(String),
+    /// Moves everything off.
+    Drain { id: u64, name: String },
+    /// Takes that back.
+    Keep { id: u64, name: String },
+    /// Says in which failure domain it is.
+    SetRack { id: u64, rack: String },
+}
+
+/// What to do.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Plan {
+    /// For the child objects.
+    pub wanted: Wanted,
+    /// To the brokers.
+    pub calls: Vec<Call>,
+    /// The one pod to replace now.
+    pub replace: Option<PodSeen>,
+    /// The new status, but for the times of its conditions.
+    pub status: StreamClusterStatus,
+    /// Its conditions.
+    pub conditions: Vec<Said>,
+}
+
+/// Decides.
+pub fn plan(cluster: &StreamCluster, names: &Names, seen: &Seen, now: Timestamp) -> Plan {
+    let spec = &cluster.spec;
+    let before = cluster.status.clone().unwrap_or_default();
+    let known_id = before.cluster_id.clone().unwrap_or_default();
+    let snapshot = seen.snapshot.as_deref();
+    let cluster_id = snapshot.map_or(known_id, |s| s.metadata.cluster_id.clone());
+    let had = seen.pods_wanted.unwrap_or(spec.brokers);
+    let mut calls = Vec::new();
+    let pods = match snapshot {
+        Some(snapshot) => scale(spec.brokers, had, names, snapshot, &mut calls),
+        // nothing was formed yet: as many as wanted; else nobody knows what may go or come
+        None if cluster_id.is_empty() => spec.brokers,
+        None => had,
+    };
+    if let Some(snapshot) = snapshot {
+        calls.extend(racks(seen, snapshot));
+    }
+    let wanted = Wanted {
+        pods,
+        peers: pods.max(spec.brokers),
+        cluster_id: cluster_id.clone(),
+        template_storage: seen.template_storage.clone().unwrap_or_else(|| spec.storage.size.clone()),
+    };
+    let health = Health::of(names, seen, pods);
+    let (replace, roll) = roll(seen, &health, pods, now);
+    let moving = snapshot.map(|s| moves(s, names)).unwrap_or_default();
+    let conditions = conditions(&health, spec.brokers, seen, &moving, &roll);
+    let status = StreamClusterStatus {
+        observed_generation: cluster.metadata.generation,
+        conditions: before.conditions,
+        cluster_id: Some(cluster_id).filter(|id| !id.is_empty()),
+        address: Some(names.client_address()),
+        brokers: Some(seen.pods.len() as i32),
+        ready_brokers: Some(health.ready),
+        selector: Some(names.selector_text()),
+        partitions: snapshot.map(|s| s.partitions().count() as i32),
+        leaderless: snapshot.map(|_| health.leaderless as i32),
+        under_replicated: snapshot.map(|_| health.under_replicated as i32),
+        moves: snapshot.is_some().then_some(moving),
+        members: snapshot.map(members).unwrap_or_default(),
+    };
+    Plan { wanted, calls, replace, status, conditions }
+}
+
+fn broker_named<'a>(snapshot: &'a Snapshot, name: &str) -> Option<&'a v1::Broker> {
+    snapshot.metadata.brokers.iter().find(|b| b.name == name && b.phase != "lost")
+}
+
+/// Pods there should be now, and the calls that lead to what is wanted. A pod goes only once its broker is out of the metadata.
+fn scale(wanted: i32, had: i32, names: &Names, snapshot: &Snapshot, calls: &mut Vec<Call>) -> i32 {
+    for ordinal in 0..wanted {
+        let name = names.broker(ordinal);
+        match broker_named(snapshot, &name) {
+            None => calls.push(Call::Add(name)),
+            Some(b) if b.phase == "draining" => calls.push(Call::Keep { id: b.id, name }),
+            Some(_) => {}
+        }
+    }
+    let mut keep = wanted;
+    for ordinal in wanted..had {
+        let name = names.broker(ordinal);
+        // lost ones too: their replicas are still being replaced
+        if let Some(b) = snapshot.metadata.brokers.iter().find(|b| b.name == name) {
+            keep = ordinal + 1;
+            if b.phase == "active" {
+                calls.push(Call::Drain { id: b.id, name });
+            }
+        }
+    }
+    keep
+}
+
+fn racks(seen: &Seen, snapshot: &Snapshot) -> Vec<Call> {
+    let set = |pod: &PodSeen| {
+        let zone = pod.zone.clone().filter(|z| !z.is_empty())?;
+        let broker = broker_named(snapshot, &pod.name).filter(|b| b.rack != zone && b.phase != "expected")?;
+        Some(Call::SetRack { id: broker.id, rack: zone })
+    };
+    seen.pods.iter().filter_map(set).collect()
+}
+
+struct Health {
+    formed: bool,
+    ready: i32,
+    leaderless: usize,
+    under_replicated: usize,
+    /// every broker is there and every partition has all its replicas in sync
+    whole: bool,
+    draining: Vec<String>,
+    joining: Vec<String>,
+}
+
+impl Health {
+    fn of(names: &Names, seen: &Seen, pods: i32) -> Self {
+        let ready = seen.pods.iter().filter(|p| p.ready && !p.terminating).count() as i32;
+        let Some(snapshot) = seen.snapshot.as_deref() else {
+            return Self {
+                formed: false,
+                ready,
+                leaderless: 0,
+                under_replicated: 0,
+                whole: false,
+                draining: Vec::new(),
+                joining: Vec::new(),
+            };
+        };
+        let all = || snapshot.partitions().chain(&snapshot.metadata.metadata_group);
+        let in_phase = |phase: &str| {
+            let brokers = snapshot.metadata.brokers.iter().filter(|b| b.phase == phase);
+            brokers.map(|b| b.name.clone()).collect::<Vec<_>>()
+        };
+        let active =
+            (0..pods).filter(|o| broker_named(snapshot, &names.broker(*o)).is_some_and(|b| b.phase == "active"));
+        let leaderless = snapshot.leaderless(all());
+        let under_replicated = snapshot.under_replicated(all());
+        let all_there = ready == pods && seen.pods.len() as i32 == pods && active.count() as i32 == pods;
+        let whole = all_there && leaderless == 0 && under_replicated == 0;
+        let (draining, joining) = (in_phase("draining"), in_phase("expected"));
+        Self { formed: true, ready, leaderless, under_replicated, whole, draining, joining }
+    }
+}
+
+enum Roll {
+    None,
+    Running { left: usize, waits_for: String },
+    Stuck { pod: String },
+}
+
+/// The pod to replace now. One that serves goes only when nothing else is missing; one that does not serve harms nobody by going.
+fn roll(seen: &Seen, health: &Health, pods: i32, now: Timestamp) -> (Option<PodSeen>, Roll) {
+    let stuck = |p: &&PodSeen| {
+        let age = p.created.map_or(0, |c| now.as_second() - c.as_second());
+        p.current && !p.ready && age > STUCK_AFTER_SECONDS
+    };
+    if !seen.template_observed {
+        return (None, Roll::None);
+    }
+    let old: Vec<&PodSeen> = seen.pods.iter().filter(|p| !p.current && !p.terminating).collect();
+    if let Some(pod) = seen.pods.iter().find(stuck) {
+        return (None, Roll::Stuck { pod: pod.name.clone() });
+    }
+    if old.is_empty() {
+        return (None, Roll::None);
+    }
+    let running = |waits_for: String| Roll::Running { left: old.len(), waits_for };
+    if let Some(broken) = old.iter().find(|p| !p.ready && seen.pods.iter().all(|x| x.name == p.name || x.ready)) {
+        return (Some((*broken).clone()), running(broken.name.clone()));
+    }
+    if !health.formed && old.iter().all(|p| !p.ready) {
+        return (old.last().map(|p| (*p).clone()), running("the first cluster".to_owned()));
+    }
+    if !health.whole || health.ready != pods {
+        let absent = seen.pods.iter().find(|p| !p.ready || p.terminating);
+        let what = absent.map_or("replicas to be in sync again".to_owned(), |p| format!("{} to be ready", p.name));
+        return (None, running(what));
+    }
+    (old.last().map(|p| (*p).clone()), running("its replicas to be in sync again".to_owned()))
+}
+
+fn moves(snapshot: &Snapshot, names: &Names) -> Moves {
+    let draining: Vec<u64> = snapshot
+        .metadata
+        .brokers
+        .iter()
+        .filter(|b| b.phase == "draining" && names.ordinal(&b.name).is_some())
+        .map(|b| b.id)
+        .collect();
+    let on_draining = |p: &v1::Partition| p.replicas.iter().filter(|r| draining.contains(r)).count();
+    let running: Vec<&v1::Partition> = snapshot.partitions().filter(|p| !p.settled).collect();
+    let lacks = |p: &&v1::Partition| {
+        let replicas = snapshot.statuses.get(&p.group).into_iter().flat_map(|s| &s.replicas);
+        replicas.filter(|r| !r.voter).map(|r| r.bytes_behind).sum::<u64>()
+    };
+    Moves {
+        planned: snapshot.partitions().map(on_draining).sum::<usize>() as i32,
+        running: running.len() as i32,
+        bytes_left: people_bytes(running.iter().map(lacks).sum()),
+    }
+}
+
+/// Bytes for people, coarse enough that a status does not change with every record.
+pub fn people_bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "Ki", "Mi", "Gi", "Ti"];
+    let mut amount = bytes as f64;
+    let mut unit = 0;
+    while amount >= 1024.0 && unit + 1 < UNITS.len() {
+        amount /= 1024.0;
+        unit += 1;
+    }
+    if amount < 10.0 && unit > 0 {
+        format!("{amount:.1}{}", UNITS[unit])
+    } else {
+        format!("{amount:.0}{}", UNITS[unit])
+    }
+}
+
+fn members(snapshot: &Snapshot) -> Vec<Member> {
+    let member = |b: &v1::Broker| Member {
+        id: b.id as i64,
+        name: b.name.clone(),
+        phase: b.phase.clone(),
+        zone: b.rack.clone(),
+        leads: snapshot.partitions().filter(|p| p.leader == b.id).count() as i32,
+        replicas: snapshot.partitions().filter(|p| p.replicas.contains(&b.id)).count() as i32,
+    };
+    snapshot.metadata.brokers.iter().map(member).collect()
+}
+
+fn conditions(health: &Health, brokers: i32, seen: &Seen, moving: &Moves, roll: &Roll) -> Vec<Said> {
+    let ready = if !health.formed {
+        let text = format!("{} of {brokers} brokers are ready; {}", health.ready, seen.unreachable);
+        Said::new("Ready", false, "Unreachable", text)
+    } else if health.leaderless > 0 {
+        Said::new("Ready", false, "Leaderless", format!("{} partitions have no leader now", health.leaderless))
+    } else {
+        Said::new("Ready", true, "Serving", format!("{} of {brokers} brokers are ready", health.ready))
+    };
+    let progressing = match roll {
+        Roll::Stuck { pod } => {
+            let text = format!("the roll has stopped: {pod} is not ready after {STUCK_AFTER_SECONDS} s; see its log");
+            Said::new("Progressing", false, "RollStuck", text)
+        }
+        Roll::Running { left, waits_for } => {
+            Said::new("Progressing", true, "Rolling", format!("{left} brokers to replace; waiting for {waits_for}"))
+        }
+        Roll::None if !health.draining.is_empty() => {
+            let text = format!("draining {}: {} replicas to move", health.draining.join(", "), moving.planned);
+            Said::new("Progressing", true, "Draining", text)
+        }
+        Roll::None if !health.joining.is_empty() => {
+            Said::new("Progressing", true, "Joining", format!("waiting for {}", health.joining.join(", ")))
+        }
+        Roll::None if moving.running > 0 => {
+            let text = format!("{} partitions change their replicas", moving.running);
+            Said::new("Progressing", true, "Balancing", text)
+        }
+        Roll::None if !health.formed => Said::new("Progressing", true, "Forming", "waiting for the brokers"),
+        Roll::None => Said::new("Progressing", false, "Settled", ""),
+    };
+    let degraded = if health.formed && (health.leaderless > 0 || health.under_replicated > 0) {
+        let text = format!("{} partitions lack a replica, {} a leader", health.under_replicated, health.leaderless);
+        Said::new("Degraded", true, "UnderReplicated", text)
+    } else if matches!(roll, Roll::Stuck { .. }) {
+        Said::new("Degraded", true, "RollStuck", "a new broker does not become ready")
+    } else {
+        Said::new("Degraded", false, "Whole", "")
+    };
+    vec![ready, progressing, degraded]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use weir_crds::StreamClusterSpec;
+
+    const NAMES: fn() -> Names = || Names::new("shop", "default");
+
+    fn cluster(brokers: i32) -> StreamCluster {
+        StreamCluster::new("default", StreamClusterSpec { brokers, ..Default::default() })
+    }
+
+    fn pods(count: i32) -> Vec<PodSeen> {
+        let pod = |o| PodSeen {
+            name: NAMES().broker(o),
+            uid: format!("uid-{o}"),
+            ready: true,
+            current: true,
+            zone: Some(format!("z{}", o % 3)),
+            ..Default::default()
+        };
+        (0..count).map(pod).collect()
+    }
+
+    /// `count` brokers with ids that are not their ordinals, and one partition on the first three.
+    fn snapshot(count: i32) -> Snapshot {
+        let broker = |o: i32| v1::Broker {
+            id: 10 + o as u64,
+            name: NAMES().broker(o),
+            rack: format!("z{}", o % 3),
+            phase: "active".into(),
+            ..Default::default()
+        };
+        let partition = v1::Partition { group: 7, leader: 10, replicas: vec![10, 11, 12], settled: true, partition: 0 };
+        let replica = |broker| v1::ReplicaStatus { broker, in_sync: true, voter: true, ..Default::default() };
+        let status = v1::PartitionStatus { group: 7, replicas: [10, 11, 12].map(replica).into(), ..Default::default() };
+        let metadata = v1::GetMetadataResponse {
+            cluster_id: "c1".into(),
+            brokers: (0..count).map(broker).collect(),
+            topics: vec![v1::Topic { partitions: vec![partition], ..Default::default() }],
+            ..Default::default()
+        };
+        Snapshot { metadata, statuses: [(7, status)].into() }
+    }
+
+    fn seen(count: i32, snapshot: Snapshot) -> Seen {
+        Seen {
+            pods_wanted: Some(count),
+            template_observed: true,
+            template_storage: Some("10Gi".into()),
+            pods: pods(count),
+            snapshot: Some(Arc::new(snapshot)),
+            unreachable: String::new(),
+        }
+    }
+
+    fn decide(brokers: i32, seen: &Seen) -> Plan {
+        plan(&cluster(brokers), &NAMES(), seen, Timestamp::from_second(10_000).unwrap())
+    }
+
+    fn reason(plan: &Plan, kind: &str) -> &'static str {
+        plan.conditions.iter().find(|c| c.kind == kind).unwrap().reason
+    }
+
+    #[test]
+    fn a_whole_cluster_needs_nothing() {
+        let plan = decide(3, &seen(3, snapshot(3)));
+        assert_eq!((plan.wanted.pods, plan.calls.len(), plan.replace.as_ref()), (3, 0, None));
+        assert_eq!(plan.wanted.cluster_id, "c1");
+        assert_eq!((reason(&plan, "Ready"), reason(&plan, "Progressing")), ("Serving", "Settled"));
+    }
+
+    #[test]
+    fn brokers_are_named_before_their_pods_come() {
+        let plan = decide(5, &seen(3, snapshot(3)));
+        assert_eq!(plan.wanted.pods, 5);
+        assert_eq!(plan.calls, vec![Call::Add(NAMES().broker(3)), Call::Add(NAMES().broker(4))]);
+    }
+
+    #[test]
+    fn a_pod_goes_only_once_its_broker_is_out_of_the_metadata() {
+        let mut s = seen(5, snapshot(5));
+        let first = decide(3, &s);
+        assert_eq!(first.wanted.pods, 5);
+        let drain = |o: i32| Call::Drain { id: 10 + o as u64, name: NAMES().broker(o) };
+        assert_eq!(first.calls, vec![drain(3), drain(4)]);
+        let mut later = snapshot(5);
+        later.metadata.brokers[3].phase = "draining".into();
+        later.metadata.brokers.remove(4);
+        s.snapshot = Some(Arc::new(later.clone()));
+        let second = decide(3, &s);
+        assert_eq!((second.wanted.pods, second.calls.len()), (4, 0));
+        later.metadata.brokers.remove(3);
+        s.snapshot = Some(Arc::new(later));
+        assert_eq!(decide(3, &s).wanted.pods, 3);
+    }
+
+    #[test]
+    fn a_higher_ordinal_that_still_holds_replicas_keeps_the_lower_pods() {
+        let mut state = snapshot(5);
+        state.metadata.brokers.remove(3);
+        assert_eq!(decide(3, &seen(5, state)).wanted.pods, 5);
+    }
+
+    #[test]
+    fn a_drain_is_taken_back_when_the_broker_is_wanted_again() {
+        let mut state = snapshot(5);
+        state.metadata.brokers[4].phase = "draining".into();
+        let plan = decide(5, &seen(5, state));
+        assert_eq!(plan.calls, vec![Call::Keep { id: 14, name: NAMES().broker(4) }]);
+    }
+
+    #[test]
+    fn while_no_broker_answers_a_formed_cluster_keeps_its_pods_and_an_unformed_one_gets_them() {
+        let mut s = seen(3, snapshot(3));
+        s.snapshot = None;
+        let mut formed = cluster(5);
+        formed.status = Some(StreamClusterStatus { cluster_id: Some("c1".into()), ..Default::default() });
+        let now = Timestamp::from_second(10_000).unwrap();
+        let kept = plan(&formed, &NAMES(), &s, now);
+        assert_eq!((kept.wanted.pods, kept.wanted.cluster_id.as_str()), (3, "c1"));
+        assert_eq!(reason(&kept, "Ready"), "Unreachable");
+        assert_eq!(plan(&cluster(5), &NAMES(), &s, now).wanted.pods, 5);
+    }
+
+    #[test]
+    fn a_roll_replaces_one_pod_and_waits_until_all_replicas_are_in_sync() {
+        let mut s = seen(3, snapshot(3));
+        s.pods.iter_mut().for_each(|p| p.current = false);
+        let first = decide(3, &s);
+        assert_eq!(first.replace.as_ref().map(|p| p.uid.as_str()), Some("uid-2"));
+        s.pods[2].current = true;
+        s.pods[2].ready = false;
+        assert_eq!(decide(3, &s).replace, None, "its successor is not ready");
+        s.pods[2].ready = true;
+        let mut behind = snapshot(3);
+        behind.statuses.get_mut(&7).unwrap().replicas[2].in_sync = false;
+        s.snapshot = Some(Arc::new(behind));
+        let waiting = decide(3, &s);
+        assert_eq!((waiting.replace.as_ref(), reason(&waiting, "Progressing")), (None, "Rolling"));
+        s.snapshot = Some(Arc::new(snapshot(3)));
+        assert_eq!(decide(3, &s).replace.map(|p| p.uid), Some("uid-1".into()));
+    }
+
+    #[test]
+    fn a_roll_that_fails_stops_and_a_mended_template_replaces_what_failed() {
+        let mut s = seen(3, snapshot(3));
+        s.pods[0].current = false;
+        s.pods[2].ready = false;
+        s.pods[2].created = Some(Timestamp::from_second(10_000 - STUCK_AFTER_SECONDS - 1).unwrap());
+        let stuck = decide(3, &s);
+        assert_eq!((stuck.replace.as_ref(), reason(&stuck, "Progressing")), (None, "RollStuck"));
+        s.pods[2].current = false; // people changed the template again
+        assert_eq!(decide(3, &s).replace.map(|p| p.uid), Some("uid-2".into()));
+    }
+
+    #[test]
+    fn brokers_are_told_their_zone() {
+        let mut state = snapshot(3);
+        state.metadata.brokers[1].rack.clear();
+        assert_eq!(decide(3, &seen(3, state)).calls, vec![Call::SetRack { id: 11, rack: "z1".into() }]);
+    }
+
+    #[test]
+    fn sizes_are_coarse() {
+        assert_eq!(
+            ["0B", "512B", "1.5Ki", "20Mi"],
+            [0, 512, 1536, 20 << 20].map(people_bytes).map(|s| s.leak() as &str)
+        );
+    }
+}

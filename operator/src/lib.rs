@@ -1,0 +1,12 @@
+//! The operator: turns StreamCluster, Topic and Subscription resources into brokers and what they hold.
+//! Each kind is a folder, read as: dereference, validate, plan, apply, status. Deciding and building are pure.
+
+pub mod apply;
+pub mod brokers;
+pub mod cluster;
+pub mod conditions;
+pub mod context;
+pub mod locate;
+pub mod serve;
+pub mod subscription;
+pub mod topic;

@@ -1,0 +1,78 @@
+//! Which cluster a Topic or Subscription belongs to, and whether it may use it.
+
+use crate::cluster::names::Names;
+use crate::conditions;
+use crate::context::Context;
+use std::sync::Arc;
+use weir_crds::{ClusterRef, StreamCluster};
+
+/// Deletes a Topic or Subscription without asking its cluster, where that is gone for good.
+pub const FORCE_DELETE: &str = "weir.dev/force-delete";
+
+/// A cluster that may be asked.
+pub struct Located {
+    /// Its resource.
+    pub cluster: Arc<StreamCluster>,
+    /// Its Admin service, `host:port`.
+    pub address: String,
+}
+
+/// Why a resource cannot be served now, as a condition says it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Blocked {
+    /// For programs.
+    pub reason: &'static str,
+    /// For people.
+    pub message: String,
+}
+
+/// The cluster of a resource in `namespace`.
+pub fn locate(context: &Context, namespace: &str, wanted: Option<&ClusterRef>) -> Result<Located, Blocked> {
+    let name = wanted.map_or("default", |r| &r.name);
+    let home = wanted.and_then(|r| r.namespace.as_deref()).unwrap_or(namespace);
+    let cluster = context.cluster(home, name).ok_or_else(|| Blocked {
+        reason: "ClusterNotFound",
+        message: format!("there is no StreamCluster {home}/{name}; make one, or name another in spec.clusterRef"),
+    })?;
+    if cluster.metadata.deletion_timestamp.is_some() {
+        let message = format!("StreamCluster {home}/{name} is being deleted");
+        return Err(Blocked { reason: "ClusterNotFound", message });
+    }
+    check_admitted(&cluster, home, namespace)?;
+    let ready = cluster.status.as_ref().is_some_and(|s| conditions::holds(&s.conditions, "Ready"));
+    if !ready {
+        let message = format!("StreamCluster {home}/{name} is not ready yet");
+        return Err(Blocked { reason: "ClusterNotReady", message });
+    }
+    let address = Names::new(home, name).admin_address(&context.settings.domain);
+    Ok(Located { cluster, address })
+}
+
+fn check_admitted(cluster: &StreamCluster, home: &str, namespace: &str) -> Result<(), Blocked> {
+    let allowed = &cluster.spec.allowed_namespaces;
+    if home == namespace || allowed.iter().any(|a| a == "*" || a == namespace) {
+        return Ok(());
+    }
+    let name = cluster.metadata.name.as_deref().unwrap_or_default();
+    let message = format!("StreamCluster {home}/{name} does not allow namespace {namespace} in spec.allowedNamespaces");
+    Err(Blocked { reason: "NamespaceNotAllowed", message })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use weir_crds::StreamClusterSpec;
+
+    #[test]
+    fn a_namespace_must_be_allowed() {
+        let cluster = |list: &[&str]| {
+            let allowed_namespaces = list.iter().map(|s| (*s).to_owned()).collect();
+            StreamCluster::new("default", StreamClusterSpec { allowed_namespaces, ..Default::default() })
+        };
+        assert!(check_admitted(&cluster(&[]), "weir", "weir").is_ok());
+        assert!(check_admitted(&cluster(&["shop"]), "weir", "shop").is_ok());
+        assert!(check_admitted(&cluster(&["*"]), "weir", "shop").is_ok());
+        let refused = check_admitted(&cluster(&["shop"]), "weir", "bank").unwrap_err();
+        assert_eq!(refused.reason, "NamespaceNotAllowed");
+    }
+}

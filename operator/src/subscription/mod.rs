@@ -1,0 +1,140 @@
+//! Subscription: locate its cluster → validate → apply to the brokers → status.
+
+use crate::apply;
+use crate::brokers::{BrokerError, Snapshot};
+use crate::conditions::{Said, merge};
+use crate::context::Context;
+use crate::locate::{Blocked, FORCE_DELETE, Located, locate};
+use crate::topic::{TopicError, blocked};
+use k8s_openapi::jiff::Timestamp;
+use kube::runtime::controller::Action;
+use kube::runtime::finalizer::{self, Event, finalizer};
+use kube::{Api, Resource as _, ResourceExt as _};
+use std::sync::Arc;
+use std::time::Duration;
+use weir_crds::{DeletionPolicy, Subscription, SubscriptionStatus, ValidatedSubscription};
+use weir_proto::v1;
+
+/// Keeps the resource until the brokers have been told.
+pub const FINALIZER: &str = "weir.dev/subscription";
+/// Between two looks, when all is well: how old the backlog in the status may be.
+const IDLE: Duration = Duration::from_secs(30);
+/// Between two looks, while something is missing.
+const BUSY: Duration = Duration::from_secs(2);
+
+/// One look at a subscription.
+pub async fn reconcile(subscription: Arc<Subscription>, context: Arc<Context>) -> Result<Action, TopicError> {
+    let namespace = subscription.namespace().unwrap_or_default();
+    let api: Api<Subscription> = Api::namespaced(context.client.clone(), &namespace);
+    let done = finalizer(&api, FINALIZER, subscription, |event| async {
+        match event {
+            Event::Apply(subscription) => bring_about(&subscription, &context).await,
+            Event::Cleanup(subscription) => clean_up(&subscription, &context).await,
+        }
+    });
+    done.await.map_err(|error| match error {
+        finalizer::Error::ApplyFailed(e) | finalizer::Error::CleanupFailed(e) => e,
+        other => TopicError::Finalizer(other.to_string()),
+    })
+}
+
+async fn bring_about(subscription: &Subscription, context: &Context) -> Result<Action, TopicError> {
+    let namespace = subscription.namespace().unwrap_or_default();
+    let outcome = match locate(context, &namespace, subscription.spec.cluster_ref.as_ref()) {
+        Ok(located) => apply_to(subscription, context, &located).await,
+        Err(blocked) => Err(blocked),
+    };
+    let before = subscription.status.clone().unwrap_or_default();
+    let (status, said) = match &outcome {
+        Ok((wanted, snapshot)) => status(wanted, snapshot),
+        Err(Blocked { reason, message }) => (before.clone(), Said::new("Ready", false, reason, message.clone())),
+    };
+    if let Err(blocked) = &outcome
+        && !before.conditions.iter().any(|c| c.reason == blocked.reason)
+    {
+        context.event(&subscription.object_ref(&()), true, blocked.reason, "Apply", blocked.message.clone()).await;
+    }
+    let settled = said.holds;
+    let conditions = merge(&before.conditions, vec![said], subscription.metadata.generation, Timestamp::now());
+    let observed_generation = subscription.metadata.generation;
+    let status = SubscriptionStatus { conditions, observed_generation, ..status };
+    apply::status(&context.client, subscription, subscription.status.as_ref(), &status).await?;
+    Ok(Action::requeue(if settled { IDLE } else { BUSY }))
+}
+
+async fn apply_to(
+    subscription: &Subscription,
+    context: &Context,
+    located: &Located,
+) -> Result<(ValidatedSubscription, Arc<Snapshot>), Blocked> {
+    let invalid = |e: weir_crds::Invalid| Blocked { reason: "Invalid", message: e.to_string() };
+    let wanted = subscription.validate().map_err(invalid)?;
+    let uid = subscription.uid().unwrap_or_default();
+    let generation = subscription.metadata.generation.unwrap_or(0) as u64;
+    let mut snapshot = context.brokers.snapshot(&located.address).await.map_err(blocked)?;
+    let there = snapshot.metadata.subscriptions.iter().find(|s| s.name == wanted.name);
+    if !there.is_some_and(|s| s.owner_uid == uid && s.generation == generation) {
+        let spec = v1::SubscriptionSpec {
+            topic: wanted.topic.clone(),
+            from_earliest: wanted.from_earliest,
+            ack_deadline_ms: wanted.ack_deadline_ms,
+        };
+        let request =
+            v1::ApplySubscriptionRequest { name: wanted.name.clone(), spec: Some(spec), owner_uid: uid, generation };
+        let call = |mut admin: v1::admin_client::AdminClient<_>| async move { admin.apply_subscription(request).await };
+        context.brokers.call(&located.address, call).await.map_err(blocked)?;
+        snapshot = context.brokers.snapshot(&located.address).await.map_err(blocked)?;
+    }
+    Ok((wanted, snapshot))
+}
+
+fn status(wanted: &ValidatedSubscription, snapshot: &Snapshot) -> (SubscriptionStatus, Said) {
+    let topic = snapshot.metadata.topics.iter().find(|t| t.name == wanted.topic);
+    let groups: Vec<u64> = topic.map(|t| t.partitions.iter().map(|p| p.group).collect()).unwrap_or_default();
+    let statuses = groups.iter().filter_map(|g| snapshot.statuses.get(g));
+    let mine: Vec<&v1::SubscriptionStatus> =
+        statuses.filter_map(|s| s.subscriptions.iter().find(|x| x.subscription == wanted.name)).collect();
+    let now_ms = Timestamp::now().as_millisecond();
+    let oldest = mine.iter().filter(|s| s.oldest_ms > 0).map(|s| now_ms - s.oldest_ms as i64).max();
+    let status = SubscriptionStatus {
+        backlog: Some(mine.iter().map(|s| s.backlog as i64).sum()),
+        // to ten seconds, or a status would change with every look
+        oldest_unacked_seconds: Some(oldest.unwrap_or(0).max(0) / 10_000 * 10),
+        ..Default::default()
+    };
+    let said = if mine.len() == groups.len() && !groups.is_empty() {
+        Said::new("Ready", true, "Serving", format!("reads {}", wanted.topic))
+    } else {
+        let text = format!("{} of {} partitions have its position", mine.len(), groups.len());
+        Said::new("Ready", false, "Creating", text)
+    };
+    (status, said)
+}
+
+async fn clean_up(subscription: &Subscription, context: &Context) -> Result<Action, TopicError> {
+    let namespace = subscription.namespace().unwrap_or_default();
+    if subscription.annotations().contains_key(FORCE_DELETE) {
+        return Ok(Action::await_change());
+    }
+    let located = match locate(context, &namespace, subscription.spec.cluster_ref.as_ref()) {
+        Ok(located) => located,
+        Err(Blocked { reason: "ClusterNotFound" | "NamespaceNotAllowed", .. }) => return Ok(Action::await_change()),
+        Err(waiting) => {
+            let message = format!(
+                "{}; it is deleted once that is over, or at once with the annotation {FORCE_DELETE}",
+                waiting.message
+            );
+            return Err(BrokerError::Unreachable { address: namespace, cause: message }.into());
+        }
+    };
+    let request = v1::DeleteRequest {
+        name: format!("{namespace}/{}", subscription.name_any()),
+        owner_uid: subscription.uid().unwrap_or_default(),
+        release: subscription.spec.deletion_policy == DeletionPolicy::Retain,
+    };
+    let call = |mut admin: v1::admin_client::AdminClient<_>| async move { admin.delete_subscription(request).await };
+    match context.brokers.call(&located.address, call).await {
+        Ok(_) | Err(BrokerError::Refused { .. }) => Ok(Action::await_change()),
+        Err(error) => Err(error.into()),
+    }
+}

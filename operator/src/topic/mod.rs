@@ -1,0 +1,208 @@
+//! Topic: locate its cluster → validate → apply to the brokers → status.
+
+use crate::apply;
+use crate::brokers::{BrokerError, Snapshot};
+use crate::cluster::plan::people_bytes;
+use crate::conditions::{Said, merge};
+use crate::context::Context;
+use crate::locate::{Blocked, FORCE_DELETE, Located, locate};
+use k8s_openapi::jiff::Timestamp;
+use kube::runtime::controller::Action;
+use kube::runtime::finalizer::{self, Event, finalizer};
+use kube::{Api, Resource as _, ResourceExt as _};
+use std::sync::Arc;
+use std::time::Duration;
+use thiserror::Error;
+use weir_crds::{
+    DeletionPolicy, StreamCluster, Topic, TopicPartitionStatus, TopicStatus, ValidatedTopic, cluster::TopicDefaults,
+};
+use weir_proto::v1;
+
+/// Keeps the resource until the brokers have been told.
+pub const FINALIZER: &str = "weir.dev/topic";
+/// Partitions listed in a status.
+const LISTED_MAX: usize = 100;
+/// Between two looks, when all is well.
+const IDLE: Duration = Duration::from_secs(30);
+/// Between two looks, while something is missing.
+const BUSY: Duration = Duration::from_secs(2);
+
+/// Why a look at a topic failed.
+#[derive(Debug, Error)]
+pub enum TopicError {
+    /// The API server.
+    #[error("{0}")]
+    Kube(#[from] kube::Error),
+    /// The brokers, while the resource is deleted.
+    #[error("{0}")]
+    Brokers(#[from] BrokerError),
+    /// The finalizer's patch.
+    #[error("{0}")]
+    Finalizer(String),
+}
+
+/// One look at a topic.
+pub async fn reconcile(topic: Arc<Topic>, context: Arc<Context>) -> Result<Action, TopicError> {
+    let api: Api<Topic> = Api::namespaced(context.client.clone(), &topic.namespace().unwrap_or_default());
+    let done = finalizer(&api, FINALIZER, topic, |event| async {
+        match event {
+            Event::Apply(topic) => bring_about(&topic, &context).await,
+            Event::Cleanup(topic) => clean_up(&topic, &context).await,
+        }
+    });
+    done.await.map_err(|error| match error {
+        finalizer::Error::ApplyFailed(e) | finalizer::Error::CleanupFailed(e) => e,
+        other => TopicError::Finalizer(other.to_string()),
+    })
+}
+
+async fn bring_about(topic: &Topic, context: &Context) -> Result<Action, TopicError> {
+    let namespace = topic.namespace().unwrap_or_default();
+    let outcome = match locate(context, &namespace, topic.spec.cluster_ref.as_ref()) {
+        Ok(located) => apply_to(topic, context, &located).await,
+        Err(blocked) => Err(blocked),
+    };
+    let before = topic.status.clone().unwrap_or_default();
+    let (status, said) = match &outcome {
+        Ok((wanted, snapshot)) => status(topic, wanted, snapshot),
+        Err(Blocked { reason, message }) => {
+            let status = TopicStatus { observed_generation: topic.metadata.generation, ..before.clone() };
+            (status, vec![Said::new("Ready", false, reason, message.clone())])
+        }
+    };
+    let settled = said.iter().all(|s| s.holds == (s.kind == "Ready"));
+    if let Err(blocked) = &outcome
+        && !before.conditions.iter().any(|c| c.reason == blocked.reason)
+    {
+        context.event(&topic.object_ref(&()), true, blocked.reason, "Apply", blocked.message.clone()).await;
+    }
+    let conditions = merge(&before.conditions, said, topic.metadata.generation, Timestamp::now());
+    let status = TopicStatus { conditions, ..status };
+    apply::status(&context.client, topic, topic.status.as_ref(), &status).await?;
+    Ok(Action::requeue(if settled { IDLE } else { BUSY }))
+}
+
+/// What a topic should be, its cluster's defaults filled in.
+pub fn validate(topic: &Topic, cluster: &StreamCluster) -> Result<ValidatedTopic, Blocked> {
+    let TopicDefaults { replicas, retention } = &cluster.spec.topic_defaults;
+    let mut whole = topic.clone();
+    whole.spec.replicas = whole.spec.replicas.or(*replicas);
+    whole.spec.retention = whole.spec.retention.or_else(|| retention.clone());
+    whole.validate().map_err(|e| Blocked { reason: "Invalid", message: e.to_string() })
+}
+
+/// The spec as the brokers take it.
+pub fn to_wire(wanted: &ValidatedTopic) -> v1::TopicSpec {
+    v1::TopicSpec {
+        partitions: wanted.partitions,
+        replicas: wanted.replicas,
+        retention_ms: wanted.retention_ms,
+        retention_bytes: wanted.retention_bytes,
+        message_bytes_max: wanted.message_bytes_max,
+        quorum_memory: wanted.quorum_memory,
+    }
+}
+
+async fn apply_to(
+    topic: &Topic,
+    context: &Context,
+    located: &Located,
+) -> Result<(ValidatedTopic, Arc<Snapshot>), Blocked> {
+    let wanted = validate(topic, &located.cluster)?;
+    let uid = topic.uid().unwrap_or_default();
+    let spec = to_wire(&wanted);
+    let mut snapshot = context.brokers.snapshot(&located.address).await.map_err(blocked)?;
+    let there = snapshot.metadata.topics.iter().find(|t| t.name == wanted.name);
+    let same = there.is_some_and(|t| t.spec == Some(spec) && t.owner_uid == uid);
+    if !same {
+        let generation = topic.metadata.generation.unwrap_or(0) as u64;
+        let request = v1::ApplyTopicRequest { name: wanted.name.clone(), spec: Some(spec), owner_uid: uid, generation };
+        let call = |mut admin: v1::admin_client::AdminClient<_>| async move { admin.apply_topic(request).await };
+        context.brokers.call(&located.address, call).await.map_err(blocked)?;
+        snapshot = context.brokers.snapshot(&located.address).await.map_err(blocked)?;
+    }
+    Ok((wanted, snapshot))
+}
+
+/// A failure as a condition says it.
+pub fn blocked(error: BrokerError) -> Blocked {
+    let reason = match &error {
+        BrokerError::Unreachable { .. } => "ClusterUnreachable",
+        BrokerError::Refused { reason, .. } if reason == "CONFLICT" => "Conflict",
+        BrokerError::Refused { reason, .. } if reason == "TOO_FEW_BROKERS" => "TooFewBrokers",
+        BrokerError::Refused { reason, .. } if reason == "NOT_FOUND" => "TopicNotFound",
+        BrokerError::Refused { .. } => "Refused",
+    };
+    Blocked { reason, message: error.to_string() }
+}
+
+fn status(topic: &Topic, wanted: &ValidatedTopic, snapshot: &Snapshot) -> (TopicStatus, Vec<Said>) {
+    let found = snapshot.metadata.topics.iter().find(|t| t.name == wanted.name);
+    let partitions = found.map_or(&[][..], |t| &t.partitions);
+    let leaderless = snapshot.leaderless(partitions);
+    let behind = snapshot.under_replicated(partitions);
+    let name = |id: u64| snapshot.name(id).map(str::to_owned);
+    let listed = partitions.iter().take(LISTED_MAX).map(|p| TopicPartitionStatus {
+        partition: p.partition,
+        leader: name(p.leader),
+        in_sync: snapshot.in_sync(p).into_iter().filter_map(name).collect(),
+    });
+    let sizes = partitions.iter().filter_map(|p| snapshot.statuses.get(&p.group)).map(|s| s.log_bytes);
+    let status = TopicStatus {
+        observed_generation: topic.metadata.generation,
+        conditions: Vec::new(),
+        replicas: Some(wanted.replicas),
+        leaderless: Some(leaderless as u32),
+        under_replicated: Some(behind as u32),
+        size: Some(people_bytes(sizes.sum())),
+        partitions: listed.collect(),
+    };
+    let ready = if partitions.len() < wanted.partitions as usize {
+        Said::new("Ready", false, "Creating", "the brokers are making its partitions")
+    } else if leaderless > 0 {
+        Said::new("Ready", false, "Leaderless", format!("{leaderless} partitions have no leader now"))
+    } else {
+        Said::new("Ready", true, "Serving", format!("publish to {}", wanted.name))
+    };
+    let degraded = if behind > 0 {
+        Said::new("Degraded", true, "UnderReplicated", format!("{behind} partitions lack a replica"))
+    } else {
+        Said::new("Degraded", false, "Whole", "")
+    };
+    (status, vec![ready, degraded])
+}
+
+async fn clean_up(topic: &Topic, context: &Context) -> Result<Action, TopicError> {
+    let namespace = topic.namespace().unwrap_or_default();
+    if topic.annotations().contains_key(FORCE_DELETE) {
+        return Ok(Action::await_change());
+    }
+    let located = match locate(context, &namespace, topic.spec.cluster_ref.as_ref()) {
+        Ok(located) => located,
+        // nothing is left that could be told
+        Err(Blocked { reason: "ClusterNotFound" | "NamespaceNotAllowed", .. }) => return Ok(Action::await_change()),
+        Err(waiting) => {
+            let message = format!(
+                "{}; it is deleted once that is over, or at once with the annotation {FORCE_DELETE}",
+                waiting.message
+            );
+            let said = vec![Said::new("Ready", false, waiting.reason, message.clone())];
+            let before = topic.status.clone().unwrap_or_default();
+            let conditions = merge(&before.conditions, said, topic.metadata.generation, Timestamp::now());
+            apply::status(&context.client, topic, topic.status.as_ref(), &TopicStatus { conditions, ..before }).await?;
+            return Err(BrokerError::Unreachable { address: namespace, cause: message }.into());
+        }
+    };
+    let release = topic.spec.deletion_policy == DeletionPolicy::Retain;
+    let request = v1::DeleteRequest {
+        name: format!("{namespace}/{}", topic.name_any()),
+        owner_uid: topic.uid().unwrap_or_default(),
+        release,
+    };
+    let call = |mut admin: v1::admin_client::AdminClient<_>| async move { admin.delete_topic(request).await };
+    match context.brokers.call(&located.address, call).await {
+        // gone already, or never ours
+        Ok(_) | Err(BrokerError::Refused { .. }) => Ok(Action::await_change()),
+        Err(error) => Err(error.into()),
+    }
+}

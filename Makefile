@@ -6,11 +6,12 @@ ROCKSDB_VERSION := $(shell sed -n '/^name = "librocksdb-sys"$$/{n;s/version = "\
 export ROCKSDB_LIB_DIR ?= $(HOME)/.cache/weir/rocksdb-$(ROCKSDB_VERSION)
 export ROCKSDB_STATIC ?= 1
 PACKAGES := clang libclang-dev cmake make g++ pkg-config
+PACKAGES_E2E := containerd runc containernetworking-plugins etcd-server conntrack iptables iproute2 prometheus
 RUNS ?= 300
 # one selection everywhere: cargo unites features over what is selected, and another set would compile much again
 SELECTION := --workspace --all-targets
 
-.PHONY: run test e2e sim generate check-generated fmt lint deps rocksdb
+.PHONY: run test e2e image chart sim generate check-generated fmt lint deps deps-e2e rocksdb
 
 run: deps rocksdb
 	cargo build --locked $(SELECTION)
@@ -22,8 +23,16 @@ test: deps rocksdb
 	cargo clippy --locked $(SELECTION) -- -D warnings
 	RUNS=$(RUNS) cargo test --locked --workspace -- --nocapture
 
-e2e:
-	@echo "e2e on a real Kubernetes is not there yet (see README.md): 0 tests"
+# Weir on a real Kubernetes: the one of KUBECONFIG with the image WEIR_IMAGE, else one brought up here (needs root)
+e2e: deps rocksdb $(if $(KUBECONFIG),,deps-e2e)
+	cargo build --locked $(SELECTION)
+	./e2e/run.sh
+
+# the image as an OCI archive, weir.tar, without a container engine
+image: deps rocksdb
+	cargo build --locked $(SELECTION)
+	./image/oci.sh weir:0.1.0 weir.tar
+	@echo "weir.tar holds weir:0.1.0; load it with: kind load image-archive weir.tar, or: ctr -n k8s.io images import weir.tar"
 
 # SEED=n runs one schedule again, RUNS=n that many from 0
 sim:
@@ -35,13 +44,18 @@ generate:
 check-generated:
 	cargo test --locked --workspace --test generated
 
+# records how the chart renders; needs Helm, of the system or as `make e2e` builds it
+chart:
+	WEIR_BLESS=1 HELM=$$(command -v helm || echo $(HOME)/.cache/weir/e2e/helm) cargo test --locked --workspace --test chart -- --ignored
+
 fmt:
 	cargo fmt --all
 
 lint:
 	cargo clippy --locked $(SELECTION) -- -D warnings
 
-deps:
+deps-e2e: PACKAGES := $(PACKAGES_E2E)
+deps deps-e2e:
 	@missing=""; for p in $(PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
 	if [ -n "$$missing" ]; then \
 	  if [ "$$(id -u)" = 0 ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing; \

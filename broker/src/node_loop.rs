@@ -37,6 +37,8 @@ impl ReplyTo {
 pub enum Event {
     /// From a peer whose connection proved who it is.
     Peer(BrokerId, Vec<PeerMessage>),
+    /// The connection from a peer broke.
+    LostContact(BrokerId),
     /// A batch whose header was checked.
     Publish { group: GroupId, data: bytes::Bytes, header: BatchHeader, to: ReplyTo },
     /// A control record.
@@ -167,6 +169,7 @@ fn take(
 ) -> Option<oneshot::Sender<()>> {
     match event {
         Event::Peer(from, messages) => messages.into_iter().for_each(|m| node.peer(from, m)),
+        Event::LostContact(with) => node.lost_contact(with),
         Event::Publish { group, data, header, to } => {
             waiting.insert(ticket, to);
             node.publish(ticket, group, data, &header);

@@ -39,6 +39,7 @@ struct Seen {
     acknowledged: HashMap<(u32, u64), (u32, u64)>,
     /// no ack within the producer's deadline: they may be stored or not
     failed: u64,
+    longest: Duration,
     pauses: Vec<Pause>,
 }
 
@@ -63,7 +64,7 @@ pub(crate) async fn run(client: &Client, args: Verify, output: Output) -> anyhow
     let partitions = client.connect(Duration::from_secs(30)).await?;
     let partitions = partitions.topic(&args.topic).map_or(0, |t| t.partitions.len() as u32);
     let verdict = read_back(client, &args.topic, partitions, &run, &seen).await?;
-    let longest = seen.pauses.iter().map(|p| p.length.as_millis() as u64).max().unwrap_or(0);
+    let longest = seen.longest.as_millis() as u64;
     let Verdict { stored, lost, twice, out_of_order } = verdict;
     if output == Output::Json {
         let pause =
@@ -110,6 +111,7 @@ async fn publish(client: &Client, args: &Verify, run: &str) -> anyhow::Result<Se
                 let outcome = producer.send(record).await?.await;
                 let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
                 let length = asked.elapsed();
+                seen.longest = seen.longest.max(length);
                 if length >= PAUSE_MIN {
                     seen.pauses.push(Pause { at: begun.elapsed(), length });
                 }

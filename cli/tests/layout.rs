@@ -34,5 +34,7 @@ fn crates_import_only_what_they_may() {
     never("weir-store", &["weir-proto", "weir-client", "weir-broker", "tokio*", "tonic*"]);
     never("weir-broker", &["kube", "k8s-openapi", "weir-crds", "weir-client"]);
     never("weir-sim", &["rocksdb", "tokio*", "weir-broker"]);
+    never("weir-operator", &["weir-broker", "weir-store", "weir-client", "rocksdb"]);
+    never("weir-e2e", &["weir-broker", "weir-store", "weir-core", "weir-operator"]);
     never("weir-client", &["weir-core", "weir-store", "weir-broker", "rocksdb"]);
 }

@@ -4,6 +4,7 @@
 pub mod consumer;
 pub mod producer;
 
+use futures::StreamExt as _;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -12,6 +13,11 @@ use tonic::transport::{Channel, Endpoint};
 use tonic_types::StatusExt as _;
 pub use weir_proto::records::{Compression, Record};
 use weir_proto::v1;
+
+/// The next broker is asked for metadata when the one before has not answered by then.
+const ASK_NEXT_AFTER: Duration = Duration::from_millis(20);
+/// A broker that has not answered by then is taken for gone.
+const ANSWER_WITHIN: Duration = Duration::from_millis(700);
 
 /// Why an operation failed.
 #[derive(Debug, Error, Clone)]
@@ -114,22 +120,29 @@ impl Client {
         self.0.cluster.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Asks one broker after the other until one answers.
+    /// Asks the brokers, one a little after the other, and takes the first good answer: one that is gone delays nobody.
     pub async fn refresh(&self) -> Result<Arc<Cluster>, Error> {
         let known = self.cluster();
         let brokers = known.metadata.brokers.iter().map(|b| b.client_address.clone()).filter(|a| !a.is_empty());
         let mut addresses: Vec<String> = brokers.chain(self.0.seeds.iter().cloned()).collect();
-        // not always the same broker first: it may be the one that is gone
+        // not always the same broker first
         let turn = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |d| d.subsec_micros() as usize);
         let count = addresses.len().max(1);
         addresses.rotate_left(turn % count);
-        let mut last = String::new();
-        for address in addresses {
+        let mut asked = futures::stream::FuturesUnordered::new();
+        for (at, address) in addresses.into_iter().enumerate() {
             let mut client = v1::metadata_client::MetadataClient::new(self.channel(&address)?);
-            let ask = client.get(v1::GetMetadataRequest::default());
-            match tokio::time::timeout(Duration::from_millis(700), ask).await {
+            asked.push(async move {
+                tokio::time::sleep(ASK_NEXT_AFTER * at as u32).await;
+                let answer = tokio::time::timeout(ANSWER_WITHIN, client.get(v1::GetMetadataRequest::default())).await;
+                (address, answer)
+            });
+        }
+        let mut last = String::new();
+        while let Some((address, answer)) = asked.next().await {
+            match answer {
                 // a broker that has just joined, or was away, knows less than we do
                 Ok(Ok(answer)) if answer.get_ref().brokers.is_empty() => {
                     last = format!("{address}: it is still joining")
@@ -146,7 +159,7 @@ impl Client {
                 Err(_) => last = format!("{address}: no answer"),
             }
         }
-        Err(Error::Deadline { after: Duration::from_millis(700), last })
+        Err(Error::Deadline { after: ANSWER_WITHIN, last })
     }
 
     /// Waits until a broker answers.

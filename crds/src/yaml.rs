@@ -18,10 +18,8 @@ pub fn crd_files() -> Vec<(String, String)> {
         let yaml = serde_yaml_ng::to_string(&value).expect("a definition is YAML");
         let head = "# Generated from crds/src by `make generate`; do not edit.\n";
         out.push((format!("crds/{name}.yaml"), format!("{head}{yaml}")));
-        value["metadata"]["annotations"] = serde_json::json!({"helm.sh/resource-policy": "keep"});
-        let kept = serde_yaml_ng::to_string(&value).expect("a definition is YAML");
-        let template = format!("{head}{{{{- if .Values.crds.install }}}}\n{kept}{{{{- end }}}}\n");
-        out.push((format!("charts/weir/templates/crds/{name}.yaml"), template));
+        // Helm installs these before everything else, and leaves them where they are after
+        out.push((format!("charts/weir/crds/{name}.yaml"), format!("{head}{yaml}")));
     }
     out
 }

@@ -25,15 +25,16 @@ down() {
 }
 # pods outlive their runtime: what runs in the node's cgroups is ended, and the shims, and the pods' network namespaces
 end_pods() {
+  local nets; nets=$(grep -rhoE '/var/run/netns/cni-[0-9a-f-]+' "$home/node-$1/containerd/state" 2>/dev/null | sort -u || true)
   find "/sys/fs/cgroup/pids/$group-$1" -name cgroup.procs -exec cat {} + 2>/dev/null | xargs -r kill -9 2>/dev/null || true
   pgrep -f "containerd-shim-runc-v2 .*-address $home/node-$1/" | xargs -r kill -9 2>/dev/null || true
-  cat "$home/node-$1/netns" 2>/dev/null | xargs -r -n1 ip netns del 2>/dev/null || true
+  xargs -r -n1 basename <<< "$nets" | xargs -r -n1 ip netns del 2>/dev/null || true
 }
 trap down EXIT
 trap 'exit 0' INT TERM
 
 run() { # NAME NETWORK COMMAND…
-  in_net "$2" "${@:3}" >> "$home/$1.log" 2>&1 &
+  nsenter --net="/var/run/netns/$2" "${@:3}" >> "$home/$1.log" 2>&1 & # not by a function: the id would be a shell's
   pid[$1]=$!
 }
 
@@ -130,7 +131,7 @@ start_api() {
   run apiserver "$net" "$bin/kube-apiserver" --etcd-servers=http://127.0.0.1:2379 --service-account-key-file=sa.pub \
     --service-account-signing-key-file=sa.key --service-account-issuer=https://kubernetes.default.svc --token-auth-file=tokens.csv \
     --authorization-mode=Node,RBAC --bind-address=0.0.0.0 --advertise-address=$api --secure-port=6443 --cert-dir=certs \
-    --service-cluster-ip-range=10.96.0.0/16 --allow-privileged=true
+    --service-cluster-ip-range=10.96.0.0/16 --allow-privileged=true --kubelet-preferred-address-types=InternalIP
 }
 ready() { in_net "$net" kubectl --kubeconfig kubeconfig "$@" 2>/dev/null; }
 
@@ -167,7 +168,7 @@ while sleep 0.1; do
     case $(basename "$command") in
       stop-node-*) stop_node "${command##*-}" ;;
       start-node-*) start_node "${command##*-}" ;;
-      stop-api) kill "${pid[apiserver]}"; wait "${pid[apiserver]}" 2>/dev/null || true ;;
+      stop-api) kill -9 "${pid[apiserver]}"; wait "${pid[apiserver]}" 2>/dev/null || true ;;
       start-api) start_api ;;
     esac
     rm -f "$command"

@@ -236,6 +236,28 @@ impl Kubernetes {
         Ok(found)
     }
 
+    /// Deletes the operator's pods, one after the other, without mercy, until what is returned is dropped.
+    pub fn kill_operators(&self, every: Duration) -> impl Drop + use<> {
+        struct Stop(tokio::task::JoinHandle<()>);
+        impl Drop for Stop {
+            fn drop(&mut self) {
+                self.0.abort();
+            }
+        }
+        let pods = self.api::<Pod>();
+        Stop(tokio::spawn(async move {
+            let selector = ListParams::default().labels("app.kubernetes.io/name=weir-operator");
+            let at_once = DeleteParams::default().grace_period(0);
+            for turn in 0.. {
+                tokio::time::sleep(every).await;
+                let Ok(list) = pods.list(&selector).await else { continue };
+                if let Some(pod) = list.items.get(turn % list.items.len().max(1)) {
+                    let _ = pods.delete(&pod.name_any(), &at_once).await;
+                }
+            }
+        }))
+    }
+
     /// Makes a namespace.
     pub async fn namespace(&self, name: &str) -> anyhow::Result<()> {
         let api: Api<Namespace> = Api::all(self.client.clone());

@@ -1,5 +1,6 @@
 //! Weir on a real Kubernetes. `make e2e` runs these, in order, one at a time.
 
+use anyhow::Context as _;
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use kube::api::{DeleteParams, ListParams};
 use kube::{Api, ResourceExt as _};
@@ -23,9 +24,8 @@ async fn under_load(
         ["bench", "verify", "--topic", "weir/load", "--seconds", &seconds_text, "--rate", "600", "-o", "json"];
     kubernetes.start("verify", &arguments).await?;
     tokio::time::sleep(Duration::from_secs(2)).await;
-    let outcome = during().await;
+    during().await.with_context(|| what.to_owned())?;
     let found = kubernetes.verified(what, "verify", Duration::from_secs(seconds) + LONG).await;
-    outcome?;
     println!("{what}: {:.0} s", begun.elapsed().as_secs_f64());
     found
 }
@@ -171,8 +171,9 @@ async fn drift(k: &Kubernetes) -> anyhow::Result<()> {
 }
 
 async fn scale(k: &Kubernetes) -> anyhow::Result<()> {
-    under_load(k, "3 → 5 → 3 brokers", 60, async || {
+    under_load(k, "3 → 5 → 3 brokers, the operator killed throughout", 90, async || {
         let begun = Instant::now();
+        let _killed = k.kill_operators(Duration::from_secs(3));
         k.scale(5).await?;
         k.settled(5, LONG).await?;
         let holds = |m: &weir_crds::cluster::Member| m.replicas;
@@ -196,14 +197,18 @@ async fn scale(k: &Kubernetes) -> anyhow::Result<()> {
 async fn roll(k: &Kubernetes) -> anyhow::Result<()> {
     under_load(k, "rolling change", 60, async || {
         let before: Vec<_> = k.brokers().await?.iter().filter_map(|p| p.uid()).collect();
-        k.change_cluster(json!({"resources": {"requests": {"cpu": "101m"}, "limits": {"memory": "1Gi"}}})).await?;
+        // a new image, where there is one to roll to
+        let change = match std::env::var("WEIR_IMAGE_NEXT") {
+            Ok(image) => json!({"image": image}),
+            Err(_) => json!({"resources": {"requests": {"cpu": "101m"}, "limits": {"memory": "1Gi"}}}),
+        };
+        k.change_cluster(change).await?;
         let took = k
             .until("every broker was replaced", LONG, async || {
                 let pods = k.brokers().await.ok()?;
                 pods.iter().all(|p| p.uid().is_some_and(|u| !before.contains(&u))).then_some(())
             })
             .await?;
-        // its process killed in the middle of things, the operator goes on where it was
         k.settled(3, LONG).await?;
         println!("three brokers rolled in {:.0} s", took.as_secs_f64());
         Ok(())
@@ -229,11 +234,18 @@ async fn grow(k: &Kubernetes) -> anyhow::Result<()> {
 
 async fn lose_volume(k: &Kubernetes) -> anyhow::Result<()> {
     under_load(k, "a volume deleted", 40, async || {
+        let id = async || {
+            let members = k.cluster().await.ok()?.status?.members;
+            members.iter().filter(|m| m.name == "default-broker-1" && m.phase == "active").map(|m| m.id).max()
+        };
+        let (before, begun) = (id().await, Instant::now());
         let claims = k.api::<PersistentVolumeClaim>();
         claims.delete("data-default-broker-1", &DeleteParams::default()).await?;
         k.api::<Pod>().delete("default-broker-1", &DeleteParams::default()).await?;
-        let took = k.settled(3, LONG).await?;
-        println!("rebuilt in {:.0} s", took.as_secs_f64());
+        // an empty disk is a new broker, under the old name
+        k.until("a new broker", LONG, async || (id().await? > before?).then_some(())).await?;
+        k.settled(3, LONG).await?;
+        println!("rebuilt in {:.0} s", begun.elapsed().as_secs_f64());
         Ok(())
     })
     .await?;

@@ -8,7 +8,7 @@ use crate::ids::{BrokerId, GroupId, META_GROUP, ReplicaId, Ticket};
 use crate::log::GroupLog;
 use crate::meta::command::Command;
 use crate::meta::state::MetaState;
-use crate::node::{Effects, Envelope, Limits, Refusal, Reply};
+use crate::node::{Effects, Envelope, LeaderInfo, Limits, Refusal, Reply};
 use crate::partition::{LogSums, PartitionState};
 use crate::producer::{ProducerTable, Verdict};
 use crate::storage::{Checkpoint, HardState, Store, StoreError, StoredGroup, WriteOp};
@@ -107,8 +107,12 @@ pub struct Group {
     limits: Limits,
     /// when this replica became leader, by the node's clock
     pub(crate) leader_since_ms: u64,
+    /// the leader's broker is known to have ended: no need to wait out the election timeout
+    hurry: bool,
 }
 
+/// Ticks between the turns of those that hurry to replace a leader.
+const HURRY_TICKS: usize = 3;
 const NO_LIMIT_ERROR: &str = "raft accepts its own configuration";
 
 impl Group {
@@ -163,6 +167,7 @@ impl Group {
             memory: false,
             limits: limits.clone(),
             leader_since_ms: 0,
+            hurry: false,
         })
     }
 
@@ -246,9 +251,35 @@ impl Group {
 
     /// raft-rs draws election timeouts from the thread's randomness; ours come from the node's seed, so a schedule can be run again.
     fn choose_timeout(&mut self, salt: u64) {
+        // heard from a leader, or stood for election: back to waiting
+        self.hurry &= self.raft.raft.election_elapsed >= self.limits.election_ticks;
+        if self.hurry {
+            let ticks = self.limits.election_ticks + self.turn() * HURRY_TICKS;
+            self.raft.raft.set_randomized_election_timeout(ticks.min(2 * self.limits.election_ticks - 1));
+            return;
+        }
         let mixed = crate::node::mix(salt ^ crate::node::mix(self.replica.0 ^ (self.id.0 << 20) ^ (self.term() << 40)));
         let ticks = self.limits.election_ticks + (mixed % self.limits.election_ticks as u64) as usize;
         self.raft.raft.set_randomized_election_timeout(ticks);
+    }
+
+    /// The connection from a broker broke, as it does when its process ends. Where the leader was there, its lease counts
+    /// no more for this replica, and the first in turn stands for election with the next tick. Should the leader live, the
+    /// others have not lost it, and their answers to the pre-vote keep it.
+    pub fn lost_contact(&mut self, broker: BrokerId) {
+        let leader = self.leader().filter(|l| *l != self.replica);
+        if leader.is_some_and(|l| self.brokers.get(&l.0) == Some(&broker)) {
+            self.raft.raft.election_elapsed = self.raft.raft.election_elapsed.max(self.limits.election_ticks);
+            self.hurry = true;
+        }
+    }
+
+    /// This replica's place among those that may follow the leader, another for each group: two that stand at once both lose.
+    fn turn(&self) -> usize {
+        let leader = self.leader().map_or(0, |l| l.0);
+        let followers: Vec<u64> = self.conf.voters.iter().copied().filter(|id| *id != leader).collect();
+        let place = followers.iter().position(|id| *id == self.replica.0).unwrap_or(0);
+        (place + self.id.0 as usize) % followers.len().max(1)
     }
 
     /// Takes a peer's message. Refused before any state changes: a term far beyond ours.
@@ -570,6 +601,8 @@ impl Group {
         if leads && self.lead.is_none() {
             self.lead = Some(self.build_lead(term));
             self.leader_since_ms = 0;
+            let info = LeaderInfo { group: self.id, term, settled_epoch: None, damaged: ReplicaId(0) };
+            out.announce.push(info); // brokers without a replica send clients here
             out.leaders.push(self.id);
         }
     }

@@ -414,6 +414,11 @@ impl Node {
         }
     }
 
+    /// The connection from a peer broke: its process may have ended.
+    pub fn lost_contact(&mut self, with: BrokerId) {
+        self.groups.values_mut().for_each(|g| g.lost_contact(with));
+    }
+
     fn leader_info(&mut self, from: BrokerId, info: &LeaderInfo) {
         if info.damaged != ReplicaId(0) {
             self.to_renew.insert(info.group, info.damaged);

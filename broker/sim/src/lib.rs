@@ -179,11 +179,32 @@ impl World {
             }
             10..=14 => self.cut.clear(),
             15..=17 => self.loss_percent = self.dice.roll(30),
+            18..=20 => {
+                let pair = (BrokerId(1 + self.dice.roll(n)), BrokerId(1 + self.dice.roll(n)));
+                self.lose_contact(pair.0, pair.1);
+            }
             _ => {}
         }
     }
 
-    fn crash(&mut self, id: BrokerId) {
+    /// A connection breaks, whether or not the other end lives.
+    pub fn lose_contact(&mut self, at: BrokerId, with: BrokerId) {
+        if let Some(node) = self.node(at) {
+            node.lost_contact(with);
+        }
+    }
+
+    /// Who leads the partition, as each broker that runs sees it: (broker, term, leader).
+    pub fn leaders(&self) -> Vec<(BrokerId, u64, BrokerId)> {
+        let seen = |(id, host): (&BrokerId, &Host)| {
+            let (term, leader) = host.node.as_ref()?.leader_of(self.group)?;
+            Some((*id, term, leader))
+        };
+        self.hosts.iter().filter_map(seen).collect()
+    }
+
+    /// Ends a broker's process; its unsynced writes may be gone.
+    pub fn crash(&mut self, id: BrokerId) {
         let down_ms = 50 + self.dice.roll(3_000);
         let now = self.now;
         let keep = self.dice.roll(4) as usize;
@@ -195,6 +216,13 @@ impl World {
             host.disk.clear();
             host.restart_at = now + down_ms;
             self.tickets.retain(|_, (broker, _)| *broker != id);
+            // a process that ends breaks its connections; a machine that loses power says nothing
+            let others: Vec<BrokerId> = self.hosts.keys().copied().filter(|b| *b != id).collect();
+            for other in others {
+                if self.dice.chance(50) {
+                    self.lose_contact(other, id);
+                }
+            }
         }
     }
 

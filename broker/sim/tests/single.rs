@@ -7,6 +7,7 @@ use weir_core::meta::command::{ApplyTopic, Command, Kind, Placement};
 use weir_core::meta::state::{Broker, MetaState, TopicSpec};
 use weir_core::node::{Limits, Node, Now, Reply};
 use weir_core::storage::Store as _;
+use weir_sim::World;
 use weir_store::mem::MemStore;
 
 /// Runs until nothing is left to do; gives all replies.
@@ -43,4 +44,40 @@ fn every_publish_is_answered_once_by_its_own_commit() {
         let published = Reply::Published { base_offset: at * 3, append_time_ms: 1 };
         assert_eq!(settle(&mut node, &store), vec![(Ticket(at + 1), published)]);
     }
+}
+
+#[test]
+fn a_leader_that_lives_keeps_its_place_when_one_connection_to_it_breaks() {
+    let mut world = World::new(11, 3, 3);
+    world.run(3_000, false);
+    let before = world.leaders();
+    assert_eq!(before.len(), 3);
+    let leader = before[0].2;
+    let follower = before.iter().map(|(at, ..)| *at).find(|at| *at != leader).unwrap();
+    for _ in 0..20 {
+        world.lose_contact(follower, leader);
+        world.run(200, false);
+    }
+    assert_eq!(world.leaders(), before);
+}
+
+#[test]
+fn a_leader_whose_process_ended_is_replaced_before_an_election_timeout() {
+    let mut took = Vec::new();
+    for seed in 0..40 {
+        let mut world = World::new(seed, 3, 3);
+        world.run(3_000, false);
+        let (_, term, leader) = world.leaders()[0];
+        world.crash(leader);
+        (1..=3).for_each(|id| world.lose_contact(weir_core::ids::BrokerId(id), leader));
+        let mut waited = 0;
+        while !world.leaders().iter().any(|(at, t, l)| at == l && *t > term) {
+            world.run(10, false);
+            waited += 10;
+            assert!(waited < 2_000, "seed {seed}: nobody took over");
+        }
+        took.push(waited);
+    }
+    took.sort_unstable();
+    assert!(took[20] < 400, "median {} ms", took[20]);
 }

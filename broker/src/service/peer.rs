@@ -33,6 +33,20 @@ impl PeerService {
     }
 }
 
+/// Hands on what a peer says, until it ends or has no voice any more.
+async fn hear(context: &Context, from: BrokerId, frames: &mut Streaming<v1::PeerFrame>) -> Result<(), Status> {
+    while let Some(frame) = frames.message().await? {
+        let meta = context.shared.meta();
+        // a broker that was replaced or removed has no voice; one that knows no members yet hears its leader
+        if !meta.brokers.is_empty() && meta.broker(from).is_none_or(|b| b.phase() == Phase::Lost) {
+            let text = format!("broker {from} is not a member of the cluster");
+            return Err(Failure::new(Code::PermissionDenied, "NOT_A_MEMBER", text).into());
+        }
+        context.node.send(Event::Peer(from, peers::from_frame(frame)));
+    }
+    Ok(())
+}
+
 #[tonic::async_trait]
 impl Peer for PeerService {
     async fn hello(&self, _: Request<v1::HelloRequest>) -> Result<Response<v1::HelloResponse>, Status> {
@@ -116,15 +130,9 @@ impl Peer for PeerService {
             return Err(Failure::new(Code::FailedPrecondition, "OTHER_BROKER", text).into());
         }
         let from = BrokerId(hello.broker_id);
-        while let Some(frame) = frames.message().await? {
-            let meta = context.shared.meta();
-            // a broker that was replaced or removed has no voice; one that knows no members yet hears its leader
-            if !meta.brokers.is_empty() && meta.broker(from).is_none_or(|b| b.phase() == Phase::Lost) {
-                let text = format!("broker {from} is not a member of the cluster");
-                return Err(Failure::new(Code::PermissionDenied, "NOT_A_MEMBER", text).into());
-            }
-            context.node.send(Event::Peer(from, peers::from_frame(frame)));
-        }
+        let heard = hear(&context, from, &mut frames).await;
+        context.node.send(Event::LostContact(from));
+        heard?;
         Ok(Response::new(v1::PeerDone {}))
     }
 }

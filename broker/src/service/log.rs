@@ -64,7 +64,7 @@ impl Log for Context {
     async fn fetch(&self, request: Request<v1::FetchRequest>) -> Result<Response<v1::FetchResponse>, Status> {
         let request = request.into_inner();
         let Found { group, topic, .. } = self.find(&request.topic, request.partition).map_err(|f| self.rejected(f))?;
-        let partition = self.led_partition(group)?;
+        let partition = self.led_partition(group).map_err(|f| self.rejected(f))?;
         let answer = fetch(self, &topic, partition, &request).await;
         Ok(Response::new(answer.map_err(|f| self.rejected(f))?))
     }
@@ -77,7 +77,8 @@ impl Log for Context {
     ) -> Result<Response<Self::FetchStreamStream>, Status> {
         let mut request = request.into_inner();
         let Found { group, topic, .. } = self.find(&request.topic, request.partition).map_err(|f| self.rejected(f))?;
-        check_range(&self.led_partition(group)?, request.offset)?;
+        let led = self.led_partition(group).and_then(|led| check_range(&led, request.offset));
+        led.map_err(|f| self.rejected(f))?;
         request.wait_ms = 1_000;
         let (sender, receiver) = mpsc::channel(4);
         let context = self.clone();
@@ -107,7 +108,7 @@ impl Log for Context {
     ) -> Result<Response<v1::ListOffsetsResponse>, Status> {
         let request = request.into_inner();
         let Found { group, .. } = self.find(&request.topic, request.partition).map_err(|f| self.rejected(f))?;
-        let partition = self.led_partition(group)?;
+        let partition = self.led_partition(group).map_err(|f| self.rejected(f))?;
         let high_watermark = partition.tail.high_watermark();
         let offset = match request.time_ms {
             0 => high_watermark,

@@ -175,10 +175,12 @@ async fn scale(k: &Kubernetes) -> anyhow::Result<()> {
         let begun = Instant::now();
         let _killed = k.kill_operators(Duration::from_secs(3));
         k.scale(5).await?;
+        k.until("replicas stand on the new brokers", LONG, async || {
+            let members = k.cluster().await.ok()?.status?.members;
+            (members.len() == 5 && members.iter().all(|m| m.replicas > 0)).then_some(())
+        })
+        .await?;
         k.settled(5, LONG).await?;
-        let holds = |m: &weir_crds::cluster::Member| m.replicas;
-        let members = k.cluster().await?.status.unwrap_or_default().members;
-        assert!(members.iter().map(holds).min() > Some(0), "replicas moved onto the new brokers: {members:?}");
         let up = begun.elapsed();
         k.scale(3).await?;
         k.settled(3, LONG).await?;

@@ -3,6 +3,7 @@
 
 pub mod batch;
 pub mod cursor;
+pub mod delivery;
 mod duties;
 pub mod entry;
 pub mod group;

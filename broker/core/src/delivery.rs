@@ -1,0 +1,795 @@
+//! Who gets which message of a subscription in one partition, and when again. Pure; it lives in the leader's memory, beside
+//! the replicated [`Cursor`]: after a failover a new leader begins with the cursor, and what was not acked comes again.
+//!
+//! Messages from the cursor's position on stand in a window. Each is ready, leased to a member until a deadline,
+//! waiting to be ready again, or acked. In the ordered modes a lane (all messages, or those of one key) has one holder at a
+//! time, and a message that waits holds up what follows it in its lane.
+
+use crate::cursor::{Cursor, OffsetRange};
+use crate::node::mix;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use thiserror::Error;
+
+/// How messages are shared among members.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// One member, all messages in order; others are refused.
+    #[default]
+    Exclusive,
+    /// One member is active, in order; the next takes over when it goes.
+    Failover,
+    /// Each message to one member, in no order.
+    Shared,
+    /// A key's messages to one member at a time, in order.
+    KeyShared,
+}
+
+/// What a subscription asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// See [`Mode`].
+    pub mode: Mode,
+    /// How long a member may hold a message, ms.
+    pub ack_deadline_ms: u64,
+    /// Wait before the first redelivery, ms; it doubles with each.
+    pub backoff_min_ms: u64,
+    /// Longest wait before a redelivery, ms.
+    pub backoff_max_ms: u64,
+    /// Messages leased at one time, over all members.
+    pub leased_max: u64,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            mode: Mode::Exclusive,
+            ack_deadline_ms: 30_000,
+            backoff_min_ms: 0,
+            backoff_max_ms: 60_000,
+            leased_max: 1 << 20,
+        }
+    }
+}
+
+/// A reader, as the shell numbers them; never reused.
+pub type MemberId = u64;
+
+/// Why a member was not let in.
+#[derive(Debug, Error, Clone, PartialEq, Eq)]
+#[error("the subscription is exclusive and held by {holder}")]
+pub struct Held {
+    /// The member that has it.
+    pub holder: String,
+}
+
+/// A message for a member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// Who gets it.
+    pub member: MemberId,
+    /// Which.
+    pub offset: u64,
+    /// The how manieth delivery this is, from 1.
+    pub delivery: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Ready,
+    Leased { member: MemberId, deadline_ms: u64 },
+    Waiting { due_ms: u64 },
+    Acked,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    state: State,
+    lane: u64,
+    deliveries: u32,
+}
+
+/// Messages that keep their order among each other.
+#[derive(Debug, Default)]
+struct Lane {
+    ready: BTreeSet<u64>,
+    waiting: BTreeSet<u64>,
+    leased: u32,
+    /// who has its leased messages
+    holder: MemberId,
+    /// stands in its member's queue
+    queued: bool,
+}
+
+#[derive(Debug)]
+struct Member {
+    name: String,
+    credit: u64,
+    leased: u64,
+    /// lanes with something for it
+    lanes: VecDeque<u64>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Delivery {
+    policy: Policy,
+    cursor: Cursor,
+    /// offset of the window's first slot
+    base: u64,
+    window: VecDeque<Slot>,
+    members: BTreeMap<MemberId, Member>,
+    lanes: HashMap<u64, Lane>,
+    due: BTreeSet<(u64, u64)>,
+    /// the member after which the next shared message is offered
+    turn: MemberId,
+    leased: u64,
+    ready: u64,
+}
+
+impl Delivery {
+    /// Begins at a cursor.
+    pub fn new(policy: Policy, cursor: Cursor) -> Self {
+        Self {
+            policy,
+            base: cursor.position(),
+            cursor,
+            window: VecDeque::new(),
+            members: BTreeMap::new(),
+            lanes: HashMap::new(),
+            due: BTreeSet::new(),
+            turn: 0,
+            leased: 0,
+            ready: 0,
+        }
+    }
+
+    /// The cursor, with all acks taken here.
+    pub fn cursor(&self) -> &Cursor {
+        &self.cursor
+    }
+
+    /// The next offset to [`Self::feed`].
+    pub fn next(&self) -> u64 {
+        self.base + self.window.len() as u64
+    }
+
+    /// Messages leased now.
+    pub fn leased(&self) -> u64 {
+        self.leased
+    }
+
+    /// Whether anybody reads.
+    pub fn has_members(&self) -> bool {
+        !self.members.is_empty()
+    }
+
+    /// How many more messages are wanted now: what members have credit for and what is not ready yet.
+    pub fn wants(&self) -> u64 {
+        let credit: u64 = match self.policy.mode {
+            Mode::Failover | Mode::Exclusive => self.active().map_or(0, |m| self.members[&m].credit),
+            Mode::Shared | Mode::KeyShared => self.members.values().map(|m| m.credit).sum(),
+        };
+        let room = self.policy.leased_max.saturating_sub(self.leased);
+        let wanted = credit.min(room).saturating_sub(self.ready);
+        // a key whose member is slow must not hold up the others for ever, nor grow the window without bound
+        wanted.min((self.policy.leased_max * 2).saturating_sub(self.window.len() as u64))
+    }
+
+    fn active(&self) -> Option<MemberId> {
+        self.members.first_key_value().map(|(id, _)| *id)
+    }
+
+    /// Lets a member in.
+    pub fn attach(&mut self, id: MemberId, name: &str) -> Result<(), Held> {
+        if self.policy.mode == Mode::Exclusive
+            && let Some(other) = self.members.values().find(|m| m.name != name)
+        {
+            return Err(Held { holder: other.name.clone() });
+        }
+        if self.policy.mode == Mode::Exclusive {
+            // the same member again: its old stream is gone, whether or not that was noticed
+            let before: Vec<MemberId> = self.members.keys().copied().collect();
+            before.into_iter().for_each(|old| self.detach(old, 0));
+        }
+        let member = Member { name: name.to_owned(), credit: 0, leased: 0, lanes: VecDeque::new() };
+        self.members.insert(id, member);
+        self.requeue_all();
+        Ok(())
+    }
+
+    /// Whether a member is (still) in.
+    pub fn is_attached(&self, id: MemberId) -> bool {
+        self.members.contains_key(&id)
+    }
+
+    /// A member goes; what it held is ready for others at once.
+    pub fn detach(&mut self, id: MemberId, _now_ms: u64) {
+        if self.members.remove(&id).is_none() {
+            return;
+        }
+        for at in 0..self.window.len() {
+            if matches!(self.window[at].state, State::Leased { member, .. } if member == id) {
+                self.unlease(at, 0);
+            }
+        }
+        self.requeue_all();
+    }
+
+    /// A member is ready for so many more messages.
+    pub fn credit(&mut self, id: MemberId, messages: u64) {
+        if let Some(member) = self.members.get_mut(&id) {
+            member.credit = member.credit.saturating_add(messages);
+        }
+    }
+
+    /// Takes the message at [`Self::next`] into the window. `key_hash` tells keys apart, in [`Mode::KeyShared`].
+    pub fn feed(&mut self, key_hash: u64) {
+        let offset = self.next();
+        let lane = match self.policy.mode {
+            Mode::Exclusive | Mode::Failover => 0,
+            Mode::Shared => offset,
+            Mode::KeyShared => key_hash,
+        };
+        if self.cursor.is_acked(offset) {
+            self.window.push_back(Slot { state: State::Acked, lane, deliveries: 0 });
+            self.trim();
+            return;
+        }
+        self.window.push_back(Slot { state: State::Ready, lane, deliveries: 0 });
+        self.ready += 1;
+        self.lanes.entry(lane).or_default().ready.insert(offset);
+        self.queue(lane);
+    }
+
+    /// Passes over `count` offsets that hold nothing to deliver: retention or a filter took them. They count as acked.
+    pub fn skip(&mut self, count: u64) -> OffsetRange {
+        let range = OffsetRange { start: self.next(), end: self.next() + count };
+        self.cursor.ack(range);
+        for _ in 0..count {
+            self.window.push_back(Slot { state: State::Acked, lane: 0, deliveries: 0 });
+        }
+        self.trim();
+        range
+    }
+
+    /// Puts a lane into the queue of the member that may have its next message.
+    fn queue(&mut self, id: u64) {
+        let Some(lane) = self.lanes.get(&id) else { return };
+        let first = lane.ready.first();
+        // what waits holds up what follows it
+        let held_up = lane.waiting.first().is_some_and(|w| first.is_some_and(|f| w < f));
+        if lane.queued || first.is_none() || held_up {
+            return;
+        }
+        let holder = (lane.leased > 0).then_some(lane.holder);
+        let Some(member) = self.member_for(id) else { return };
+        if holder.is_some_and(|h| h != member) {
+            return; // it moves to its new member once the old one is done
+        }
+        self.lanes.get_mut(&id).expect("just seen").queued = true;
+        self.members.get_mut(&member).expect("chosen among them").lanes.push_back(id);
+    }
+
+    /// The member a lane belongs to now.
+    fn member_for(&mut self, lane: u64) -> Option<MemberId> {
+        match self.policy.mode {
+            Mode::Exclusive | Mode::Failover => self.active(),
+            // the key's highest bidder: members that come and go move only their own share (rendezvous hashing)
+            Mode::KeyShared => self.members.keys().copied().max_by_key(|m| mix(lane ^ mix(*m))),
+            Mode::Shared => {
+                let after = self.members.range(self.turn + 1..).next().or(self.members.first_key_value());
+                let id = *after?.0;
+                self.turn = id;
+                Some(id)
+            }
+        }
+    }
+
+    fn requeue_all(&mut self) {
+        self.members.values_mut().for_each(|m| m.lanes.clear());
+        let mut ids: Vec<(u64, u64)> =
+            self.lanes.iter().filter_map(|(id, l)| l.ready.first().map(|first| (*first, *id))).collect();
+        self.lanes.values_mut().for_each(|l| l.queued = false);
+        ids.sort_unstable();
+        ids.into_iter().for_each(|(_, id)| self.queue(id));
+    }
+
+    /// Messages to give out now, at most `max`.
+    pub fn grants(&mut self, now_ms: u64, max: usize) -> Vec<Grant> {
+        let mut out = Vec::new();
+        if self.policy.mode == Mode::Shared {
+            self.share_evenly();
+        }
+        let ids: Vec<MemberId> = self.members.keys().copied().collect();
+        for id in ids {
+            while out.len() < max && self.leased < self.policy.leased_max {
+                let Some(member) = self.members.get_mut(&id).filter(|m| m.credit > 0) else { break };
+                let Some(lane) = member.lanes.pop_front() else { break };
+                if let Some(grant) = self.grant(id, lane, now_ms) {
+                    out.push(grant);
+                }
+            }
+        }
+        out
+    }
+
+    /// Shared messages queued for members without credit go to those that have some.
+    fn share_evenly(&mut self) {
+        let mut stranded = Vec::new();
+        for member in self.members.values_mut() {
+            let room = member.credit.min(member.lanes.len() as u64) as usize;
+            stranded.extend(member.lanes.drain(room..));
+        }
+        stranded.sort_unstable(); // oldest first
+        let mut stranded = VecDeque::from(stranded);
+        while !stranded.is_empty() {
+            let mut placed = false;
+            for member in self.members.values_mut() {
+                if (member.lanes.len() as u64) < member.credit
+                    && let Some(lane) = stranded.pop_front()
+                {
+                    member.lanes.push_back(lane);
+                    placed = true;
+                }
+            }
+            if !placed {
+                break;
+            }
+        }
+        // nobody has credit for these: the first to get some takes them
+        if let Some(first) = self.members.values_mut().next() {
+            first.lanes.extend(stranded);
+        }
+    }
+
+    fn grant(&mut self, id: MemberId, lane_id: u64, now_ms: u64) -> Option<Grant> {
+        let lane = self.lanes.get_mut(&lane_id)?;
+        lane.queued = false;
+        let offset = lane.ready.pop_first()?;
+        lane.leased += 1;
+        lane.holder = id;
+        let deadline_ms = now_ms + self.policy.ack_deadline_ms;
+        let slot = &mut self.window[(offset - self.base) as usize];
+        slot.state = State::Leased { member: id, deadline_ms };
+        slot.deliveries += 1;
+        let delivery = slot.deliveries;
+        let member = self.members.get_mut(&id).expect("granted to a member");
+        member.credit -= 1;
+        member.leased += 1;
+        self.leased += 1;
+        self.ready -= 1;
+        self.queue(lane_id);
+        Some(Grant { member: id, offset, delivery })
+    }
+
+    /// Takes a slot back from its member, to be ready at `due_ms` (0: at once).
+    fn unlease(&mut self, at: usize, due_ms: u64) {
+        let slot = &mut self.window[at];
+        let State::Leased { member, .. } = slot.state else { return };
+        let (offset, lane_id) = (self.base + at as u64, slot.lane);
+        let lane = self.lanes.get_mut(&lane_id).expect("a leased message has a lane");
+        lane.leased -= 1;
+        if due_ms == 0 {
+            slot.state = State::Ready;
+            lane.ready.insert(offset);
+            self.ready += 1;
+        } else {
+            slot.state = State::Waiting { due_ms };
+            lane.waiting.insert(offset);
+            self.due.insert((due_ms, offset));
+        }
+        self.leased -= 1;
+        if let Some(member) = self.members.get_mut(&member) {
+            member.leased -= 1;
+        }
+    }
+
+    /// Offsets of a range that stand in the window.
+    fn within(&self, range: OffsetRange) -> std::ops::Range<usize> {
+        let at = |offset: u64| offset.clamp(self.base, self.next()) - self.base;
+        at(range.start) as usize..at(range.end.max(range.start)) as usize
+    }
+
+    /// Messages are done with. Those never delivered are left out; what was acked is returned, for the log.
+    pub fn ack(&mut self, range: OffsetRange) -> Vec<OffsetRange> {
+        let mut acked: Vec<OffsetRange> = Vec::new();
+        let mut touched = BTreeSet::new();
+        for at in self.within(range) {
+            let slot = self.window[at];
+            let offset = self.base + at as u64;
+            if slot.state == State::Acked || slot.deliveries == 0 {
+                continue;
+            }
+            let lane = self.lanes.get_mut(&slot.lane).expect("a message not acked has a lane");
+            match slot.state {
+                State::Leased { member, .. } => {
+                    lane.leased -= 1;
+                    self.leased -= 1;
+                    if let Some(member) = self.members.get_mut(&member) {
+                        member.leased -= 1;
+                    }
+                }
+                State::Ready => {
+                    lane.ready.remove(&offset);
+                    self.ready -= 1;
+                }
+                State::Waiting { due_ms } => {
+                    lane.waiting.remove(&offset);
+                    self.due.remove(&(due_ms, offset));
+                }
+                State::Acked => unreachable!("passed over"),
+            }
+            self.window[at].state = State::Acked;
+            touched.insert(slot.lane);
+            match acked.last_mut().filter(|last| last.end == offset) {
+                Some(last) => last.end += 1,
+                None => acked.push(OffsetRange { start: offset, end: offset + 1 }),
+            }
+        }
+        acked.iter().for_each(|r| self.cursor.ack(*r));
+        touched.into_iter().for_each(|lane| self.after_change(lane));
+        self.trim();
+        acked
+    }
+
+    /// Messages are not done with: they come again after `delay_ms`, or by the back-off. In the ordered modes what was leased
+    /// behind them in their lane comes again too, after them.
+    pub fn nack(&mut self, range: OffsetRange, delay_ms: Option<u64>, now_ms: u64) {
+        for at in self.within(range) {
+            self.give_back(at, delay_ms, now_ms);
+        }
+    }
+
+    fn give_back(&mut self, at: usize, delay_ms: Option<u64>, now_ms: u64) {
+        let Slot { state: State::Leased { .. }, lane, deliveries } = self.window[at] else { return };
+        let wait = delay_ms.unwrap_or_else(|| self.backoff_ms(deliveries));
+        self.unlease(at, if wait == 0 { 0 } else { now_ms + wait });
+        if self.policy.mode != Mode::Shared {
+            for behind in at + 1..self.window.len() {
+                let slot = self.window[behind];
+                if slot.lane == lane && matches!(slot.state, State::Leased { .. }) {
+                    self.unlease(behind, 0);
+                }
+            }
+        }
+        self.after_change(lane);
+    }
+
+    fn backoff_ms(&self, deliveries: u32) -> u64 {
+        let doubled = self.policy.backoff_min_ms.saturating_mul(1 << deliveries.saturating_sub(1).min(30));
+        doubled.min(self.policy.backoff_max_ms)
+    }
+
+    /// Members need longer: the deadlines of leased messages move.
+    pub fn extend(&mut self, range: OffsetRange, deadline_in_ms: u64, now_ms: u64) {
+        for at in self.within(range) {
+            if let State::Leased { deadline_ms, .. } = &mut self.window[at].state {
+                *deadline_ms = now_ms + deadline_in_ms;
+            }
+        }
+    }
+
+    fn after_change(&mut self, lane_id: u64) {
+        let Some(lane) = self.lanes.get(&lane_id) else { return };
+        if lane.ready.is_empty() && lane.waiting.is_empty() && lane.leased == 0 {
+            self.lanes.remove(&lane_id);
+        } else {
+            // it may stand in the queue of one that may not have it any more
+            self.unqueue(lane_id);
+            self.queue(lane_id);
+        }
+    }
+
+    fn unqueue(&mut self, lane_id: u64) {
+        let lane = self.lanes.get_mut(&lane_id).expect("just seen");
+        if lane.queued && self.policy.mode != Mode::Shared {
+            lane.queued = false;
+            self.members.values_mut().for_each(|m| m.lanes.retain(|l| *l != lane_id));
+        }
+    }
+
+    /// Lets time pass: what waited becomes ready, leases run out.
+    pub fn tick(&mut self, now_ms: u64) {
+        while let Some(&(due, offset)) = self.due.first().filter(|(due, _)| *due <= now_ms) {
+            self.due.remove(&(due, offset));
+            let slot = &mut self.window[(offset - self.base) as usize];
+            slot.state = State::Ready;
+            let lane_id = slot.lane;
+            let lane = self.lanes.get_mut(&lane_id).expect("a waiting message has a lane");
+            lane.waiting.remove(&offset);
+            lane.ready.insert(offset);
+            self.ready += 1;
+            self.after_change(lane_id);
+        }
+        if self.leased == 0 {
+            return;
+        }
+        for at in 0..self.window.len() {
+            if matches!(self.window[at].state, State::Leased { deadline_ms, .. } if deadline_ms <= now_ms) {
+                self.give_back(at, None, now_ms);
+            }
+        }
+    }
+
+    fn trim(&mut self) {
+        while self.window.front().is_some_and(|s| s.state == State::Acked) {
+            self.window.pop_front();
+            self.base += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn range(start: u64, end: u64) -> OffsetRange {
+        OffsetRange { start, end }
+    }
+
+    fn begin(mode: Mode) -> Delivery {
+        let policy = Policy { mode, ack_deadline_ms: 100, ..Default::default() };
+        Delivery::new(policy, Cursor::at(0))
+    }
+
+    fn offsets(grants: &[Grant], member: MemberId) -> Vec<u64> {
+        grants.iter().filter(|g| g.member == member).map(|g| g.offset).collect()
+    }
+
+    #[test]
+    fn exclusive_refuses_a_second_member_and_takes_the_first_one_back() {
+        let mut d = begin(Mode::Exclusive);
+        d.attach(1, "a").unwrap();
+        assert_eq!(d.attach(2, "b"), Err(Held { holder: "a".into() }));
+        d.credit(1, 10);
+        (0..3).for_each(|_| d.feed(0));
+        assert_eq!(offsets(&d.grants(0, 100), 1), [0, 1, 2]);
+        d.attach(3, "a").unwrap();
+        d.credit(3, 10);
+        assert_eq!(offsets(&d.grants(0, 100), 3), [0, 1, 2], "a new stream begins at the cursor");
+        assert!(!d.is_attached(1));
+    }
+
+    #[test]
+    fn failover_hands_what_was_unacked_to_the_next_in_order() {
+        let mut d = begin(Mode::Failover);
+        d.attach(1, "a").unwrap();
+        d.attach(2, "b").unwrap();
+        (d.credit(1, 10), d.credit(2, 10));
+        (0..4).for_each(|_| d.feed(0));
+        assert_eq!(offsets(&d.grants(0, 100), 1), [0, 1, 2, 3]);
+        d.ack(range(0, 2));
+        d.detach(1, 5);
+        let again = d.grants(5, 100);
+        assert_eq!(offsets(&again, 2), [2, 3]);
+        assert_eq!(again[0].delivery, 2);
+    }
+
+    #[test]
+    fn shared_spreads_by_credit_and_redelivers_what_was_not_acked_in_time() {
+        let mut d = begin(Mode::Shared);
+        d.attach(1, "a").unwrap();
+        d.attach(2, "b").unwrap();
+        (d.credit(1, 5), d.credit(2, 1));
+        (0..6).for_each(|_| d.feed(0));
+        let grants = d.grants(0, 100);
+        assert_eq!((offsets(&grants, 1).len(), offsets(&grants, 2).len()), (5, 1));
+        d.ack(range(0, 5));
+        d.tick(100);
+        d.credit(2, 1);
+        d.credit(1, 1);
+        let again = d.grants(100, 100);
+        assert_eq!(again.len(), 1);
+        assert_eq!((again[0].offset, again[0].delivery), (5, 2));
+    }
+
+    #[test]
+    fn a_nack_holds_up_what_follows_in_its_lane_and_no_other() {
+        let mut d = begin(Mode::KeyShared);
+        d.attach(1, "a").unwrap();
+        d.credit(1, 100);
+        [7, 8, 7, 8].into_iter().for_each(|key| d.feed(key));
+        assert_eq!(d.grants(0, 100).len(), 4);
+        d.nack(range(0, 1), Some(50), 0);
+        d.ack(range(1, 2));
+        d.ack(range(3, 4));
+        assert_eq!(d.grants(10, 100), [], "offset 2 has the key of 0, and waits behind it");
+        d.tick(50);
+        assert_eq!(offsets(&d.grants(50, 100), 1), [0, 2]);
+    }
+
+    #[test]
+    fn an_extended_deadline_holds() {
+        let mut d = begin(Mode::Shared);
+        d.attach(1, "a").unwrap();
+        d.credit(1, 2);
+        (0..2).for_each(|_| d.feed(0));
+        d.grants(0, 100);
+        d.extend(range(1, 2), 500, 50);
+        d.tick(200);
+        d.credit(1, 2);
+        assert_eq!(offsets(&d.grants(200, 100), 1), [0]);
+    }
+
+    #[test]
+    fn redeliveries_back_off_to_a_bound() {
+        let policy = Policy { mode: Mode::Shared, backoff_min_ms: 10, backoff_max_ms: 35, ..Default::default() };
+        let mut d = Delivery::new(policy, Cursor::at(0));
+        d.attach(1, "a").unwrap();
+        d.credit(1, 100);
+        d.feed(0);
+        let mut now = 0;
+        let mut waits = Vec::new();
+        for _ in 0..5 {
+            let begun = now;
+            while d.grants(now, 1).is_empty() {
+                now += 1;
+                d.tick(now);
+            }
+            waits.push(now - begun);
+            d.nack(range(0, 1), None, now);
+        }
+        assert_eq!(waits, [0, 10, 20, 35, 35]);
+    }
+
+    #[test]
+    fn acks_of_what_was_never_delivered_count_for_nothing() {
+        let mut d = begin(Mode::Shared);
+        d.attach(1, "a").unwrap();
+        d.credit(1, 1);
+        (0..3).for_each(|_| d.feed(0));
+        d.grants(0, 100);
+        assert_eq!(d.ack(range(0, 100)), [range(0, 1)]);
+        assert_eq!(d.cursor().position(), 1);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Op {
+        Attach(u64),
+        Detach(u64),
+        Credit(u64, u64),
+        Feed(u64),
+        Grant,
+        Ack(u64, u64),
+        Nack(u64, u64),
+        Extend(u64, u64),
+        Pass(u64),
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        prop_oneof![
+            1 => (1u64..6).prop_map(Op::Attach),
+            1 => (1u64..6).prop_map(Op::Detach),
+            3 => (1u64..6, 1u64..5).prop_map(|(m, n)| Op::Credit(m, n)),
+            4 => (0u64..4).prop_map(Op::Feed),
+            4 => Just(Op::Grant),
+            4 => (0u64..30, 1u64..4).prop_map(|(at, n)| Op::Ack(at, n)),
+            2 => (0u64..30, 0u64..80).prop_map(|(at, delay)| Op::Nack(at, delay)),
+            1 => (0u64..30, 1u64..200).prop_map(|(at, by)| Op::Extend(at, by)),
+            2 => (1u64..120).prop_map(Op::Pass),
+        ]
+    }
+
+    /// Runs operations beside a plain model: who holds what, in what order keys were delivered.
+    fn check_against_model(mode: Mode, ops: Vec<Op>) -> Result<(), TestCaseError> {
+        let mut d = begin(mode);
+        let (mut now, mut keys) = (1u64, Vec::new());
+        let mut held: BTreeMap<u64, (u64, u64)> = BTreeMap::new(); // offset → (member, deadline)
+        let mut acked: BTreeSet<u64> = BTreeSet::new();
+        let mut delivered: BTreeSet<u64> = BTreeSet::new();
+        let mut members: BTreeSet<u64> = BTreeSet::new();
+        let mut gone: BTreeSet<u64> = BTreeSet::new();
+        let ordered = mode != Mode::Shared;
+        for op in ops {
+            match op {
+                Op::Attach(id) if !gone.contains(&id) && !members.contains(&id) => {
+                    if d.attach(id, &format!("m{id}")).is_ok() {
+                        members.insert(id);
+                    } else {
+                        prop_assert!(mode == Mode::Exclusive && !members.is_empty());
+                    }
+                }
+                Op::Attach(_) => {}
+                Op::Detach(id) => {
+                    d.detach(id, now);
+                    if members.remove(&id) {
+                        gone.insert(id);
+                    }
+                    held.retain(|_, (m, _)| *m != id);
+                }
+                Op::Credit(id, n) => d.credit(id, n),
+                Op::Feed(key) => {
+                    keys.push(key);
+                    d.feed(key);
+                }
+                Op::Grant => {
+                    for g in d.grants(now, 1_000) {
+                        prop_assert!(members.contains(&g.member));
+                        prop_assert!(!acked.contains(&g.offset), "acked {} delivered again", g.offset);
+                        prop_assert!(!held.contains_key(&g.offset), "two holders of {}", g.offset);
+                        let same = |o: &u64| mode != Mode::KeyShared || keys[*o as usize] == keys[g.offset as usize];
+                        if ordered {
+                            let open = (0..g.offset).filter(|o| !acked.contains(o) && same(o));
+                            for before in open {
+                                let holder = held.get(&before).map(|(m, _)| *m);
+                                prop_assert_eq!(holder, Some(g.member), "{} given out before {}", g.offset, before);
+                            }
+                            let behind = held.keys().any(|o| *o > g.offset && same(o));
+                            prop_assert!(!behind, "{} given out behind a later one of its lane", g.offset);
+                        }
+                        held.insert(g.offset, (g.member, now + 100));
+                        delivered.insert(g.offset);
+                    }
+                }
+                Op::Ack(at, n) => {
+                    for r in d.ack(range(at, at + n)) {
+                        for offset in r.start..r.end {
+                            prop_assert!(delivered.contains(&offset));
+                            acked.insert(offset);
+                            held.remove(&offset);
+                        }
+                    }
+                }
+                Op::Nack(at, delay) => {
+                    let was = held.contains_key(&at);
+                    d.nack(range(at, at + 1), Some(delay), now);
+                    if was {
+                        held.remove(&at);
+                        if ordered {
+                            let same = |o: &u64| mode != Mode::KeyShared || keys[*o as usize] == keys[at as usize];
+                            held.retain(|o, _| *o < at || !same(o));
+                        }
+                    }
+                }
+                Op::Extend(at, by) => {
+                    d.extend(range(at, at + 1), by, now);
+                    if let Some((_, deadline)) = held.get_mut(&at) {
+                        *deadline = now + by;
+                    }
+                }
+                Op::Pass(ms) => {
+                    now += ms;
+                    d.tick(now);
+                    let late: Vec<u64> = held.iter().filter(|(_, (_, at))| *at <= now).map(|(o, _)| *o).collect();
+                    for offset in late {
+                        if ordered {
+                            let same = |o: &u64| mode != Mode::KeyShared || keys[*o as usize] == keys[offset as usize];
+                            held.retain(|o, _| *o < offset || !same(o));
+                        }
+                        held.remove(&offset);
+                    }
+                }
+            }
+            prop_assert_eq!(d.leased(), held.len() as u64);
+            let position = (0..).find(|o| !acked.contains(o)).unwrap();
+            prop_assert_eq!(d.cursor().position(), position.min(keys.len() as u64));
+        }
+        // nothing is lost: a last member with credit for all gets all that is not acked
+        members.iter().for_each(|m| d.detach(*m, now));
+        d.attach(99, "last").unwrap();
+        d.credit(99, 10_000);
+        let mut rest = BTreeSet::new();
+        for _ in 0..100 {
+            now += 1_000;
+            d.tick(now);
+            for g in d.grants(now, 1_000) {
+                rest.insert(g.offset);
+                d.ack(range(g.offset, g.offset + 1));
+            }
+        }
+        let missing: Vec<u64> = (0..keys.len() as u64).filter(|o| !acked.contains(o) && !rest.contains(o)).collect();
+        prop_assert!(missing.is_empty(), "never delivered: {missing:?}");
+        prop_assert_eq!(d.cursor().position(), keys.len() as u64);
+        Ok(())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(600))]
+        #[test]
+        fn each_mode_keeps_its_promises(ops in proptest::collection::vec(op(), 0..120), mode in 0usize..4) {
+            let mode = [Mode::Exclusive, Mode::Failover, Mode::Shared, Mode::KeyShared][mode];
+            check_against_model(mode, ops)?;
+        }
+    }
+}

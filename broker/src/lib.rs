@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod formation;
+pub mod hub;
 pub mod logging;
 pub mod metrics;
 pub mod node_loop;
@@ -111,7 +112,8 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         node_loop::run(core, clock, store, loop_shared, loop_metrics, for_loop, events, peer_streams);
     })?;
     let budget = Arc::new(Semaphore::new(service::IN_FLIGHT_BYTES_MAX / 1024));
-    let context = Context { shared: shared.clone(), node: node.clone(), metrics, formation, budget };
+    let hubs = Default::default();
+    let context = Context { shared: shared.clone(), node: node.clone(), metrics, formation, budget, hubs };
     let _ = running.set(context.clone());
     serve_clients(context.clone(), clients, admins)?;
     tokio::spawn(keep_addresses(context, Broker { id: broker.0, ..me }));

@@ -202,8 +202,18 @@ impl Metrics {
         self.bytes_in.with_label_values(&[topic]).inc_by(bytes as u64);
     }
 
+    /// Counts what a subscription's member was given.
+    pub fn delivered(&self, topic: &str, response: &v1::PullResponse) {
+        let messages = response.messages.iter().filter_map(|m| m.message.as_ref());
+        let bytes: usize = messages.map(|m| m.key.len() + m.value.len()).sum();
+        let records = response.messages.len() as u64 + (response.until_offset - response.from_offset);
+        let batches: usize = response.batches.iter().map(|b| b.batch.len()).sum();
+        self.records_out.with_label_values(&[topic]).inc_by(records);
+        self.bytes_out.with_label_values(&[topic]).inc_by((bytes + batches) as u64);
+    }
+
     /// Counts batches given to a reader.
-    pub fn delivered(&self, topic: &str, batches: &[v1::Batch]) {
+    pub fn fetched(&self, topic: &str, batches: &[v1::Batch]) {
         self.records_out.with_label_values(&[topic]).inc_by(batches.iter().map(|b| u64::from(b.count)).sum());
         self.bytes_out.with_label_values(&[topic]).inc_by(batches.iter().map(|b| b.batch.len() as u64).sum());
     }

@@ -76,6 +76,10 @@ pub(crate) async fn apply_subscription(client: &Client, subscription: &Validated
         topic: subscription.topic.clone(),
         from_earliest: subscription.from_earliest,
         ack_deadline_ms: subscription.ack_deadline_ms,
+        mode: subscription.mode as i32,
+        backoff_min_ms: subscription.backoff_min_ms,
+        backoff_max_ms: subscription.backoff_max_ms,
+        in_flight_max: subscription.in_flight_max,
     };
     let request =
         v1::ApplySubscriptionRequest { name: subscription.name.clone(), spec: Some(spec), ..Default::default() };
@@ -217,7 +221,7 @@ async fn describe_subscription(client: &Client, name: &str, output: Output) -> a
     let found = cluster.metadata.subscriptions.iter().find(|s| s.name == full);
     let found = found.ok_or_else(|| anyhow::anyhow!("subscription {name} does not exist"))?;
     let topic = found.spec.as_ref().map_or("", |s| s.topic.as_str()).to_owned();
-    let statuses = client.describe(&[topic.clone()]).await?;
+    let statuses = client.describe(std::slice::from_ref(&topic)).await?;
     let now_ms = crate::data::now_ms();
     let mine = |p: &v1::PartitionStatus| p.subscriptions.iter().find(|s| s.subscription == full).cloned();
     let age = |s: &v1::SubscriptionStatus| if s.oldest_ms == 0 { 0 } else { now_ms.saturating_sub(s.oldest_ms as i64) };

@@ -182,7 +182,7 @@ async fn consume_subscription(client: &Client, name: &str, max: u64, output: Out
     let topic = found.spec.as_ref().map(|s| s.topic.clone()).unwrap_or_default();
     let count = cluster.topic(&topic).with_context(|| format!("topic {topic} does not exist"))?.partitions.len();
     let member = format!("weir-{}", std::process::id());
-    let (sender, mut receiver) = mpsc::channel::<(Vec<Message>, mpsc::Sender<u64>)>(4);
+    let (sender, mut receiver) = mpsc::channel::<(Vec<Message>, mpsc::Sender<usize>)>(4);
     // partition 0 first: two consumers that start at once do not share an exclusive subscription between them
     let mut pulls = Vec::new();
     for partition in 0..count as u32 {
@@ -201,13 +201,12 @@ async fn consume_subscription(client: &Client, name: &str, max: u64, output: Out
     drop(sender);
     let mut left = max;
     while let Some((messages, done)) = receiver.recv().await {
-        let mut end = 0;
-        for message in messages.iter().take(left.min(usize::MAX as u64) as usize) {
+        let taken = messages.len().min(left.min(usize::MAX as u64) as usize);
+        for message in &messages[..taken] {
             print(message, output)?;
-            end = message.offset + 1;
-            left -= 1;
         }
-        let _ = done.send(end).await;
+        left -= taken as u64;
+        let _ = done.send(taken).await;
         if left == 0 {
             // the last acks are on their way
             tokio::time::sleep(std::time::Duration::from_millis(200)).await;
@@ -227,20 +226,17 @@ struct PullTask {
 
 impl PullTask {
     /// Delivers one partition's messages one list at a time; acks what was taken; opens again after a failover.
-    async fn run(self, mut pull: Pull, out: mpsc::Sender<(Vec<Message>, mpsc::Sender<u64>)>) {
+    async fn run(self, mut pull: Pull, out: mpsc::Sender<(Vec<Message>, mpsc::Sender<usize>)>) {
         loop {
             match pull.next().await {
                 Ok(Some(messages)) if messages.is_empty() => {}
                 Ok(Some(messages)) => {
-                    let start = messages[0].offset;
-                    let (done, mut end) = mpsc::channel(1);
-                    if out.send((messages, done)).await.is_err() {
+                    let (done, mut taken) = mpsc::channel(1);
+                    if out.send((messages.clone(), done)).await.is_err() {
                         return;
                     }
-                    let Some(end) = end.recv().await else { return };
-                    if end > start {
-                        let _ = pull.ack(start, end).await;
-                    }
+                    let Some(taken) = taken.recv().await else { return };
+                    let _ = pull.ack_all(&messages[..taken]).await;
                 }
                 Ok(None) | Err(_) => {
                     let _ = self.client.refresh().await;

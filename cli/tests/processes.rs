@@ -1,9 +1,11 @@
 //! Real processes on loopback: `weir serve --brokers 3`, killed brokers, removed folders, and a checker that reads everything back.
 
+mod cluster;
+
+use cluster::{Cluster, WEIR, make_topic};
 use std::collections::HashMap;
-use std::io::{BufRead as _, BufReader};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -11,94 +13,6 @@ use weir_client::consumer::{From, read_partition};
 use weir_client::producer::{Options, Producer};
 use weir_client::{Client, Record};
 use weir_proto::v1;
-
-const WEIR: &str = env!("CARGO_BIN_EXE_weir");
-
-/// One cluster at a time: failover is measured.
-static TURN: Mutex<()> = Mutex::new(());
-
-struct Cluster {
-    _turn: std::sync::MutexGuard<'static, ()>,
-    serve: Child,
-    servers: String,
-    data: tempfile::TempDir,
-}
-
-impl Cluster {
-    fn start(brokers: u32) -> Self {
-        Self::start_in(tempfile::tempdir().unwrap(), brokers)
-    }
-
-    fn start_in(data: tempfile::TempDir, brokers: u32) -> Self {
-        let turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let mut serve = Command::new(WEIR);
-        serve.args(["serve", "--listen", "127.0.0.1:0", "-o", "json", "--brokers", &brokers.to_string()]);
-        serve.arg("--data").arg(data.path()).env("WEIR_LOG", "warn").stdout(Stdio::piped());
-        let mut serve = serve.spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(serve.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let said: serde_json::Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line:?}"));
-        let list = said["brokers"].as_array().unwrap().clone();
-        let servers: Vec<&str> = list.iter().map(|b| b["client"].as_str().unwrap()).collect();
-        Self { _turn: turn, serve, servers: servers.join(","), data }
-    }
-
-    /// Pid of a broker by name, as the process list has it: a restarted one has another than was printed.
-    fn pid(&self, name: &str) -> Option<i32> {
-        let folder = self.data.path().join(name);
-        let wanted = folder.to_str().unwrap();
-        std::fs::read_dir("/proc").unwrap().find_map(|entry| {
-            let entry = entry.ok()?;
-            let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
-            let line = std::fs::read(entry.path().join("cmdline")).ok()?;
-            line.split(|b| *b == 0).any(|arg| arg == wanted.as_bytes()).then_some(pid)
-        })
-    }
-
-    fn kill(&self, name: &str) {
-        let pid = self.pid(name).expect("the broker runs");
-        // a process of this test's own; SIGKILL is the fault
-        assert!(Command::new("kill").args(["-KILL", &pid.to_string()]).status().unwrap().success());
-    }
-
-    fn stop(mut self) -> tempfile::TempDir {
-        assert!(Command::new("kill").args(["-TERM", &self.serve.id().to_string()]).status().unwrap().success());
-        self.serve.wait().unwrap();
-        std::mem::replace(&mut self.data, tempfile::tempdir().unwrap())
-    }
-}
-
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        for name in ["weir-0", "weir-1", "weir-2"] {
-            if let Some(pid) = self.pid(name) {
-                let _ = Command::new("kill").args(["-KILL", &pid.to_string()]).status();
-            }
-        }
-        let _ = self.serve.kill();
-        let _ = self.serve.wait();
-    }
-}
-
-async fn make_topic(client: &Client, name: &str, partitions: u32, replicas: u32) {
-    client.connect(Duration::from_secs(20)).await.unwrap();
-    let spec = v1::TopicSpec { partitions, replicas, ..Default::default() };
-    let request = v1::ApplyTopicRequest { name: name.to_owned(), spec: Some(spec), ..Default::default() };
-    let end = Instant::now() + Duration::from_secs(20);
-    loop {
-        let applied = match client.admin().await {
-            Ok(mut admin) => admin.apply_topic(request.clone()).await.map_err(|e| e.to_string()),
-            Err(error) => Err(error.to_string()),
-        };
-        let _ = client.refresh().await;
-        let led = client.cluster().topic(name).is_some_and(|t| t.partitions.iter().all(|p| p.leader != 0));
-        if applied.is_ok() && led {
-            return;
-        }
-        assert!(Instant::now() < end, "the topic was not made: {applied:?}");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-}
 
 /// What was acknowledged: (partition, offset) → value.
 type Acked = Arc<Mutex<HashMap<(u32, u64), String>>>;
@@ -294,7 +208,7 @@ async fn an_embedded_broker_keeps_messages_and_cursors_over_a_restart() {
     let cluster = Cluster::start(1);
     let client = Client::new(&cluster.servers).unwrap();
     make_topic(&client, "t", 1, 1).await;
-    let spec = v1::SubscriptionSpec { topic: "t".into(), from_earliest: true, ack_deadline_ms: 0 };
+    let spec = v1::SubscriptionSpec { topic: "t".into(), from_earliest: true, ..Default::default() };
     let request = v1::ApplySubscriptionRequest { name: "s".into(), spec: Some(spec), ..Default::default() };
     client.admin().await.unwrap().apply_subscription(request).await.unwrap();
     run(&cluster, &["publish", "t"], "one\ntwo\nthree\n");

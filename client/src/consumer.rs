@@ -16,6 +16,8 @@ pub struct Message {
     pub offset: u64,
     /// When the leader appended it, ms since the epoch.
     pub append_time_ms: u64,
+    /// The how manieth delivery since the leader took over, from 1.
+    pub delivery: u32,
     /// The record.
     pub record: Record,
 }
@@ -33,6 +35,15 @@ pub enum From {
     Time(u64),
 }
 
+/// A message as it came one by one.
+fn received(m: v1::ReceivedMessage) -> Message {
+    let v1::Message { key, value, headers, timestamp_ms } = m.message.unwrap_or_default();
+    let key = (!key.is_empty()).then_some(key);
+    let record = Record { key, value: Some(value), headers: headers.into_iter().collect(), timestamp_ms };
+    let (partition, offset) = (m.partition, m.offset);
+    Message { partition, offset, append_time_ms: m.append_time_ms, delivery: m.delivery, record }
+}
+
 fn unpack(partition: u32, batch: &v1::Batch, from: u64) -> Result<Vec<Message>, Error> {
     let bad = |what: String| Error::Refused { code: tonic::Code::DataLoss, reason: "BATCH".into(), message: what };
     let list = records::decode(&batch.batch).map_err(bad)?;
@@ -40,6 +51,7 @@ fn unpack(partition: u32, batch: &v1::Batch, from: u64) -> Result<Vec<Message>, 
         partition,
         offset: batch.base_offset + at as u64,
         append_time_ms: batch.append_time_ms,
+        delivery: 1,
         record,
     };
     Ok(list.into_iter().enumerate().map(message).filter(|m| m.offset >= from).collect())
@@ -136,7 +148,7 @@ async fn read(
     }
 }
 
-/// One partition of an exclusive subscription.
+/// One partition of a subscription, of any mode.
 pub struct Pull {
     requests: mpsc::Sender<v1::PullRequest>,
     responses: tonic::Streaming<v1::PullResponse>,
@@ -157,7 +169,8 @@ impl Pull {
             .at_leader(topic, partition, Duration::from_secs(10), |address| async move {
                 let channel = client.channel(&address).map_err(|e| tonic::Status::internal(e.to_string()))?;
                 let (requests, receiver) = mpsc::channel(16);
-                let open = v1::PullOpen { subscription: subscription.to_owned(), partition, member: member.to_owned() };
+                let (subscription, member) = (subscription.to_owned(), member.to_owned());
+                let open = v1::PullOpen { subscription, partition, member, messages: false };
                 let first = v1::PullRequest { open: Some(open), credit_messages: credit, ..Default::default() };
                 let _ = requests.try_send(first);
                 let client = v1::subscriber_client::SubscriberClient::new(channel);
@@ -172,9 +185,10 @@ impl Pull {
     pub async fn next(&mut self) -> Result<Option<Vec<Message>>, Error> {
         match self.responses.message().await {
             Ok(Some(response)) => {
-                let mut out = Vec::new();
+                let mut out: Vec<Message> = response.messages.into_iter().map(received).collect();
                 for batch in &response.batches {
-                    out.extend(unpack(self.partition, batch, response.from_offset)?);
+                    let messages = unpack(self.partition, batch, response.from_offset)?;
+                    out.extend(messages.into_iter().filter(|m| m.offset < response.until_offset));
                 }
                 Ok(Some(out))
             }
@@ -182,6 +196,35 @@ impl Pull {
             Err(status) if is_transient(&status) => Ok(None),
             Err(status) => Err(status.into()),
         }
+    }
+
+    /// Acks these messages, and gives credit for as many more.
+    pub async fn ack_all(&self, messages: &[Message]) -> Result<(), Error> {
+        let mut acks: Vec<v1::OffsetRange> = Vec::new();
+        for m in messages {
+            match acks.last_mut().filter(|last| last.end == m.offset) {
+                Some(last) => last.end += 1,
+                None => acks.push(v1::OffsetRange { start: m.offset, end: m.offset + 1 }),
+            }
+        }
+        let request = v1::PullRequest { acks, credit_messages: messages.len() as u32, ..Default::default() };
+        self.requests.send(request).await.map_err(|_| Error::Closed)
+    }
+
+    /// Gives a message back: it comes again after `delay`, or by the subscription's back-off.
+    pub async fn nack(&self, offset: u64, delay: Option<Duration>) -> Result<(), Error> {
+        let delay_ms = delay.map(|d| d.as_millis() as u64);
+        let nacks = vec![v1::Nacked { start: offset, end: offset + 1, delay_ms }];
+        let request = v1::PullRequest { nacks, credit_messages: 1, ..Default::default() };
+        self.requests.send(request).await.map_err(|_| Error::Closed)
+    }
+
+    /// Keeps a message for longer, from now.
+    pub async fn extend(&self, offset: u64, deadline: Duration) -> Result<(), Error> {
+        let deadline_ms = deadline.as_millis() as u64;
+        let extensions = vec![v1::Extension { start: offset, end: offset + 1, deadline_ms }];
+        let request = v1::PullRequest { extensions, ..Default::default() };
+        self.requests.send(request).await.map_err(|_| Error::Closed)
     }
 
     /// Acks everything from `start` up to and not including `end`, and gives credit for as many more.

@@ -2,6 +2,7 @@
 //! so that both share their validation. What is said here on a field is what `kubectl explain` says.
 
 #![allow(unreachable_pub)] // what KubeSchema derives holds a copy of each type
+#![allow(clippy::duplicated_attributes)] // printer columns are alike
 
 pub mod cluster;
 pub mod manifest;
@@ -168,13 +169,33 @@ pub enum StartPosition {
     Earliest,
 }
 
-/// How messages are shared among a subscription's consumers. More modes will come.
+/// How messages are shared among a subscription's consumers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Mode {
-    /// One consumer at a time, in order.
+    /// One consumer at a time, in order; others are refused.
     #[default]
     Exclusive,
+    /// One consumer is active, in order; the next takes over when it goes.
+    Failover,
+    /// Each message goes to one consumer, in no order.
+    Shared,
+    /// A key's messages go to one consumer at a time, in order.
+    KeyShared,
+}
+
+/// When a message comes again that was not acknowledged.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Redelivery {
+    /// Wait before the first redelivery, such as `1s`; it doubles with each. Absent: none.
+    #[schemars(regex(pattern = DURATION_PATTERN))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_backoff: Option<String>,
+    /// Longest wait, such as `5m`. Absent: `1m`.
+    #[schemars(regex(pattern = DURATION_PATTERN))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_backoff: Option<String>,
 }
 
 /// A reader of a topic whose position Weir keeps: what it has not acknowledged comes again.
@@ -212,6 +233,13 @@ pub struct SubscriptionSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = DURATION_PATTERN))]
     pub ack_deadline: Option<String>,
+    /// When a message comes again that was refused or not acknowledged in time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub redelivery: Option<Redelivery>,
+    /// Messages that consumers may hold unacknowledged at one time, in each partition. Absent: 100000.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub max_in_flight: Option<u32>,
     /// The StreamCluster that holds the topic. Absent: the one called `default` in the subscription's namespace. Cannot change.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster_ref: Option<ClusterRef>,
@@ -273,6 +301,14 @@ pub struct ValidatedSubscription {
     pub from_earliest: bool,
     /// ms, 0 for the default.
     pub ack_deadline_ms: u64,
+    /// How messages are shared.
+    pub mode: Mode,
+    /// ms before the first redelivery.
+    pub backoff_min_ms: u64,
+    /// ms at most, 0 for the default.
+    pub backoff_max_ms: u64,
+    /// Messages held at one time in each partition, 0 for the default.
+    pub in_flight_max: u32,
 }
 
 /// A field that cannot be what it is.
@@ -338,7 +374,12 @@ impl Subscription {
         } else {
             format!("{namespace}/{}", self.spec.topic)
         };
+        let redelivery = self.spec.redelivery.clone().unwrap_or_default();
         Ok(ValidatedSubscription {
+            mode: self.spec.mode,
+            backoff_min_ms: millis("spec.redelivery.minBackoff", &redelivery.min_backoff)?,
+            backoff_max_ms: millis("spec.redelivery.maxBackoff", &redelivery.max_backoff)?,
+            in_flight_max: self.spec.max_in_flight.unwrap_or(0),
             topic,
             from_earliest: self.spec.start == StartPosition::Earliest,
             ack_deadline_ms: millis("spec.ackDeadline", &self.spec.ack_deadline)?,

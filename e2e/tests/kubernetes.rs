@@ -5,6 +5,7 @@ use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use kube::api::{DeleteParams, ListParams};
 use kube::{Api, ResourceExt as _};
 use serde_json::json;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use weir_crds::{StreamCluster, Topic};
 use weir_e2e::{Kubernetes, NAMESPACE, faults};
@@ -22,10 +23,12 @@ async fn under_load(
     let seconds_text = seconds.to_string();
     let arguments =
         ["bench", "verify", "--topic", "weir/load", "--seconds", &seconds_text, "--rate", "600", "-o", "json"];
-    kubernetes.start("verify", &arguments).await?;
+    static LOADS: AtomicU32 = AtomicU32::new(0);
+    let job = format!("verify-{}", LOADS.fetch_add(1, Ordering::Relaxed));
+    kubernetes.start(&job, &arguments).await?;
     tokio::time::sleep(Duration::from_secs(2)).await;
     during().await.with_context(|| what.to_owned())?;
-    let found = kubernetes.verified(what, "verify", Duration::from_secs(seconds) + LONG).await;
+    let found = kubernetes.verified(what, &job, Duration::from_secs(seconds) + LONG).await;
     println!("{what}: {:.0} s", begun.elapsed().as_secs_f64());
     found
 }

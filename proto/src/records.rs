@@ -99,9 +99,14 @@ pub fn decode(batch: &Bytes) -> Result<Vec<Record>, String> {
     Ok(set.records.into_iter().map(record).collect())
 }
 
-/// The partition of a key among `partitions`: FNV-1a, 64 bits (<http://www.isthe.com/chongo/tech/comp/fnv/>), modulo their number.
+/// FNV-1a, 64 bits (<http://www.isthe.com/chongo/tech/comp/fnv/>).
+pub fn hash_of(key: &[u8]) -> u64 {
+    key.iter().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// The partition of a key among `partitions`: [`hash_of`] it, modulo their number.
 pub fn partition_of(key: &[u8], partitions: u32) -> u32 {
-    let hash = key.iter().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3));
+    let hash = hash_of(key);
     ((hash ^ (hash >> 32)) % u64::from(partitions.max(1))) as u32
 }
 

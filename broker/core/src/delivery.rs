@@ -11,17 +11,17 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use thiserror::Error;
 
 /// How messages are shared among members.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, prost::Enumeration)]
+#[repr(i32)]
 pub enum Mode {
     /// One member, all messages in order; others are refused.
-    #[default]
-    Exclusive,
+    Exclusive = 0,
     /// One member is active, in order; the next takes over when it goes.
-    Failover,
+    Failover = 1,
     /// Each message to one member, in no order.
-    Shared,
+    Shared = 2,
     /// A key's messages to one member at a time, in order.
-    KeyShared,
+    KeyShared = 3,
 }
 
 /// What a subscription asks for.
@@ -46,7 +46,7 @@ impl Default for Policy {
             ack_deadline_ms: 30_000,
             backoff_min_ms: 0,
             backoff_max_ms: 60_000,
-            leased_max: 1 << 20,
+            leased_max: 100_000,
         }
     }
 }
@@ -104,9 +104,17 @@ struct Lane {
 struct Member {
     name: String,
     credit: u64,
+    /// takes nothing now: it does not read what it was sent
+    paused: bool,
     leased: u64,
     /// lanes with something for it
     lanes: VecDeque<u64>,
+}
+
+impl Member {
+    fn room(&self) -> u64 {
+        if self.paused { 0 } else { self.credit }
+    }
 }
 
 /// See the module.
@@ -124,6 +132,8 @@ pub struct Delivery {
     turn: MemberId,
     leased: u64,
     ready: u64,
+    /// no lease runs out before
+    expires_ms: u64,
 }
 
 impl Delivery {
@@ -140,6 +150,7 @@ impl Delivery {
             turn: 0,
             leased: 0,
             ready: 0,
+            expires_ms: u64::MAX,
         }
     }
 
@@ -166,8 +177,8 @@ impl Delivery {
     /// How many more messages are wanted now: what members have credit for and what is not ready yet.
     pub fn wants(&self) -> u64 {
         let credit: u64 = match self.policy.mode {
-            Mode::Failover | Mode::Exclusive => self.active().map_or(0, |m| self.members[&m].credit),
-            Mode::Shared | Mode::KeyShared => self.members.values().map(|m| m.credit).sum(),
+            Mode::Failover | Mode::Exclusive => self.active().map_or(0, |m| self.members[&m].room()),
+            Mode::Shared | Mode::KeyShared => self.members.values().map(Member::room).sum(),
         };
         let room = self.policy.leased_max.saturating_sub(self.leased);
         let wanted = credit.min(room).saturating_sub(self.ready);
@@ -189,9 +200,9 @@ impl Delivery {
         if self.policy.mode == Mode::Exclusive {
             // the same member again: its old stream is gone, whether or not that was noticed
             let before: Vec<MemberId> = self.members.keys().copied().collect();
-            before.into_iter().for_each(|old| self.detach(old, 0));
+            before.into_iter().for_each(|old| self.detach(old));
         }
-        let member = Member { name: name.to_owned(), credit: 0, leased: 0, lanes: VecDeque::new() };
+        let member = Member { name: name.to_owned(), credit: 0, paused: false, leased: 0, lanes: VecDeque::new() };
         self.members.insert(id, member);
         self.requeue_all();
         Ok(())
@@ -203,7 +214,7 @@ impl Delivery {
     }
 
     /// A member goes; what it held is ready for others at once.
-    pub fn detach(&mut self, id: MemberId, _now_ms: u64) {
+    pub fn detach(&mut self, id: MemberId) {
         if self.members.remove(&id).is_none() {
             return;
         }
@@ -220,6 +231,25 @@ impl Delivery {
         if let Some(member) = self.members.get_mut(&id) {
             member.credit = member.credit.saturating_add(messages);
         }
+    }
+
+    /// Takes back all credit a member has left.
+    pub fn revoke_credit(&mut self, id: MemberId) {
+        if let Some(member) = self.members.get_mut(&id) {
+            member.credit = 0;
+        }
+    }
+
+    /// A member that does not read what it was sent gets nothing more for now.
+    pub fn pause(&mut self, id: MemberId, paused: bool) {
+        if let Some(member) = self.members.get_mut(&id) {
+            member.paused = paused;
+        }
+    }
+
+    /// Messages a member holds.
+    pub fn leased_by(&self, id: MemberId) -> u64 {
+        self.members.get(&id).map_or(0, |m| m.leased)
     }
 
     /// Takes the message at [`Self::next`] into the window. `key_hash` tells keys apart, in [`Mode::KeyShared`].
@@ -303,7 +333,7 @@ impl Delivery {
         let ids: Vec<MemberId> = self.members.keys().copied().collect();
         for id in ids {
             while out.len() < max && self.leased < self.policy.leased_max {
-                let Some(member) = self.members.get_mut(&id).filter(|m| m.credit > 0) else { break };
+                let Some(member) = self.members.get_mut(&id).filter(|m| m.room() > 0) else { break };
                 let Some(lane) = member.lanes.pop_front() else { break };
                 if let Some(grant) = self.grant(id, lane, now_ms) {
                     out.push(grant);
@@ -317,7 +347,7 @@ impl Delivery {
     fn share_evenly(&mut self) {
         let mut stranded = Vec::new();
         for member in self.members.values_mut() {
-            let room = member.credit.min(member.lanes.len() as u64) as usize;
+            let room = member.room().min(member.lanes.len() as u64) as usize;
             stranded.extend(member.lanes.drain(room..));
         }
         stranded.sort_unstable(); // oldest first
@@ -325,7 +355,7 @@ impl Delivery {
         while !stranded.is_empty() {
             let mut placed = false;
             for member in self.members.values_mut() {
-                if (member.lanes.len() as u64) < member.credit
+                if (member.lanes.len() as u64) < member.room()
                     && let Some(lane) = stranded.pop_front()
                 {
                     member.lanes.push_back(lane);
@@ -349,6 +379,7 @@ impl Delivery {
         lane.leased += 1;
         lane.holder = id;
         let deadline_ms = now_ms + self.policy.ack_deadline_ms;
+        self.expires_ms = self.expires_ms.min(deadline_ms);
         let slot = &mut self.window[(offset - self.base) as usize];
         slot.state = State::Leased { member: id, deadline_ms };
         slot.deliveries += 1;
@@ -465,6 +496,7 @@ impl Delivery {
         for at in self.within(range) {
             if let State::Leased { deadline_ms, .. } = &mut self.window[at].state {
                 *deadline_ms = now_ms + deadline_in_ms;
+                self.expires_ms = self.expires_ms.min(*deadline_ms);
             }
         }
     }
@@ -501,7 +533,7 @@ impl Delivery {
             self.ready += 1;
             self.after_change(lane_id);
         }
-        if self.leased == 0 {
+        if self.leased == 0 || now_ms < self.expires_ms {
             return;
         }
         for at in 0..self.window.len() {
@@ -509,6 +541,8 @@ impl Delivery {
                 self.give_back(at, None, now_ms);
             }
         }
+        let deadline = |s: &Slot| if let State::Leased { deadline_ms, .. } = s.state { deadline_ms } else { u64::MAX };
+        self.expires_ms = self.window.iter().map(deadline).min().unwrap_or(u64::MAX);
     }
 
     fn trim(&mut self) {
@@ -556,11 +590,12 @@ mod tests {
         let mut d = begin(Mode::Failover);
         d.attach(1, "a").unwrap();
         d.attach(2, "b").unwrap();
-        (d.credit(1, 10), d.credit(2, 10));
+        d.credit(1, 10);
+        d.credit(2, 10);
         (0..4).for_each(|_| d.feed(0));
         assert_eq!(offsets(&d.grants(0, 100), 1), [0, 1, 2, 3]);
         d.ack(range(0, 2));
-        d.detach(1, 5);
+        d.detach(1);
         let again = d.grants(5, 100);
         assert_eq!(offsets(&again, 2), [2, 3]);
         assert_eq!(again[0].delivery, 2);
@@ -571,7 +606,8 @@ mod tests {
         let mut d = begin(Mode::Shared);
         d.attach(1, "a").unwrap();
         d.attach(2, "b").unwrap();
-        (d.credit(1, 5), d.credit(2, 1));
+        d.credit(1, 5);
+        d.credit(2, 1);
         (0..6).for_each(|_| d.feed(0));
         let grants = d.grants(0, 100);
         assert_eq!((offsets(&grants, 1).len(), offsets(&grants, 2).len()), (5, 1));
@@ -692,7 +728,7 @@ mod tests {
                 }
                 Op::Attach(_) => {}
                 Op::Detach(id) => {
-                    d.detach(id, now);
+                    d.detach(id);
                     if members.remove(&id) {
                         gone.insert(id);
                     }
@@ -766,7 +802,7 @@ mod tests {
             prop_assert_eq!(d.cursor().position(), position.min(keys.len() as u64));
         }
         // nothing is lost: a last member with credit for all gets all that is not acked
-        members.iter().for_each(|m| d.detach(*m, now));
+        members.iter().for_each(|m| d.detach(*m));
         d.attach(99, "last").unwrap();
         d.credit(99, 10_000);
         let mut rest = BTreeSet::new();

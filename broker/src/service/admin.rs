@@ -3,6 +3,7 @@
 use super::{Context, full_name};
 use crate::status::Failure;
 use tonic::{Request, Response, Status};
+use weir_core::delivery::{Mode, Policy};
 use weir_core::meta::command::{ApplySubscription, ApplyTopic, Delete, Kind, Placement, SetPhase};
 use weir_core::meta::placement;
 use weir_core::meta::state as core;
@@ -94,10 +95,22 @@ impl Admin for Context {
         let request = request.into_inner();
         let spec = request.spec.ok_or_else(|| Failure::invalid("SPEC", "a subscription needs a spec"))?;
         let start = if spec.from_earliest { core::Start::Earliest } else { core::Start::Latest };
-        let ack_deadline_ms = if spec.ack_deadline_ms == 0 { 30_000 } else { spec.ack_deadline_ms };
+        let or = |value: u64, default: u64| if value == 0 { default } else { value };
+        let default = Policy::default();
+        let mode = Mode::try_from(spec.mode)
+            .map_err(|_| Failure::invalid("MODE", format!("this broker knows no mode {}", spec.mode)))?;
+        let whole = core::SubscriptionSpec {
+            topic: full_name(&spec.topic)?,
+            start: start.into(),
+            ack_deadline_ms: or(spec.ack_deadline_ms, default.ack_deadline_ms),
+            mode: mode.into(),
+            backoff_min_ms: spec.backoff_min_ms,
+            backoff_max_ms: or(spec.backoff_max_ms, default.backoff_max_ms).max(spec.backoff_min_ms),
+            in_flight_max: or(spec.in_flight_max.into(), default.leased_max).min(1_000_000) as u32,
+        };
         let change = ApplySubscription {
             name: full_name(&request.name)?,
-            spec: core::SubscriptionSpec { topic: full_name(&spec.topic)?, start: start.into(), ack_deadline_ms },
+            spec: whole,
             owner_uid: request.owner_uid,
             generation: request.generation,
         };

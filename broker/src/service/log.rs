@@ -51,7 +51,7 @@ async fn fetch(
     let _ = tokio::time::timeout(wait, partition.high_watermark.wait_for(|hw| *hw > request.offset)).await;
     let batches = partition.read(request.offset, bytes_max).await?;
     let batches: Vec<v1::Batch> = batches.into_iter().map(to_wire).collect();
-    context.metrics.delivered(topic, &batches);
+    context.metrics.fetched(topic, &batches);
     Ok(v1::FetchResponse {
         batches,
         high_watermark: partition.tail.high_watermark(),

@@ -54,6 +54,10 @@ fn subscription(s: &core::Subscription) -> v1::Subscription {
         topic: s.spec.topic.clone(),
         from_earliest: s.spec.start() == core::Start::Earliest,
         ack_deadline_ms: s.spec.ack_deadline_ms,
+        mode: s.spec.mode,
+        backoff_min_ms: s.spec.backoff_min_ms,
+        backoff_max_ms: s.spec.backoff_max_ms,
+        in_flight_max: s.spec.in_flight_max,
     };
     v1::Subscription {
         name: s.name.clone(),

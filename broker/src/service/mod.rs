@@ -40,6 +40,8 @@ pub struct Context {
     pub formation: Arc<Formation>,
     /// Budget of publishes under way, KiB.
     pub budget: Arc<Semaphore>,
+    /// Deliveries under way.
+    pub hubs: crate::hub::Hubs,
 }
 
 /// `name` with its namespace, checked: 1 to 253 characters of a-z, 0-9, `-` and `.` on each side of the slash.

@@ -1,39 +1,36 @@
-//! Delivery of exclusive subscriptions: one member at a time holds a partition, gets its batches in order from the cursor on,
-//! and acks move the cursor, which is replicated with the partition. After a failover what was unacked comes again.
+//! Streams and calls of subscribers; what they say goes to the [`crate::hub`] of their subscription and partition.
 
 use super::{Context, Found, full_name, log};
-use crate::node_loop::{Event, ReplyTo};
+use crate::hub::Command;
+use crate::node_loop::Event;
 use crate::status::Failure;
 use futures::Stream;
-use std::collections::HashMap;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
-use weir_core::cursor::{Cursor, CursorUpdate, OffsetRange};
+use weir_core::cursor::{Cursor, CursorUpdate};
+use weir_core::delivery::Policy;
 use weir_core::entry::Control;
 use weir_core::group::Machine;
-use weir_core::ids::GroupId;
+use weir_core::ids::{GroupId, SubscriptionId};
 use weir_core::node::Reply;
 use weir_proto::v1;
 use weir_proto::v1::subscriber_server::Subscriber;
 
-/// Bytes of one delivery.
-const DELIVERY_BYTES: usize = 1 << 20;
-
-/// Who holds which partition of which subscription, on this process's brokers: (broker, group, subscription) → (member, session).
-type Holders = HashMap<(u64, GroupId, u64), (String, u64)>;
-static HOLDERS: LazyLock<Mutex<Holders>> = LazyLock::new(Mutex::default);
-static SESSIONS: AtomicU64 = AtomicU64::new(1);
+/// Responses a stream's task may be ahead of its client.
+const UNREAD_MAX: usize = 16;
+/// Messages of one call.
+const MESSAGES_MAX: u32 = 1_000;
+/// Longest wait of a call.
+const WAIT_MAX: Duration = Duration::from_secs(30);
 
 struct Resolved {
     topic: String,
     group: GroupId,
-    subscription: u64,
-    ack_deadline: Duration,
+    subscription: SubscriptionId,
+    policy: Policy,
 }
 
 fn resolve(context: &Context, name: &str, partition: u32) -> Result<Resolved, Failure> {
@@ -45,192 +42,88 @@ fn resolve(context: &Context, name: &str, partition: u32) -> Result<Resolved, Fa
     if !context.shared.leads(group) {
         return Err(context.not_leader(group));
     }
-    let ack_deadline = Duration::from_millis(found.spec.ack_deadline_ms);
-    Ok(Resolved { topic, group, subscription: found.id, ack_deadline })
+    Ok(Resolved { topic, group, subscription: SubscriptionId(found.id), policy: found.spec.policy() })
 }
 
 /// The cursor as applied here; a new subscription gets its own within moments.
-async fn cursor(context: &Context, group: GroupId, subscription: u64) -> Result<Cursor, Failure> {
+async fn cursor(context: &Context, group: GroupId, subscription: SubscriptionId) -> Result<Cursor, Failure> {
     for _ in 0..100 {
         let read = move |node: &mut weir_core::node::Node| {
-            let group = node.group(group).filter(|g| g.is_leader())?;
+            let group = node.group(group).filter(|g| g.is_leader() && g.unapplied() == 0)?;
             let Machine::Partition(state) = group.machine() else { return None };
-            Some(state.cursors.get(subscription).cloned())
+            Some(state.cursors.get(subscription.0).cloned())
         };
         match context.node.ask(read).await.ok_or_else(Failure::stopping)? {
-            None => return Err(context.not_leader(group)),
+            None if !context.shared.leads(group) => return Err(context.not_leader(group)),
             Some(Some(cursor)) => return Ok(cursor),
-            Some(None) => tokio::time::sleep(Duration::from_millis(20)).await,
+            None | Some(None) => tokio::time::sleep(Duration::from_millis(10)).await,
         }
     }
     Err(Failure::new(Code::Unavailable, "NO_CURSOR", "the subscription has no position yet; try again"))
 }
 
-/// A session's place in [`HOLDERS`], given back when the session ends.
-struct Hold {
-    key: (u64, GroupId, u64),
-    session: u64,
-}
-
-impl Hold {
-    fn take(key: (u64, GroupId, u64), member: &str) -> Result<Self, Failure> {
-        let mut holders = HOLDERS.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((holder, _)) = holders.get(&key).filter(|(holder, _)| holder != member) {
-            let text = format!("the subscription is exclusive and held by {holder}");
-            return Err(Failure::new(Code::FailedPrecondition, "EXCLUSIVE", text));
+impl Context {
+    /// The hub of a subscription in a partition led here, started where it does not run.
+    async fn hub(&self, name: &str, partition: u32) -> Result<mpsc::Sender<Command>, Failure> {
+        let Resolved { topic, group, subscription, policy } = resolve(self, name, partition)?;
+        if let Some(hub) = self.hubs.find((group, subscription)) {
+            return Ok(hub);
         }
-        let session = SESSIONS.fetch_add(1, Ordering::Relaxed);
-        holders.insert(key, (member.to_owned(), session));
-        Ok(Self { key, session })
+        let cursor = cursor(self, group, subscription).await?;
+        Ok(self.hubs.find_or_start(self, (group, subscription), &topic, policy, cursor))
     }
 
-    fn is_current(&self) -> bool {
-        let holders = HOLDERS.lock().unwrap_or_else(PoisonError::into_inner);
-        holders.get(&self.key).is_some_and(|(_, session)| *session == self.session)
+    /// Asks a hub and waits for its answer. One that ends at that moment answers nothing: it is asked again, anew.
+    async fn ask_hub<T, F>(&self, name: &str, partition: u32, command: F) -> Result<T, Failure>
+    where
+        F: Fn(oneshot::Sender<Result<T, Failure>>) -> Command,
+    {
+        for _ in 0..3 {
+            let hub = self.hub(name, partition).await?;
+            let (answer, wait) = oneshot::channel();
+            if hub.send(command(answer)).await.is_ok()
+                && let Ok(answer) = wait.await
+            {
+                match answer {
+                    Err(failure) if failure.reason == "AGAIN" => continue,
+                    other => return other,
+                }
+            }
+        }
+        Err(Failure::new(Code::Unavailable, "BUSY", "the delivery begins anew; try again"))
     }
-}
 
-impl Drop for Hold {
-    fn drop(&mut self) {
-        let mut holders = HOLDERS.lock().unwrap_or_else(PoisonError::into_inner);
-        if holders.get(&self.key).is_some_and(|(_, session)| *session == self.session) {
-            holders.remove(&self.key);
+    /// Partitions of a subscription's topic that this broker leads.
+    fn led_partitions(&self, name: &str) -> Result<Vec<u32>, Failure> {
+        let name = full_name(name)?;
+        let meta = self.shared.meta();
+        let missing = || Failure::new(Code::NotFound, "NO_SUBSCRIPTION", format!("subscription {name} does not exist"));
+        let found = meta.subscriptions.get(&name).ok_or_else(missing)?;
+        let topic = meta.topics.get(&found.spec.topic);
+        let groups = topic.map_or(&[][..], |t| &t.groups);
+        let led: Vec<u32> =
+            (0..).zip(groups).filter(|(_, g)| self.shared.leads(GroupId(**g))).map(|(p, _)| p).collect();
+        match (led.is_empty(), groups.first()) {
+            (true, Some(first)) => Err(self.not_leader(GroupId(*first))),
+            _ => Ok(led),
         }
     }
 }
 
-struct Session {
+/// Tells the hub when its stream is over, however it ends.
+struct Attached {
+    hub: mpsc::Sender<Command>,
+    member: u64,
     context: Context,
-    hold: Hold,
-    topic: String,
-    group: GroupId,
-    subscription: u64,
-    ack_deadline: Duration,
-    /// acks as they came, replicated or not
-    cursor: Cursor,
-    /// next offset to deliver
-    next: u64,
-    credit: u64,
-    /// acks not handed to the log yet, and the answer to those that are on their way
-    unwritten: Vec<OffsetRange>,
-    writing: Option<oneshot::Receiver<Reply>>,
-    last_progress: Instant,
-    out: mpsc::Sender<Result<v1::PullResponse, Status>>,
 }
 
-impl Session {
-    async fn run(mut self, mut requests: Streaming<v1::PullRequest>) {
-        self.context.metrics.open_streams.inc();
-        let ended = self.serve(&mut requests).await;
+impl Drop for Attached {
+    fn drop(&mut self) {
         self.context.metrics.open_streams.dec();
-        if let Err(failure) = ended {
-            let _ = self.out.send(Err(failure.into())).await;
-        }
+        let (hub, member) = (self.hub.clone(), self.member);
+        // where the queue is full, the hub sees by itself that nobody listens
+        let _ = hub.try_send(Command::Detach(member));
     }
-
-    async fn serve(&mut self, requests: &mut Streaming<v1::PullRequest>) -> Result<(), Failure> {
-        let mut partition = self.context.led_partition(self.group)?;
-        let mut watch = tokio::time::interval(Duration::from_millis(100));
-        let out = self.out.clone();
-        loop {
-            let behind = self.credit > 0 && self.next < partition.tail.high_watermark();
-            tokio::select! {
-                biased;
-                request = requests.message() => match request {
-                    Ok(Some(request)) => self.take(request),
-                    _ => return Ok(()),
-                },
-                reply = async { self.writing.as_mut().expect("guarded").await }, if self.writing.is_some() => {
-                    self.writing = None;
-                    if !matches!(reply, Ok(Reply::Done)) {
-                        return Err(self.context.not_leader(self.group));
-                    }
-                    self.write_acks();
-                }
-                _ = watch.tick() => self.check()?,
-                room = out.reserve(), if behind => {
-                    let Ok(room) = room else { return Ok(()) };
-                    let batches = partition.read(self.next, DELIVERY_BYTES).await?;
-                    if let Some(response) = delivery(&mut self.next, &mut self.credit, batches, partition.tail.high_watermark()) {
-                        self.context.metrics.delivered(&self.topic, &response.batches);
-                        self.last_progress = Instant::now();
-                        room.send(Ok(response));
-                    } else if self.next < partition.tail.start_offset() {
-                        self.next = partition.tail.start_offset(); // retention went past it
-                    }
-                }
-                moved = partition.high_watermark.changed(), if !behind => {
-                    if moved.is_err() {
-                        return Err(self.context.not_leader(self.group));
-                    }
-                }
-            }
-        }
-    }
-
-    fn take(&mut self, request: v1::PullRequest) {
-        self.credit += u64::from(request.credit_messages);
-        for ack in request.acks {
-            // only what was delivered can be acked
-            let range = OffsetRange { start: ack.start, end: ack.end.min(self.next) };
-            if range.start < range.end {
-                self.cursor.ack(range);
-                self.unwritten.push(range);
-                self.last_progress = Instant::now();
-            }
-        }
-        if let Some(first) = request.nacks.iter().map(|n| n.start).min() {
-            self.next = self.next.min(first.max(self.cursor.position()));
-        }
-        self.write_acks();
-    }
-
-    /// One control entry at a time: acks that come meanwhile gather into the next.
-    fn write_acks(&mut self) {
-        if self.writing.is_some() || self.unwritten.is_empty() {
-            return;
-        }
-        let acked = std::mem::take(&mut self.unwritten);
-        let update = CursorUpdate { subscription: self.subscription, acked, ..Default::default() };
-        let (to, reply) = oneshot::channel();
-        let control = Control { cursors: vec![update] };
-        self.context.node.send(Event::Control { group: self.group, control, to: ReplyTo::Call(to) });
-        self.writing = Some(reply);
-    }
-
-    fn check(&mut self) -> Result<(), Failure> {
-        if !self.context.shared.leads(self.group) {
-            return Err(self.context.not_leader(self.group));
-        }
-        if !self.hold.is_current() {
-            return Err(Failure::new(Code::Aborted, "REPLACED", "the member opened the partition again elsewhere"));
-        }
-        if self.cursor.position() < self.next && self.last_progress.elapsed() > self.ack_deadline {
-            self.next = self.cursor.position();
-            self.last_progress = Instant::now();
-        }
-        Ok(())
-    }
-}
-
-fn delivery(
-    next: &mut u64,
-    credit: &mut u64,
-    batches: Vec<weir_core::tail::LogBatch>,
-    high_watermark: u64,
-) -> Option<v1::PullResponse> {
-    let from_offset = *next;
-    let mut out = Vec::new();
-    for batch in batches {
-        if *credit == 0 {
-            break;
-        }
-        // a batch is delivered whole, so the last one may go beyond the credit
-        *credit = credit.saturating_sub(batch.end_offset() - from_offset.max(batch.base_offset));
-        *next = batch.end_offset();
-        out.push(log::to_wire(batch));
-    }
-    (!out.is_empty()).then_some(v1::PullResponse { batches: out, from_offset, high_watermark })
 }
 
 #[tonic::async_trait]
@@ -245,29 +138,85 @@ impl Subscriber for Context {
         let first =
             requests.message().await?.ok_or_else(|| Failure::invalid("OPEN", "a stream begins with an open"))?;
         let open = first.open.clone().ok_or_else(|| Failure::invalid("OPEN", "the first request holds an open"))?;
-        let Resolved { topic, group, subscription, ack_deadline } =
-            resolve(self, &open.subscription, open.partition).map_err(|f| self.rejected(f))?;
-        let hold = Hold::take((self.shared.broker.0, group, subscription), &open.member)?;
-        let cursor = cursor(self, group, subscription).await?;
-        let (out, responses) = mpsc::channel(4);
-        let mut session = Session {
-            context: self.clone(),
-            hold,
-            topic,
-            group,
-            subscription,
-            ack_deadline,
-            next: cursor.position(),
-            cursor,
-            credit: 0,
-            unwritten: Vec::new(),
-            writing: None,
-            last_progress: Instant::now(),
-            out,
-        };
-        session.take(v1::PullRequest { open: None, ..first });
-        tokio::spawn(session.run(requests));
+        let (out, responses) = mpsc::channel(UNREAD_MAX);
+        let attach =
+            |answer| Command::Attach { name: open.member.clone(), messages: open.messages, out: out.clone(), answer };
+        let attached = self.ask_hub(&open.subscription, open.partition, attach).await;
+        let member = attached.map_err(|f| self.rejected(f))?;
+        let hub = self.hub(&open.subscription, open.partition).await?;
+        self.metrics.open_streams.inc();
+        let attached = Attached { hub: hub.clone(), member, context: self.clone() };
+        drop(out);
+        tokio::spawn(async move {
+            let _attached = attached;
+            let mut next = Some(v1::PullRequest { open: None, ..first });
+            while let Some(request) = next {
+                if hub.send(Command::Say(member, request)).await.is_err() {
+                    return;
+                }
+                next = tokio::select! {
+                    request = requests.message() => request.ok().flatten(),
+                    () = hub.closed() => None,
+                };
+            }
+        });
         Ok(Response::new(Box::pin(ReceiverStream::new(responses))))
+    }
+
+    async fn pull(
+        &self,
+        request: Request<v1::PullMessagesRequest>,
+    ) -> Result<Response<v1::PullMessagesResponse>, Status> {
+        let request = request.into_inner();
+        let max = if request.messages_max == 0 { 100 } else { request.messages_max.min(MESSAGES_MAX) };
+        let until = Instant::now() + Duration::from_millis(request.wait_ms.into()).min(WAIT_MAX);
+        let partitions = match request.partition {
+            Some(partition) => vec![partition],
+            None => self.led_partitions(&request.subscription).map_err(|f| self.rejected(f))?,
+        };
+        loop {
+            for partition in &partitions {
+                // with one partition the hub waits; with several each is asked in turn
+                let wait = if partitions.len() == 1 { until.duration_since(Instant::now()) } else { Duration::ZERO };
+                let pull = |answer| Command::Pull { name: request.member.clone(), max: max.into(), wait, answer };
+                let pulled = self.ask_hub(&request.subscription, *partition, pull).await;
+                let messages = pulled.map_err(|f| self.rejected(f))?;
+                if !messages.is_empty() {
+                    return Ok(Response::new(v1::PullMessagesResponse { messages }));
+                }
+            }
+            if Instant::now() >= until {
+                return Ok(Response::new(v1::PullMessagesResponse::default()));
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn acknowledge(
+        &self,
+        request: Request<v1::AcknowledgeRequest>,
+    ) -> Result<Response<v1::AcknowledgeResponse>, Status> {
+        let v1::AcknowledgeRequest { subscription, partition, offsets } = request.into_inner();
+        let acknowledge = |answer| Command::Acknowledge { ranges: offsets.clone(), answer };
+        let acknowledged = self.ask_hub(&subscription, partition, acknowledge).await.map_err(|f| self.rejected(f))?;
+        Ok(Response::new(v1::AcknowledgeResponse { acknowledged }))
+    }
+
+    async fn nack(&self, request: Request<v1::NackRequest>) -> Result<Response<v1::NackResponse>, Status> {
+        let v1::NackRequest { subscription, partition, offsets } = request.into_inner();
+        let hub = self.hub(&subscription, partition).await.map_err(|f| self.rejected(f))?;
+        let _ = hub.send(Command::Adjust { nacks: offsets, extensions: Vec::new() }).await;
+        Ok(Response::new(v1::NackResponse {}))
+    }
+
+    async fn extend_deadline(
+        &self,
+        request: Request<v1::ExtendDeadlineRequest>,
+    ) -> Result<Response<v1::ExtendDeadlineResponse>, Status> {
+        let v1::ExtendDeadlineRequest { subscription, partition, offsets } = request.into_inner();
+        let hub = self.hub(&subscription, partition).await.map_err(|f| self.rejected(f))?;
+        let _ = hub.send(Command::Adjust { nacks: Vec::new(), extensions: offsets }).await;
+        Ok(Response::new(v1::ExtendDeadlineResponse {}))
     }
 
     async fn seek(&self, request: Request<v1::SeekRequest>) -> Result<Response<v1::SeekResponse>, Status> {
@@ -282,7 +231,7 @@ impl Subscriber for Context {
             Some(To::Latest(_)) | None => partition.tail.high_watermark(),
         };
         log::check_range(&partition, offset)?;
-        let update = CursorUpdate { subscription, seek: Some(offset), ..Default::default() };
+        let update = CursorUpdate { subscription: subscription.0, seek: Some(offset), ..Default::default() };
         let control = Control { cursors: vec![update] };
         match self.node.call(|to| Event::Control { group, control, to }).await.ok_or_else(Failure::stopping)? {
             Reply::Done => {}
@@ -290,7 +239,10 @@ impl Subscriber for Context {
             other => return Err(Failure::new(Code::Internal, "REPLY", format!("unexpected reply {other:?}")).into()),
         }
         // who reads now starts again from there
-        HOLDERS.lock().unwrap_or_else(PoisonError::into_inner).remove(&(self.shared.broker.0, group, subscription));
+        if let Some(hub) = self.hubs.find((group, subscription)) {
+            let _ = hub.send(Command::Reset).await;
+            hub.closed().await;
+        }
         Ok(Response::new(v1::SeekResponse { offset }))
     }
 }

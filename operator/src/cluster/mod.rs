@@ -142,9 +142,9 @@ async fn zone(
     node: &str,
     label: &str,
 ) -> Result<Option<String>, ClusterError> {
-    let members = cluster.status.iter().flat_map(|s| &s.members);
+    let mut members = cluster.status.iter().flat_map(|s| &s.members);
     // a broker's volume binds it to its zone, so what was told once stays right
-    if let Some(known) = members.filter(|m| m.name == pod && m.phase == "active" && !m.zone.is_empty()).next() {
+    if let Some(known) = members.find(|m| m.name == pod && m.phase == "active" && !m.zone.is_empty()) {
         return Ok(Some(known.zone.clone()));
     }
     let nodes: Api<Node> = Api::all(context.client.clone());

@@ -78,6 +78,10 @@ async fn apply_to(
             topic: wanted.topic.clone(),
             from_earliest: wanted.from_earliest,
             ack_deadline_ms: wanted.ack_deadline_ms,
+            mode: wanted.mode as i32,
+            backoff_min_ms: wanted.backoff_min_ms,
+            backoff_max_ms: wanted.backoff_max_ms,
+            in_flight_max: wanted.in_flight_max,
         };
         let request =
             v1::ApplySubscriptionRequest { name: wanted.name.clone(), spec: Some(spec), owner_uid: uid, generation };

@@ -156,6 +156,103 @@ pub struct ListOffsetsResponse {
     #[prost(uint64, tag = "3")]
     pub offset: u64,
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PullMessagesRequest {
+    #[prost(string, tag = "1")]
+    pub subscription: ::prost::alloc::string::String,
+    /// Absent: any that the asked broker leads.
+    #[prost(uint32, optional, tag = "2")]
+    pub partition: ::core::option::Option<u32>,
+    /// Who pulls; the same name goes on where it was. Empty: one name for all that say none.
+    #[prost(string, tag = "3")]
+    pub member: ::prost::alloc::string::String,
+    /// At most so many; 0 for 100.
+    #[prost(uint32, tag = "4")]
+    pub messages_max: u32,
+    /// How long to wait for the first one, ms; 30 s at most.
+    #[prost(uint32, tag = "5")]
+    pub wait_ms: u32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PullMessagesResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub messages: ::prost::alloc::vec::Vec<ReceivedMessage>,
+}
+/// A message as it is delivered.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ReceivedMessage {
+    #[prost(uint32, tag = "1")]
+    pub partition: u32,
+    #[prost(uint64, tag = "2")]
+    pub offset: u64,
+    /// The how manieth delivery since the partition's leader took over, from 1.
+    #[prost(uint32, tag = "3")]
+    pub delivery: u32,
+    #[prost(message, optional, tag = "4")]
+    pub message: ::core::option::Option<Message>,
+    /// When the leader appended it.
+    #[prost(uint64, tag = "5")]
+    pub append_time_ms: u64,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct AcknowledgeRequest {
+    #[prost(string, tag = "1")]
+    pub subscription: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "2")]
+    pub partition: u32,
+    #[prost(message, repeated, tag = "3")]
+    pub offsets: ::prost::alloc::vec::Vec<OffsetRange>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AcknowledgeResponse {
+    /// Messages acknowledged by this call; others were so before, or have not been delivered by this leader and will come (again).
+    #[prost(uint64, tag = "1")]
+    pub acknowledged: u64,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct NackRequest {
+    #[prost(string, tag = "1")]
+    pub subscription: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "2")]
+    pub partition: u32,
+    #[prost(message, repeated, tag = "3")]
+    pub offsets: ::prost::alloc::vec::Vec<Nacked>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct NackResponse {}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ExtendDeadlineRequest {
+    #[prost(string, tag = "1")]
+    pub subscription: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "2")]
+    pub partition: u32,
+    #[prost(message, repeated, tag = "3")]
+    pub offsets: ::prost::alloc::vec::Vec<Extension>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ExtendDeadlineResponse {}
+/// Refused messages; end exclusive.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Nacked {
+    #[prost(uint64, tag = "1")]
+    pub start: u64,
+    #[prost(uint64, tag = "2")]
+    pub end: u64,
+    /// Come again after this; absent: as the subscription's back-off says.
+    #[prost(uint64, optional, tag = "3")]
+    pub delay_ms: ::core::option::Option<u64>,
+}
+/// Messages that need longer; end exclusive.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Extension {
+    #[prost(uint64, tag = "1")]
+    pub start: u64,
+    #[prost(uint64, tag = "2")]
+    pub end: u64,
+    /// The new deadline, from now.
+    #[prost(uint64, tag = "3")]
+    pub deadline_ms: u64,
+}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PullRequest {
     /// On the first request.
@@ -167,9 +264,12 @@ pub struct PullRequest {
     /// Done with these.
     #[prost(message, repeated, tag = "3")]
     pub acks: ::prost::alloc::vec::Vec<OffsetRange>,
-    /// Not done: deliver again from the first of these on.
+    /// Not done: these come again.
     #[prost(message, repeated, tag = "4")]
-    pub nacks: ::prost::alloc::vec::Vec<OffsetRange>,
+    pub nacks: ::prost::alloc::vec::Vec<Nacked>,
+    /// These need longer.
+    #[prost(message, repeated, tag = "5")]
+    pub extensions: ::prost::alloc::vec::Vec<Extension>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PullOpen {
@@ -180,6 +280,9 @@ pub struct PullOpen {
     /// Chosen by the client, unique to it.
     #[prost(string, tag = "3")]
     pub member: ::prost::alloc::string::String,
+    /// Messages one by one instead of whole batches. In the modes shared and keyShared they always come so.
+    #[prost(bool, tag = "4")]
+    pub messages: bool,
 }
 /// start inclusive, end exclusive.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -191,7 +294,7 @@ pub struct OffsetRange {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PullResponse {
-    /// Deliver records of these batches from `from_offset` on.
+    /// Deliver records of these batches from `from_offset` up to, not including, `until_offset`.
     #[prost(message, repeated, tag = "1")]
     pub batches: ::prost::alloc::vec::Vec<Batch>,
     #[prost(uint64, tag = "2")]
@@ -199,6 +302,11 @@ pub struct PullResponse {
     /// One past the last committed record: what is left is the backlog.
     #[prost(uint64, tag = "3")]
     pub high_watermark: u64,
+    #[prost(uint64, tag = "4")]
+    pub until_offset: u64,
+    /// Instead of batches.
+    #[prost(message, repeated, tag = "5")]
+    pub messages: ::prost::alloc::vec::Vec<ReceivedMessage>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SeekRequest {
@@ -422,6 +530,17 @@ pub struct SubscriptionSpec {
     /// 0 for 30 s.
     #[prost(uint64, tag = "3")]
     pub ack_deadline_ms: u64,
+    #[prost(enumeration = "SubscriptionMode", tag = "4")]
+    pub mode: i32,
+    /// Wait before the first redelivery; it doubles with each.
+    #[prost(uint64, tag = "5")]
+    pub backoff_min_ms: u64,
+    /// 0 for a minute.
+    #[prost(uint64, tag = "6")]
+    pub backoff_max_ms: u64,
+    /// Messages held at one time in each partition; 0 for 100000.
+    #[prost(uint32, tag = "7")]
+    pub in_flight_max: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ApplyTopicRequest {
@@ -639,6 +758,43 @@ pub struct RaftEntry {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PeerDone {}
+/// How messages are shared among a subscription's members.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum SubscriptionMode {
+    /// One member, in order; others are refused.
+    Exclusive = 0,
+    /// One member is active, in order; the next takes over when it goes.
+    Failover = 1,
+    /// Each message to one member, in no order.
+    Shared = 2,
+    /// A key's messages to one member at a time, in order.
+    KeyShared = 3,
+}
+impl SubscriptionMode {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Exclusive => "EXCLUSIVE",
+            Self::Failover => "FAILOVER",
+            Self::Shared => "SHARED",
+            Self::KeyShared => "KEY_SHARED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "EXCLUSIVE" => Some(Self::Exclusive),
+            "FAILOVER" => Some(Self::Failover),
+            "SHARED" => Some(Self::Shared),
+            "KEY_SHARED" => Some(Self::KeyShared),
+            _ => None,
+        }
+    }
+}
 /// Generated client implementations.
 pub mod publisher_client {
     #![allow(
@@ -1666,6 +1822,97 @@ pub mod subscriber_client {
                 .insert(GrpcMethod::new("weir.v1.Subscriber", "StreamingPull"));
             self.inner.streaming(req, path, codec).await
         }
+        /// Takes messages in one call, for small clients and for grpcurl. They are leased until the ack deadline.
+        pub async fn pull(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PullMessagesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PullMessagesResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/weir.v1.Subscriber/Pull");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("weir.v1.Subscriber", "Pull"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Done with messages: they never come again once this is answered.
+        pub async fn acknowledge(
+            &mut self,
+            request: impl tonic::IntoRequest<super::AcknowledgeRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AcknowledgeResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/weir.v1.Subscriber/Acknowledge",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("weir.v1.Subscriber", "Acknowledge"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Not done with messages: they come again.
+        pub async fn nack(
+            &mut self,
+            request: impl tonic::IntoRequest<super::NackRequest>,
+        ) -> std::result::Result<tonic::Response<super::NackResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/weir.v1.Subscriber/Nack");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("weir.v1.Subscriber", "Nack"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Needs longer for messages.
+        pub async fn extend_deadline(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ExtendDeadlineRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ExtendDeadlineResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/weir.v1.Subscriber/ExtendDeadline",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("weir.v1.Subscriber", "ExtendDeadline"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Moves a subscription's position in one partition.
         pub async fn seek(
             &mut self,
@@ -1712,6 +1959,35 @@ pub mod subscriber_server {
             request: tonic::Request<tonic::Streaming<super::PullRequest>>,
         ) -> std::result::Result<
             tonic::Response<Self::StreamingPullStream>,
+            tonic::Status,
+        >;
+        /// Takes messages in one call, for small clients and for grpcurl. They are leased until the ack deadline.
+        async fn pull(
+            &self,
+            request: tonic::Request<super::PullMessagesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PullMessagesResponse>,
+            tonic::Status,
+        >;
+        /// Done with messages: they never come again once this is answered.
+        async fn acknowledge(
+            &self,
+            request: tonic::Request<super::AcknowledgeRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AcknowledgeResponse>,
+            tonic::Status,
+        >;
+        /// Not done with messages: they come again.
+        async fn nack(
+            &self,
+            request: tonic::Request<super::NackRequest>,
+        ) -> std::result::Result<tonic::Response<super::NackResponse>, tonic::Status>;
+        /// Needs longer for messages.
+        async fn extend_deadline(
+            &self,
+            request: tonic::Request<super::ExtendDeadlineRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ExtendDeadlineResponse>,
             tonic::Status,
         >;
         /// Moves a subscription's position in one partition.
@@ -1839,6 +2115,184 @@ pub mod subscriber_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weir.v1.Subscriber/Pull" => {
+                    #[allow(non_camel_case_types)]
+                    struct PullSvc<T: Subscriber>(pub Arc<T>);
+                    impl<
+                        T: Subscriber,
+                    > tonic::server::UnaryService<super::PullMessagesRequest>
+                    for PullSvc<T> {
+                        type Response = super::PullMessagesResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::PullMessagesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Subscriber>::pull(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = PullSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weir.v1.Subscriber/Acknowledge" => {
+                    #[allow(non_camel_case_types)]
+                    struct AcknowledgeSvc<T: Subscriber>(pub Arc<T>);
+                    impl<
+                        T: Subscriber,
+                    > tonic::server::UnaryService<super::AcknowledgeRequest>
+                    for AcknowledgeSvc<T> {
+                        type Response = super::AcknowledgeResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::AcknowledgeRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Subscriber>::acknowledge(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = AcknowledgeSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weir.v1.Subscriber/Nack" => {
+                    #[allow(non_camel_case_types)]
+                    struct NackSvc<T: Subscriber>(pub Arc<T>);
+                    impl<T: Subscriber> tonic::server::UnaryService<super::NackRequest>
+                    for NackSvc<T> {
+                        type Response = super::NackResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::NackRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Subscriber>::nack(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = NackSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weir.v1.Subscriber/ExtendDeadline" => {
+                    #[allow(non_camel_case_types)]
+                    struct ExtendDeadlineSvc<T: Subscriber>(pub Arc<T>);
+                    impl<
+                        T: Subscriber,
+                    > tonic::server::UnaryService<super::ExtendDeadlineRequest>
+                    for ExtendDeadlineSvc<T> {
+                        type Response = super::ExtendDeadlineResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ExtendDeadlineRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Subscriber>::extend_deadline(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ExtendDeadlineSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

@@ -1,5 +1,6 @@
 //! The metadata state. It is a protobuf message, so that a checkpoint of it is its own encoding; tags are stable.
 
+use crate::delivery::{Mode, Policy};
 use crate::ids::{BrokerId, GroupId, META_GROUP, Replica, ReplicaId, SubscriptionId, TopicId};
 use std::collections::BTreeMap;
 
@@ -171,6 +172,32 @@ pub struct SubscriptionSpec {
     /// How long a consumer may hold a message unacknowledged, ms.
     #[prost(uint64, tag = "3")]
     pub ack_deadline_ms: u64,
+    /// How messages are shared.
+    #[prost(enumeration = "Mode", tag = "4")]
+    pub mode: i32,
+    /// Wait before the first redelivery, ms.
+    #[prost(uint64, tag = "5")]
+    pub backoff_min_ms: u64,
+    /// Longest wait before a redelivery, ms.
+    #[prost(uint64, tag = "6")]
+    pub backoff_max_ms: u64,
+    /// Messages leased at one time in each partition.
+    #[prost(uint32, tag = "7")]
+    pub in_flight_max: u32,
+}
+
+impl SubscriptionSpec {
+    /// What the delivery goes by.
+    pub fn policy(&self) -> Policy {
+        Policy {
+            mode: self.mode(),
+            ack_deadline_ms: self.ack_deadline_ms,
+            backoff_min_ms: self.backoff_min_ms,
+            backoff_max_ms: self.backoff_max_ms,
+            // subscriptions made before there was a choice say 0
+            leased_max: if self.in_flight_max == 0 { Policy::default().leased_max } else { self.in_flight_max.into() },
+        }
+    }
 }
 
 /// A subscription.

@@ -1,0 +1,635 @@
+//! Delivers one subscription in one partition led here: a task that owns the [`Delivery`], reads the log ahead of its members,
+//! and writes their acks, gathered, into the partition's log. It begins with the first member, and ends when
+//! nobody reads any more, leadership goes, or the subscription changes; members open again then.
+
+use crate::node_loop::{Event, ReplyTo};
+use crate::service::{Context, log};
+use crate::shared::Partition;
+use crate::status::Failure;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, oneshot};
+use tonic::{Code, Status};
+use weir_core::cursor::{Cursor, CursorUpdate, OffsetRange};
+use weir_core::delivery::{Delivery, Grant, MemberId, Mode, Policy};
+use weir_core::entry::Control;
+use weir_core::ids::{GroupId, SubscriptionId};
+use weir_core::node::Reply;
+use weir_core::tail::LogBatch;
+use weir_proto::records::{self, Record};
+use weir_proto::v1;
+
+/// Bytes read ahead at one time, and of one response.
+const READ_BYTES: usize = 1 << 20;
+/// Messages given out between two looks at what members say.
+const TURN_MESSAGES: usize = 4_096;
+/// Responses a member has not read yet; beyond them it gets nothing more.
+const UNREAD_MAX: usize = 16;
+/// Commands waiting for the task.
+const COMMANDS_MAX: usize = 1_024;
+/// Between two looks at deadlines, leadership and the subscription.
+const TICK: Duration = Duration::from_millis(50);
+/// A hub without members ends after this long.
+const IDLE: Duration = Duration::from_secs(5);
+
+/// What a member's stream is sent.
+pub type Response = Result<v1::PullResponse, Status>;
+
+/// What the task is told.
+pub enum Command {
+    /// A stream opens; the answer is its member id, or why not.
+    Attach {
+        name: String,
+        messages: bool,
+        out: mpsc::Sender<Response>,
+        answer: oneshot::Sender<Result<MemberId, Failure>>,
+    },
+    /// A stream says something.
+    Say(MemberId, v1::PullRequest),
+    /// A stream ended.
+    Detach(MemberId),
+    /// One call for messages.
+    Pull { name: String, max: u64, wait: Duration, answer: oneshot::Sender<Result<Vec<v1::ReceivedMessage>, Failure>> },
+    /// One call with acks: answered, with their number, once they are in the log.
+    Acknowledge { ranges: Vec<v1::OffsetRange>, answer: oneshot::Sender<Result<u64, Failure>> },
+    /// One call with nacks or longer deadlines.
+    Adjust { nacks: Vec<v1::Nacked>, extensions: Vec<v1::Extension> },
+    /// The position was moved: begin anew.
+    Reset,
+}
+
+type Key = (GroupId, SubscriptionId);
+
+/// The hubs of a broker.
+#[derive(Clone, Default)]
+pub struct Hubs(Arc<Mutex<HashMap<Key, mpsc::Sender<Command>>>>);
+
+impl Hubs {
+    /// The hub of a subscription in a partition, where it runs.
+    pub fn find(&self, key: Key) -> Option<mpsc::Sender<Command>> {
+        let hubs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        hubs.get(&key).filter(|h| !h.is_closed()).cloned()
+    }
+
+    /// The hub, started at `cursor` where it does not run.
+    pub fn find_or_start(
+        &self,
+        context: &Context,
+        key: Key,
+        topic: &str,
+        policy: Policy,
+        cursor: Cursor,
+    ) -> mpsc::Sender<Command> {
+        let mut hubs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(hub) = hubs.get(&key).filter(|h| !h.is_closed()) {
+            return hub.clone();
+        }
+        let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
+        hubs.insert(key, commands.clone());
+        let hub = Hub {
+            context: context.clone(),
+            group: key.0,
+            subscription: key.1,
+            topic: topic.to_owned(),
+            policy,
+            delivery: Delivery::new(policy, cursor),
+            begun: Instant::now(),
+            members: BTreeMap::new(),
+            last_member: 0,
+            ahead: VecDeque::new(),
+            unwritten: Vec::new(),
+            confirm: Vec::new(),
+            writing: None,
+            idle_since: Instant::now(),
+        };
+        tokio::spawn(hub.run(receiver));
+        hubs.insert(key, commands.clone());
+        commands
+    }
+}
+
+/// Where a member's messages go.
+enum Out {
+    /// A stream, of whole batches or of messages.
+    Stream { to: mpsc::Sender<Response>, messages: bool },
+    /// Calls; the one that waits now.
+    Calls { waiting: Option<Waiting>, last: Instant },
+}
+
+struct Waiting {
+    answer: oneshot::Sender<Result<Vec<v1::ReceivedMessage>, Failure>>,
+    until: Instant,
+}
+
+struct Member {
+    name: String,
+    out: Out,
+}
+
+/// A batch read ahead, its records unpacked where somebody wants them one by one.
+struct Ahead {
+    batch: LogBatch,
+    records: Option<Vec<Record>>,
+}
+
+type Confirm = (u64, oneshot::Sender<Result<u64, Failure>>);
+
+struct Hub {
+    context: Context,
+    group: GroupId,
+    subscription: SubscriptionId,
+    topic: String,
+    policy: Policy,
+    delivery: Delivery,
+    begun: Instant,
+    members: BTreeMap<MemberId, Member>,
+    last_member: MemberId,
+    /// batches that hold what was fed and not given out, and some that were
+    ahead: VecDeque<Ahead>,
+    /// acks not handed to the log yet, who waits for them, and the answer to those under way
+    unwritten: Vec<OffsetRange>,
+    confirm: Vec<Confirm>,
+    writing: Option<(oneshot::Receiver<Reply>, Vec<Confirm>)>,
+    idle_since: Instant,
+}
+
+impl Hub {
+    fn now_ms(&self) -> u64 {
+        self.begun.elapsed().as_millis() as u64 + 1
+    }
+
+    async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        let failure = match self.serve(&mut commands).await {
+            Ok(()) => Failure::new(Code::Aborted, "AGAIN", "the delivery begins anew; open it again"),
+            Err(failure) => failure,
+        };
+        commands.close(); // whoever finds it now starts another
+        for (_, member) in std::mem::take(&mut self.members) {
+            match member.out {
+                Out::Stream { to, .. } => drop(to.try_send(Err(failure.clone().into()))),
+                Out::Calls { waiting: Some(w), .. } => drop(w.answer.send(Err(failure.clone()))),
+                Out::Calls { waiting: None, .. } => {}
+            }
+        }
+        let under_way = self.writing.take().map(|(_, confirm)| confirm).unwrap_or_default();
+        for (_, answer) in self.confirm.drain(..).chain(under_way) {
+            let _ = answer.send(Err(failure.clone()));
+        }
+        while let Ok(command) = commands.try_recv() {
+            match command {
+                Command::Attach { answer, .. } => drop(answer.send(Err(failure.clone()))),
+                Command::Pull { answer, .. } => drop(answer.send(Err(failure.clone()))),
+                Command::Acknowledge { answer, .. } => drop(answer.send(Err(failure.clone()))),
+                Command::Say(..) | Command::Detach(_) | Command::Adjust { .. } | Command::Reset => {}
+            }
+        }
+    }
+
+    async fn serve(&mut self, commands: &mut mpsc::Receiver<Command>) -> Result<(), Failure> {
+        let mut partition = self.context.led_partition(self.group)?;
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            self.read_ahead(&partition).await?;
+            let given = self.give_out(&partition).await?;
+            if given == TURN_MESSAGES && commands.is_empty() {
+                continue;
+            }
+            let hungry = self.delivery.wants() > 0;
+            tokio::select! {
+                biased;
+                command = commands.recv() => {
+                    let Some(mut command) = command else { return Ok(()) };
+                    loop {
+                        if matches!(command, Command::Reset) {
+                            return Ok(());
+                        }
+                        self.take(command);
+                        match commands.try_recv() {
+                            Ok(next) => command = next,
+                            Err(_) => break,
+                        }
+                    }
+                    self.write_acks();
+                }
+                reply = async { (&mut self.writing.as_mut().expect("guarded").0).await }, if self.writing.is_some() => {
+                    self.written(reply)?;
+                }
+                _ = tick.tick() => {
+                    if !self.check(&partition)? {
+                        return Ok(());
+                    }
+                }
+                moved = partition.high_watermark.changed(), if hungry => {
+                    moved.map_err(|_| self.context.not_leader(self.group))?;
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, command: Command) {
+        let now_ms = self.now_ms();
+        match command {
+            Command::Attach { name, messages, out, answer } => {
+                let messages = messages || matches!(self.policy.mode, Mode::Shared | Mode::KeyShared);
+                let _ = answer.send(self.attach(name, Out::Stream { to: out, messages }));
+            }
+            Command::Say(id, request) => {
+                if self.members.contains_key(&id) {
+                    self.delivery.credit(id, request.credit_messages.into());
+                    self.ack(&request.acks);
+                    self.adjust(&request.nacks, &request.extensions, now_ms);
+                }
+            }
+            Command::Detach(id) => {
+                self.members.remove(&id);
+                self.delivery.detach(id);
+            }
+            Command::Pull { name, max, wait, answer } => self.pull(name, max, wait, answer),
+            Command::Acknowledge { ranges, answer } => {
+                let count = self.ack(&ranges);
+                self.confirm.push((count, answer));
+            }
+            Command::Adjust { nacks, extensions } => self.adjust(&nacks, &extensions, now_ms),
+            Command::Reset => {}
+        }
+    }
+
+    fn attach(&mut self, name: String, out: Out) -> Result<MemberId, Failure> {
+        let id = self.last_member + 1;
+        let held = |e: weir_core::delivery::Held| Failure::new(Code::FailedPrecondition, "EXCLUSIVE", e.to_string());
+        self.delivery.attach(id, &name).map_err(held)?;
+        self.last_member = id;
+        // in the exclusive mode a member's new stream replaces its old one
+        let delivery = &self.delivery;
+        let replaced: Vec<MemberId> = self.members.keys().copied().filter(|m| !delivery.is_attached(*m)).collect();
+        for old in replaced {
+            if let Some(Member { out: Out::Stream { to, .. }, .. }) = self.members.remove(&old) {
+                let text = "the member opened the partition again elsewhere";
+                let _ = to.try_send(Err(Failure::new(Code::Aborted, "REPLACED", text).into()));
+            }
+        }
+        self.members.insert(id, Member { name, out });
+        Ok(id)
+    }
+
+    fn pull(
+        &mut self,
+        name: String,
+        max: u64,
+        wait: Duration,
+        answer: oneshot::Sender<Result<Vec<v1::ReceivedMessage>, Failure>>,
+    ) {
+        let known = self.members.iter().find(|(_, m)| m.name == name && matches!(m.out, Out::Calls { .. }));
+        let id = match known.map(|(id, _)| *id) {
+            Some(id) => id,
+            None => match self.attach(name, Out::Calls { waiting: None, last: Instant::now() }) {
+                Ok(id) => id,
+                Err(failure) => return drop(answer.send(Err(failure))),
+            },
+        };
+        self.delivery.revoke_credit(id);
+        self.delivery.credit(id, max);
+        let waiting = Some(Waiting { answer, until: Instant::now() + wait });
+        if let Some(member) = self.members.get_mut(&id) {
+            // a call that still waited gets its empty answer by being dropped: one call at a time
+            member.out = Out::Calls { waiting, last: Instant::now() };
+        }
+    }
+
+    fn ack(&mut self, ranges: &[v1::OffsetRange]) -> u64 {
+        let mut count = 0;
+        for range in ranges {
+            for acked in self.delivery.ack(OffsetRange { start: range.start, end: range.end }) {
+                count += acked.end - acked.start;
+                match self.unwritten.last_mut().filter(|last| last.end == acked.start) {
+                    Some(last) => last.end = acked.end,
+                    None => self.unwritten.push(acked),
+                }
+            }
+        }
+        count
+    }
+
+    fn adjust(&mut self, nacks: &[v1::Nacked], extensions: &[v1::Extension], now_ms: u64) {
+        for n in nacks {
+            self.delivery.nack(OffsetRange { start: n.start, end: n.end }, n.delay_ms, now_ms);
+        }
+        for e in extensions {
+            self.delivery.extend(OffsetRange { start: e.start, end: e.end }, e.deadline_ms, now_ms);
+        }
+    }
+
+    /// One control entry at a time: acks that come meanwhile gather into the next.
+    fn write_acks(&mut self) {
+        if self.writing.is_some() || (self.unwritten.is_empty() && self.confirm.is_empty()) {
+            return;
+        }
+        let acked = std::mem::take(&mut self.unwritten);
+        let update = CursorUpdate { subscription: self.subscription.0, acked, ..Default::default() };
+        let (to, reply) = oneshot::channel();
+        let control = Control { cursors: vec![update] };
+        self.context.node.send(Event::Control { group: self.group, control, to: ReplyTo::Call(to) });
+        self.writing = Some((reply, std::mem::take(&mut self.confirm)));
+    }
+
+    fn written(&mut self, reply: Result<Reply, oneshot::error::RecvError>) -> Result<(), Failure> {
+        let (_, confirm) = self.writing.take().expect("under way");
+        let failure = match reply {
+            Ok(Reply::Done) => None,
+            Ok(Reply::Refused(refusal)) => Some(self.context.failure(self.group, refusal)),
+            _ => Some(Failure::stopping()),
+        };
+        for (count, answer) in confirm {
+            let _ = answer.send(failure.clone().map_or(Ok(count), Err));
+        }
+        self.write_acks();
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// Looks at time, leadership and the subscription; false where the hub should end.
+    fn check(&mut self, partition: &Partition) -> Result<bool, Failure> {
+        if !self.context.shared.leads(self.group) {
+            return Err(self.context.not_leader(self.group));
+        }
+        let meta = self.context.shared.meta();
+        let Some(found) = meta.subscription_by_id(self.subscription) else {
+            return Err(Failure::new(Code::NotFound, "NO_SUBSCRIPTION", "the subscription was deleted"));
+        };
+        if found.spec.policy() != self.policy {
+            return Ok(false);
+        }
+        self.delivery.tick(self.now_ms());
+        let start = partition.tail.start_offset();
+        if self.delivery.next() < start {
+            let gone = self.delivery.skip(start - self.delivery.next()); // retention went past it
+            self.unwritten.push(gone);
+            self.write_acks();
+        }
+        self.tend_members();
+        if !self.members.is_empty() || self.writing.is_some() {
+            self.idle_since = Instant::now();
+        }
+        Ok(self.idle_since.elapsed() < IDLE)
+    }
+
+    fn tend_members(&mut self) {
+        let (now, deadline) = (Instant::now(), Duration::from_millis(self.policy.ack_deadline_ms));
+        let mut gone = Vec::new();
+        for (id, member) in &mut self.members {
+            match &mut member.out {
+                Out::Stream { to, .. } if to.is_closed() => gone.push(*id),
+                Out::Stream { to, .. } => self.delivery.pause(*id, to.capacity() == 0),
+                Out::Calls { waiting, last } => {
+                    if waiting.as_ref().is_some_and(|w| w.until <= now || w.answer.is_closed())
+                        && let Some(w) = waiting.take()
+                    {
+                        self.delivery.revoke_credit(*id);
+                        let _ = w.answer.send(Ok(Vec::new()));
+                    }
+                    if waiting.is_none() && last.elapsed() > deadline && self.delivery.leased_by(*id) == 0 {
+                        gone.push(*id);
+                    }
+                }
+            }
+        }
+        for id in gone {
+            self.members.remove(&id);
+            self.delivery.detach(id);
+        }
+    }
+
+    fn wants_records(&self) -> bool {
+        self.policy.mode == Mode::KeyShared
+    }
+
+    /// Feeds the delivery what its members have credit for.
+    async fn read_ahead(&mut self, partition: &Partition) -> Result<(), Failure> {
+        while self.delivery.wants() > 0 && self.delivery.next() < partition.tail.high_watermark() {
+            let next = self.delivery.next();
+            let held = self.ahead.back().filter(|a| a.batch.end_offset() > next).is_some();
+            if !held {
+                if next < partition.tail.start_offset() {
+                    let gone = self.delivery.skip(partition.tail.start_offset() - next);
+                    self.unwritten.push(gone);
+                    continue;
+                }
+                let batches = partition.read(next, READ_BYTES).await?;
+                if batches.is_empty() {
+                    return Ok(());
+                }
+                self.ahead.extend(batches.into_iter().map(|batch| Ahead { batch, records: None }));
+            }
+            self.feed();
+        }
+        Ok(())
+    }
+
+    /// Feeds what was read, from the next offset on, as far as it is wanted.
+    fn feed(&mut self) {
+        let keyed = self.wants_records();
+        let mut next = self.delivery.next();
+        let mut wants = self.delivery.wants();
+        for ahead in &mut self.ahead {
+            if ahead.batch.end_offset() <= next {
+                continue;
+            }
+            if ahead.batch.base_offset > next || wants == 0 {
+                return;
+            }
+            if keyed && ahead.records.is_none() {
+                ahead.records = Some(unpack(&ahead.batch));
+            }
+            while next < ahead.batch.end_offset() && wants > 0 {
+                let at = (next - ahead.batch.base_offset) as usize;
+                let key = ahead.records.as_ref().and_then(|r| r.get(at)?.key.as_ref());
+                self.delivery.feed(key.map_or(0, |k| records::hash_of(k)));
+                next += 1;
+                wants -= 1;
+            }
+        }
+    }
+
+    /// Gives members what is theirs; says how many messages.
+    async fn give_out(&mut self, partition: &Partition) -> Result<usize, Failure> {
+        let grants = self.delivery.grants(self.now_ms(), TURN_MESSAGES);
+        let count = grants.len();
+        if count > 0 {
+            let mut each: BTreeMap<MemberId, Vec<Grant>> = BTreeMap::new();
+            for grant in grants {
+                each.entry(grant.member).or_default().push(grant);
+            }
+            for (id, grants) in each {
+                self.give(id, &grants, partition).await?;
+            }
+        }
+        // what lies behind the window's beginning is not needed again; of the rest a little is kept, and read anew where it is
+        let (position, next) = (self.delivery.cursor().position(), self.delivery.next());
+        while self.ahead.front().is_some_and(|a| {
+            a.batch.end_offset() <= position || (a.batch.end_offset() <= next && self.ahead.len() > UNREAD_MAX)
+        }) {
+            self.ahead.pop_front();
+        }
+        Ok(count)
+    }
+
+    async fn give(&mut self, id: MemberId, grants: &[Grant], partition: &Partition) -> Result<(), Failure> {
+        for grant in grants {
+            self.hold(grant.offset, partition).await?;
+        }
+        let high_watermark = partition.tail.high_watermark();
+        let Some(member) = self.members.get(&id) else { return Ok(()) };
+        match &member.out {
+            Out::Stream { to, messages: false } => {
+                let responses = self.batches(grants, high_watermark);
+                let to = to.clone();
+                self.send(id, &to, responses);
+            }
+            Out::Stream { to, messages: true } => {
+                let to = to.clone();
+                let mut responses = Vec::new();
+                let mut bytes = 0;
+                let mut messages = Vec::new();
+                for message in self.messages(grants) {
+                    bytes += size(&message);
+                    messages.push(message);
+                    if bytes >= READ_BYTES {
+                        bytes = 0;
+                        let messages = std::mem::take(&mut messages);
+                        responses.push(v1::PullResponse { messages, high_watermark, ..Default::default() });
+                    }
+                }
+                if !messages.is_empty() {
+                    responses.push(v1::PullResponse { messages, high_watermark, ..Default::default() });
+                }
+                self.send(id, &to, responses);
+            }
+            Out::Calls { .. } => {
+                let messages = self.messages(grants);
+                self.delivery.revoke_credit(id);
+                let Some(Member { out: Out::Calls { waiting, .. }, .. }) = self.members.get_mut(&id) else {
+                    return Ok(());
+                };
+                let refused = match waiting.take() {
+                    Some(w) => w.answer.send(Ok(messages)).is_err(),
+                    None => true,
+                };
+                if refused {
+                    // the caller went away: others may have them
+                    for g in grants {
+                        let range = OffsetRange { start: g.offset, end: g.offset + 1 };
+                        self.delivery.nack(range, Some(0), self.now_ms());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, id: MemberId, to: &mpsc::Sender<Response>, responses: Vec<v1::PullResponse>) {
+        for response in responses {
+            self.context.metrics.delivered(&self.topic, &response);
+            if to.try_send(Ok(response)).is_err() {
+                // it does not read, or is gone: its leases go back when its stream ends, or run out
+                self.members.remove(&id);
+                self.delivery.detach(id);
+                return;
+            }
+        }
+        self.delivery.pause(id, to.capacity() <= UNREAD_MAX / 2);
+    }
+
+    /// Makes sure that the batch with an offset is held.
+    async fn hold(&mut self, offset: u64, partition: &Partition) -> Result<(), Failure> {
+        if self.find(offset).is_some() {
+            return Ok(());
+        }
+        let batches = partition.read(offset, 1).await?;
+        if let Some(batch) = batches.into_iter().next().filter(|b| b.base_offset <= offset) {
+            let at = self.ahead.partition_point(|a| a.batch.base_offset < batch.base_offset);
+            self.ahead.insert(at, Ahead { batch, records: None });
+        }
+        Ok(())
+    }
+
+    fn find(&self, offset: u64) -> Option<usize> {
+        let at = self.ahead.partition_point(|a| a.batch.base_offset <= offset).checked_sub(1)?;
+        (self.ahead[at].batch.end_offset() > offset).then_some(at)
+    }
+
+    /// Runs of offsets as whole batches.
+    fn batches(&self, grants: &[Grant], high_watermark: u64) -> Vec<v1::PullResponse> {
+        let mut out: Vec<v1::PullResponse> = Vec::new();
+        let mut bytes = 0;
+        for grant in grants {
+            let Some(at) = self.find(grant.offset) else { continue };
+            let batch = &self.ahead[at].batch;
+            let last = out.last_mut().filter(|r| r.until_offset == grant.offset);
+            match last {
+                Some(run) if run.batches.last().is_some_and(|b| b.base_offset == batch.base_offset) => {
+                    run.until_offset += 1;
+                }
+                Some(run) if bytes < READ_BYTES => {
+                    bytes += batch.data.len();
+                    run.batches.push(log::to_wire(batch.clone()));
+                    run.until_offset += 1;
+                }
+                _ => {
+                    bytes = batch.data.len();
+                    out.push(v1::PullResponse {
+                        batches: vec![log::to_wire(batch.clone())],
+                        from_offset: grant.offset,
+                        until_offset: grant.offset + 1,
+                        high_watermark,
+                        messages: Vec::new(),
+                    });
+                }
+            }
+        }
+        out
+    }
+
+    fn messages(&mut self, grants: &[Grant]) -> Vec<v1::ReceivedMessage> {
+        let meta = self.context.shared.meta();
+        let partition = meta.assignment(self.group).map_or(0, |a| a.partition);
+        let mut out = Vec::with_capacity(grants.len());
+        let mut unreadable = Vec::new();
+        for grant in grants {
+            let Some(at) = self.find(grant.offset) else { continue };
+            let ahead = &mut self.ahead[at];
+            let records = ahead.records.get_or_insert_with(|| unpack(&ahead.batch));
+            let Some(record) = records.get((grant.offset - ahead.batch.base_offset) as usize) else {
+                unreadable.push(grant.offset);
+                continue;
+            };
+            out.push(v1::ReceivedMessage {
+                partition,
+                offset: grant.offset,
+                delivery: grant.delivery,
+                append_time_ms: ahead.batch.append_time_ms,
+                message: Some(v1::Message {
+                    key: record.key.clone().unwrap_or_default(),
+                    value: record.value.clone().unwrap_or_default(),
+                    headers: record.headers.iter().cloned().collect(),
+                    timestamp_ms: record.timestamp_ms,
+                }),
+            });
+        }
+        for offset in unreadable {
+            // a batch whose checksum is right and whose records are not: no consumer can ever read it
+            tracing::warn!(topic = self.topic, partition, offset, "a message that cannot be unpacked is passed over");
+            self.context.metrics.rejected.with_label_values(&["UNREADABLE"]).inc();
+            self.ack(&[v1::OffsetRange { start: offset, end: offset + 1 }]);
+        }
+        out
+    }
+}
+
+fn unpack(batch: &LogBatch) -> Vec<Record> {
+    records::decode(&batch.data).unwrap_or_default()
+}
+
+fn size(message: &v1::ReceivedMessage) -> usize {
+    message.message.as_ref().map_or(0, |m| m.key.len() + m.value.len()) + 64
+}

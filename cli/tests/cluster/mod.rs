@@ -1,0 +1,106 @@
+//! `weir serve` with one or three brokers, as processes of the test's own, and what is declared in it.
+
+#![allow(dead_code)] // each test program uses a part
+
+use std::io::{BufRead as _, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+use weir_client::Client;
+use weir_proto::v1;
+
+pub(crate) const WEIR: &str = env!("CARGO_BIN_EXE_weir");
+
+/// One cluster at a time: failover is measured.
+static TURN: Mutex<()> = Mutex::new(());
+
+pub(crate) struct Cluster {
+    _turn: std::sync::MutexGuard<'static, ()>,
+    serve: Child,
+    pub(crate) servers: String,
+    pub(crate) data: tempfile::TempDir,
+}
+
+impl Cluster {
+    pub(crate) fn start(brokers: u32) -> Self {
+        Self::start_in(tempfile::tempdir().unwrap(), brokers)
+    }
+
+    pub(crate) fn start_in(data: tempfile::TempDir, brokers: u32) -> Self {
+        let turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut serve = Command::new(WEIR);
+        serve.args(["serve", "--listen", "127.0.0.1:0", "-o", "json", "--brokers", &brokers.to_string()]);
+        serve.arg("--data").arg(data.path()).env("WEIR_LOG", "warn").stdout(Stdio::piped());
+        let mut serve = serve.spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(serve.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let said: serde_json::Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line:?}"));
+        let list = said["brokers"].as_array().unwrap().clone();
+        let servers: Vec<&str> = list.iter().map(|b| b["client"].as_str().unwrap()).collect();
+        Self { _turn: turn, serve, servers: servers.join(","), data }
+    }
+
+    /// Pid of a broker by name, as the process list has it: a restarted one has another than was printed.
+    pub(crate) fn pid(&self, name: &str) -> Option<i32> {
+        let folder = self.data.path().join(name);
+        let wanted = folder.to_str().unwrap();
+        std::fs::read_dir("/proc").unwrap().find_map(|entry| {
+            let entry = entry.ok()?;
+            let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
+            let line = std::fs::read(entry.path().join("cmdline")).ok()?;
+            line.split(|b| *b == 0).any(|arg| arg == wanted.as_bytes()).then_some(pid)
+        })
+    }
+
+    pub(crate) fn kill(&self, name: &str) {
+        let pid = self.pid(name).expect("the broker runs");
+        // a process of this test's own; SIGKILL is the fault
+        assert!(Command::new("kill").args(["-KILL", &pid.to_string()]).status().unwrap().success());
+    }
+
+    pub(crate) fn stop(mut self) -> tempfile::TempDir {
+        assert!(Command::new("kill").args(["-TERM", &self.serve.id().to_string()]).status().unwrap().success());
+        self.serve.wait().unwrap();
+        std::mem::replace(&mut self.data, tempfile::tempdir().unwrap())
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for name in ["weir-0", "weir-1", "weir-2"] {
+            if let Some(pid) = self.pid(name) {
+                let _ = Command::new("kill").args(["-KILL", &pid.to_string()]).status();
+            }
+        }
+        let _ = self.serve.kill();
+        let _ = self.serve.wait();
+    }
+}
+
+pub(crate) async fn make_topic(client: &Client, name: &str, partitions: u32, replicas: u32) {
+    client.connect(Duration::from_secs(20)).await.unwrap();
+    let spec = v1::TopicSpec { partitions, replicas, ..Default::default() };
+    let request = v1::ApplyTopicRequest { name: name.to_owned(), spec: Some(spec), ..Default::default() };
+    let end = Instant::now() + Duration::from_secs(20);
+    loop {
+        let applied = match client.admin().await {
+            Ok(mut admin) => admin.apply_topic(request.clone()).await.map_err(|e| e.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        let _ = client.refresh().await;
+        let led = client.cluster().topic(name).is_some_and(|t| t.partitions.iter().all(|p| p.leader != 0));
+        if applied.is_ok() && led {
+            return;
+        }
+        assert!(Instant::now() < end, "the topic was not made: {applied:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// A subscription from the beginning, with its position in every partition.
+pub(crate) async fn make_subscription(client: &Client, name: &str, topic: &str, mode: v1::SubscriptionMode) {
+    let spec =
+        v1::SubscriptionSpec { topic: topic.into(), from_earliest: true, mode: mode.into(), ..Default::default() };
+    let request = v1::ApplySubscriptionRequest { name: name.into(), spec: Some(spec), ..Default::default() };
+    client.admin().await.unwrap().apply_subscription(request).await.unwrap();
+}

@@ -1,0 +1,219 @@
+//! Subscriptions of every mode over real processes: members that come and go, leaders that are killed, one call at a time.
+
+mod cluster;
+
+use cluster::{Cluster, make_subscription, make_topic};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use weir_client::consumer::{Message, Pull};
+use weir_client::producer::{Options, Producer};
+use weir_client::{Client, Record};
+use weir_proto::v1;
+use weir_proto::v1::SubscriptionMode;
+
+/// Publishes `count` messages over `keys` keys; each value is `key number`.
+async fn publish(client: &Client, topic: &str, keys: u32, count: u64) {
+    let producer = Producer::open(client, topic, Options::default()).await.unwrap();
+    let mut under_way = Vec::new();
+    for number in 0..count {
+        let key = number % u64::from(keys);
+        let value = format!("{key} {number}");
+        let record = Record { key: Some(format!("k{key}").into()), value: Some(value.into()), ..Default::default() };
+        under_way.push(producer.send(record).await.unwrap());
+        if number % 250 == 249 {
+            // so that members come and go, and leaders die, while messages flow
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+    for outcome in under_way {
+        outcome.await.unwrap().unwrap();
+    }
+}
+
+fn parse(message: &Message) -> (u32, u64) {
+    let value = message.record.value.as_ref().unwrap();
+    let (key, number) = std::str::from_utf8(value).unwrap().split_once(' ').unwrap();
+    (key.parse().unwrap(), number.parse().unwrap())
+}
+
+#[derive(Default)]
+struct Seen {
+    /// (key, number) → how often it was delivered
+    messages: HashMap<(u32, u64), u32>,
+    /// of each key: numbers in the order they were first delivered
+    order: BTreeMap<u32, Vec<u64>>,
+}
+
+/// A member that reads one partition, acks what it gets, and opens again, until told to stop.
+async fn member(
+    client: Client,
+    (subscription, topic, partition): (String, String, u32),
+    name: String,
+    seen: Arc<Mutex<Seen>>,
+    stop: Arc<AtomicBool>,
+) {
+    while !stop.load(Ordering::Relaxed) {
+        let Ok(mut pull) = Pull::open(&client, &subscription, &topic, partition, &name, 200).await else {
+            let _ = client.refresh().await;
+            continue;
+        };
+        loop {
+            let next = tokio::time::timeout(Duration::from_millis(100), pull.next()).await;
+            if stop.load(Ordering::Relaxed) {
+                return;
+            }
+            match next {
+                Ok(Ok(Some(messages))) => {
+                    {
+                        let mut seen = seen.lock().unwrap();
+                        for message in &messages {
+                            let (key, number) = parse(message);
+                            let count = seen.messages.entry((key, number)).or_default();
+                            *count += 1;
+                            if *count == 1 {
+                                seen.order.entry(key).or_default().push(number);
+                            }
+                        }
+                    }
+                    let _ = pull.ack_all(&messages).await;
+                }
+                Ok(Ok(None)) | Ok(Err(_)) => break,
+                Err(_) => {}
+            }
+        }
+        let _ = client.refresh().await;
+    }
+}
+
+async fn backlog(client: &Client, subscription: &str) -> Option<u64> {
+    let statuses = client.describe(&[]).await.ok()?;
+    let full = format!("default/{subscription}");
+    let mine: Vec<u64> = statuses
+        .iter()
+        .filter_map(|s| Some(s.subscriptions.iter().find(|x| x.subscription == full)?.backlog))
+        .collect();
+    (mine.len() == 2).then(|| mine.iter().sum())
+}
+
+/// Members that come and go, and leaders that are killed, while messages are worked off.
+async fn work_off(mode: SubscriptionMode, kills: usize) -> Seen {
+    let cluster = Cluster::start(3);
+    let client = Client::new(&cluster.servers).unwrap();
+    make_topic(&client, "t", 2, 3).await;
+    make_subscription(&client, "s", "t", mode).await;
+    let count = 20_000;
+    let publishing = tokio::spawn({
+        let client = client.clone();
+        async move { publish(&client, "t", 50, count).await }
+    });
+    let seen: Arc<Mutex<Seen>> = Arc::default();
+    let mut members: Vec<(Arc<AtomicBool>, Vec<tokio::task::JoinHandle<()>>)> = Vec::new();
+    let begin = |at: usize| {
+        let stop: Arc<AtomicBool> = Arc::default();
+        let one = |partition| {
+            let place = ("s".to_owned(), "t".to_owned(), partition);
+            tokio::spawn(member(client.clone(), place, format!("m{at}"), seen.clone(), stop.clone()))
+        };
+        let tasks = (0..2).map(one).collect();
+        (stop, tasks)
+    };
+    for at in 0..3 {
+        members.push(begin(at));
+    }
+    let begun = Instant::now();
+    let mut killed = 0;
+    loop {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        if killed < kills && begun.elapsed() > Duration::from_secs(3 * killed as u64 + 1) {
+            cluster.kill(["weir-0", "weir-1", "weir-2"][killed % 3]);
+            killed += 1;
+        }
+        // one goes, another comes
+        let (stop, tasks) = members.remove(0);
+        stop.store(true, Ordering::Relaxed);
+        for task in tasks {
+            let _ = task.await;
+        }
+        members.push(begin(members.len() + begun.elapsed().as_millis() as usize));
+        let all = seen.lock().unwrap().messages.len() as u64 == count;
+        if all && killed == kills && backlog(&client, "s").await == Some(0) {
+            break;
+        }
+        let (delivered, backlog) = (seen.lock().unwrap().messages.len(), backlog(&client, "s").await);
+        assert!(begun.elapsed() < Duration::from_secs(90), "{delivered} of {count} delivered, backlog {backlog:?}");
+    }
+    publishing.await.unwrap();
+    for (stop, tasks) in members {
+        stop.store(true, Ordering::Relaxed);
+        for task in tasks {
+            let _ = task.await;
+        }
+    }
+    let seen = std::mem::take(&mut *seen.lock().unwrap());
+    let again = seen.messages.values().filter(|c| **c > 1).count();
+    println!(
+        "{mode:?}: {count} messages worked off over {kills} kills in {:.1} s, {again} came more than once",
+        begun.elapsed().as_secs_f64()
+    );
+    seen
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shared_members_that_come_and_go_get_every_message_while_leaders_are_killed() {
+    work_off(SubscriptionMode::Shared, 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_keys_order_holds_while_members_come_and_go_and_leaders_are_killed() {
+    let seen = work_off(SubscriptionMode::KeyShared, 2).await;
+    for (key, numbers) in &seen.order {
+        assert!(numbers.is_sorted(), "key {key}: {numbers:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_takes_over_in_order() {
+    let seen = work_off(SubscriptionMode::Failover, 1).await;
+    for (key, numbers) in &seen.order {
+        assert!(numbers.is_sorted(), "key {key}: {numbers:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_are_taken_refused_extended_and_acknowledged_one_call_at_a_time() {
+    let cluster = Cluster::start(1);
+    let client = Client::new(&cluster.servers).unwrap();
+    make_topic(&client, "t", 1, 1).await;
+    make_subscription(&client, "s", "t", SubscriptionMode::Shared).await;
+    publish(&client, "t", 1, 5).await;
+    let mut subscriber = v1::subscriber_client::SubscriberClient::new(client.channel(&cluster.servers).unwrap());
+    let pull = |max: u32, wait_ms: u32| v1::PullMessagesRequest {
+        subscription: "s".into(),
+        messages_max: max,
+        wait_ms,
+        ..Default::default()
+    };
+    let offsets = |r: tonic::Response<v1::PullMessagesResponse>| -> Vec<(u64, u32)> {
+        r.into_inner().messages.iter().map(|m| (m.offset, m.delivery)).collect()
+    };
+    assert_eq!(offsets(subscriber.pull(pull(3, 2_000)).await.unwrap()), [(0, 1), (1, 1), (2, 1)]);
+    let nacked = v1::Nacked { start: 1, end: 2, delay_ms: Some(300) };
+    let nack = v1::NackRequest { subscription: "s".into(), partition: 0, offsets: vec![nacked] };
+    subscriber.nack(nack).await.unwrap();
+    let acknowledge = |start, end| v1::AcknowledgeRequest {
+        subscription: "s".into(),
+        partition: 0,
+        offsets: vec![v1::OffsetRange { start, end }],
+    };
+    let acknowledged = subscriber.acknowledge(acknowledge(0, 1)).await.unwrap().into_inner().acknowledged;
+    assert_eq!(acknowledged, 1);
+    assert_eq!(offsets(subscriber.pull(pull(10, 1_000)).await.unwrap()), [(3, 1), (4, 1)]);
+    assert_eq!(offsets(subscriber.pull(pull(10, 0)).await.unwrap()), []);
+    assert_eq!(offsets(subscriber.pull(pull(10, 2_000)).await.unwrap()), [(1, 2)], "the refused one, again");
+    // what was never delivered cannot be acknowledged
+    assert_eq!(subscriber.acknowledge(acknowledge(0, 100)).await.unwrap().into_inner().acknowledged, 4);
+    publish(&client, "t", 1, 1).await;
+    assert_eq!(offsets(subscriber.pull(pull(10, 2_000)).await.unwrap()), [(5, 1)]);
+}

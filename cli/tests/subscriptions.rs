@@ -42,8 +42,33 @@ fn parse(message: &Message) -> (u32, u64) {
 struct Seen {
     /// (key, number) → how often it was delivered
     messages: HashMap<(u32, u64), u32>,
-    /// of each key: numbers in the order they were first delivered
+    /// of each key: numbers in the order they were first acked
     order: BTreeMap<u32, Vec<u64>>,
+}
+
+/// Works on messages: one in a hundred is refused when it comes first, and what follows it with its key is left alone, since that
+/// comes again too. Gives what is done, and the offsets that are refused.
+fn work(messages: &[Message], seen: &mut Seen) -> (Vec<Message>, Vec<u64>) {
+    let (mut done, mut refused, mut held_up) = (Vec::new(), Vec::new(), Vec::new());
+    for message in messages {
+        let (key, number) = parse(message);
+        let count = seen.messages.entry((key, number)).or_default();
+        *count += 1;
+        if held_up.contains(&key) {
+            continue;
+        }
+        if *count == 1 && number % 100 == 7 {
+            refused.push(message.offset);
+            held_up.push(key);
+            continue;
+        }
+        let order = seen.order.entry(key).or_default();
+        if !order.contains(&number) {
+            order.push(number);
+        }
+        done.push(message.clone());
+    }
+    (done, refused)
 }
 
 /// A member that reads one partition, acks what it gets, and opens again, until told to stop.
@@ -66,18 +91,11 @@ async fn member(
             }
             match next {
                 Ok(Ok(Some(messages))) => {
-                    {
-                        let mut seen = seen.lock().unwrap();
-                        for message in &messages {
-                            let (key, number) = parse(message);
-                            let count = seen.messages.entry((key, number)).or_default();
-                            *count += 1;
-                            if *count == 1 {
-                                seen.order.entry(key).or_default().push(number);
-                            }
-                        }
+                    let (done, refused) = work(&messages, &mut seen.lock().unwrap());
+                    for offset in refused {
+                        let _ = pull.nack(offset, Some(Duration::from_millis(20))).await;
                     }
-                    let _ = pull.ack_all(&messages).await;
+                    let _ = pull.ack_all(&done).await;
                 }
                 Ok(Ok(None)) | Ok(Err(_)) => break,
                 Err(_) => {}
@@ -141,7 +159,8 @@ async fn work_off(mode: SubscriptionMode, kills: usize) -> Seen {
         if all && killed == kills && backlog(&client, "s").await == Some(0) {
             break;
         }
-        let (delivered, backlog) = (seen.lock().unwrap().messages.len(), backlog(&client, "s").await);
+        let delivered = seen.lock().unwrap().messages.len();
+        let backlog = backlog(&client, "s").await;
         assert!(begun.elapsed() < Duration::from_secs(90), "{delivered} of {count} delivered, backlog {backlog:?}");
     }
     publishing.await.unwrap();
@@ -153,6 +172,8 @@ async fn work_off(mode: SubscriptionMode, kills: usize) -> Seen {
     }
     let seen = std::mem::take(&mut *seen.lock().unwrap());
     let again = seen.messages.values().filter(|c| **c > 1).count();
+    assert!(again >= 200, "what was refused comes again: {again}");
+    assert_eq!(seen.order.values().map(Vec::len).sum::<usize>() as u64, count, "each is done");
     println!(
         "{mode:?}: {count} messages worked off over {kills} kills in {:.1} s, {again} came more than once",
         begun.elapsed().as_secs_f64()

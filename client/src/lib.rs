@@ -197,12 +197,22 @@ impl Client {
 
     /// Administrative calls, at any broker. With the address of its admin listener.
     pub async fn admin(&self) -> Result<v1::admin_client::AdminClient<Channel>, Error> {
-        let cluster = self.connect(Duration::from_secs(10)).await?;
-        let by = cluster.metadata.answered_by;
-        let broker = cluster.metadata.brokers.iter().find(|b| b.id == by && !b.admin_address.is_empty());
-        let missing =
-            || Error::Deadline { after: Duration::ZERO, last: "no broker has told its admin address yet".to_owned() };
-        Ok(v1::admin_client::AdminClient::new(self.channel(&broker.ok_or_else(missing)?.admin_address)?))
+        let within = Duration::from_secs(10);
+        let end = tokio::time::Instant::now() + within;
+        loop {
+            let cluster = self.connect(within).await?;
+            let by = cluster.metadata.answered_by;
+            let brokers = cluster.metadata.brokers.iter().filter(|b| !b.admin_address.is_empty());
+            // the one that answered lives
+            if let Some(broker) = brokers.max_by_key(|b| b.id == by) {
+                return Ok(v1::admin_client::AdminClient::new(self.channel(&broker.admin_address)?));
+            }
+            if tokio::time::Instant::now() >= end {
+                let last = "no broker has told its admin address yet".to_owned();
+                return Err(Error::Deadline { after: within, last });
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await; // a cluster that has just formed
+        }
     }
 
     /// Runs a call again, with jittered waits, until it succeeds, is refused for good, or `within` has passed.

@@ -7,6 +7,7 @@ pub mod cluster;
 pub mod conditions;
 pub mod context;
 pub mod locate;
+pub mod retire;
 pub mod serve;
 pub mod subscription;
 pub mod topic;

@@ -15,7 +15,7 @@ use weir_operator::serve;
 #[command(name = "weir-operator", version)]
 struct Options {
     /// The brokers' image where a StreamCluster names none.
-    #[arg(long, env = "WEIR_BROKER_IMAGE")]
+    #[arg(long, env = "WEIR_BROKER_IMAGE", default_value = "weir:latest")]
     image: String,
     /// Its pull policy.
     #[arg(long, env = "WEIR_BROKER_IMAGE_PULL_POLICY", default_value = "IfNotPresent")]
@@ -29,6 +29,9 @@ struct Options {
     /// The Kubernetes cluster's DNS domain.
     #[arg(long, env = "WEIR_DOMAIN", default_value = "cluster.local")]
     domain: String,
+    /// Ends the operator's pods of this Deployment and takes all finalizers off, before it is uninstalled; nothing else.
+    #[arg(long)]
+    retire: Option<String>,
     /// Where metrics and health are served (HTTP).
     #[arg(long, env = "WEIR_METRICS_LISTEN", default_value = "0.0.0.0:9464")]
     metrics_listen: SocketAddr,
@@ -39,10 +42,13 @@ async fn main() -> anyhow::Result<()> {
     let options = Options::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_env("WEIR_LOG").unwrap_or_else(|_| "info".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    let client = kube::Client::try_default().await.context("no way to a Kubernetes API server was found")?;
+    if let Some(deployment) = &options.retire {
+        return weir_operator::retire::retire(client, &options.namespace, deployment).await;
+    }
     let listener = tokio::net::TcpListener::bind(options.metrics_listen).await;
     let listener = listener.with_context(|| format!("cannot listen on {}", options.metrics_listen))?;
     tokio::spawn(serve::health(listener));
-    let client = kube::Client::try_default().await.context("no way to a Kubernetes API server was found")?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let manager = LeaseManagerBuilder::new(client.clone(), MANAGER)

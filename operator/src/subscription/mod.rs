@@ -5,7 +5,7 @@ use crate::brokers::{BrokerError, Snapshot};
 use crate::conditions::{Said, merge};
 use crate::context::Context;
 use crate::locate::{Blocked, FORCE_DELETE, Located, locate};
-use crate::topic::{TopicError, blocked};
+use crate::topic::{TopicError, blocked, has_finalizer};
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::controller::Action;
 use kube::runtime::finalizer::{self, Event, finalizer};
@@ -26,6 +26,11 @@ const BUSY: Duration = Duration::from_secs(2);
 pub async fn reconcile(subscription: Arc<Subscription>, context: Arc<Context>) -> Result<Action, TopicError> {
     let namespace = subscription.namespace().unwrap_or_default();
     let api: Api<Subscription> = Api::namespaced(context.client.clone(), &namespace);
+    let keeps = subscription.spec.deletion_policy == DeletionPolicy::Retain;
+    if keeps && subscription.metadata.deletion_timestamp.is_none() && !has_finalizer(&*subscription, FINALIZER) {
+        // nothing has to be done when it goes, so nothing holds it
+        return bring_about(&subscription, &context).await;
+    }
     let done = finalizer(&api, FINALIZER, subscription, |event| async {
         match event {
             Event::Apply(subscription) => bring_about(&subscription, &context).await,

@@ -44,6 +44,11 @@ pub enum TopicError {
 /// One look at a topic.
 pub async fn reconcile(topic: Arc<Topic>, context: Arc<Context>) -> Result<Action, TopicError> {
     let api: Api<Topic> = Api::namespaced(context.client.clone(), &topic.namespace().unwrap_or_default());
+    let keeps = topic.spec.deletion_policy == DeletionPolicy::Retain;
+    if keeps && topic.metadata.deletion_timestamp.is_none() && !has_finalizer(&*topic, FINALIZER) {
+        // nothing has to be done when it goes, so nothing holds it
+        return bring_about(&topic, &context).await;
+    }
     let done = finalizer(&api, FINALIZER, topic, |event| async {
         match event {
             Event::Apply(topic) => bring_about(&topic, &context).await,
@@ -54,6 +59,11 @@ pub async fn reconcile(topic: Arc<Topic>, context: Arc<Context>) -> Result<Actio
         finalizer::Error::ApplyFailed(e) | finalizer::Error::CleanupFailed(e) => e,
         other => TopicError::Finalizer(other.to_string()),
     })
+}
+
+/// Whether a resource waits for us when it is deleted.
+pub fn has_finalizer<K: kube::Resource>(object: &K, name: &str) -> bool {
+    object.meta().finalizers.iter().flatten().any(|f| f == name)
 }
 
 async fn bring_about(topic: &Topic, context: &Context) -> Result<Action, TopicError> {

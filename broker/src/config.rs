@@ -40,6 +40,9 @@ pub struct Config {
     /// The cluster this broker belongs to, once there is one: an empty disk then joins it, and never forms another.
     #[arg(long, env = "WEIR_CLUSTER_ID", default_value = "")]
     pub cluster_id: String,
+    /// Connections to each gRPC listener at one time, a quarter of them from one address at most.
+    #[arg(long, env = "WEIR_CONNECTIONS_MAX", default_value_t = 8_192)]
+    pub connections_max: usize,
     /// Failure domain, such as a zone. Empty: as an administrator says.
     #[arg(long, env = "WEIR_RACK", default_value = "")]
     pub rack: String,

@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod formation;
+pub mod guard;
 pub mod hub;
 pub mod logging;
 pub mod metrics;
@@ -24,7 +25,6 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
 use weir_core::ids::{BrokerId, META_GROUP, ReplicaId};
 use weir_core::meta::state::{Broker, MetaState};
@@ -91,11 +91,12 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let service = v1::peer_server::PeerServer::new(service)
         .max_decoding_message_size(weir_proto::MESSAGE_BYTES_MAX)
         .max_encoding_message_size(weir_proto::MESSAGE_BYTES_MAX);
-    let serving = server().add_service(service).serve_with_incoming(incoming(peer_listener));
+    let metrics = Arc::new(Metrics::new(config.data.clone()));
+    let peer_connections = guard::incoming(peer_listener, config.connections_max, metrics.clone());
+    let serving = server().add_service(service).serve_with_incoming(peer_connections);
     tokio::spawn(async move { serving.await.inspect_err(|e| tracing::error!(%e, "the peer server ended")) });
     let (identity, known) = formation.establish().await?;
     let broker = BrokerId(identity.broker_id);
-    let metrics = Arc::new(Metrics::new(config.data.clone()));
     let shared = Arc::new(Shared::new(broker, store.clone()));
     let (node, events) = node_loop::channel_pair();
     let clock = Clock::new();
@@ -115,19 +116,18 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let hubs = Default::default();
     let context = Context { shared: shared.clone(), node: node.clone(), metrics, formation, budget, hubs };
     let _ = running.set(context.clone());
-    serve_clients(context.clone(), clients, admins)?;
+    serve_clients(context.clone(), clients, admins, config.connections_max)?;
     tokio::spawn(keep_addresses(context, Broker { id: broker.0, ..me }));
     tracing::info!(%broker, %client, %admin, %peer, metrics = %metrics_at, "serving");
     Ok(Running { client, admin, peer, metrics: metrics_at, broker, shared, node })
 }
 
-fn incoming(listener: TcpListener) -> impl futures::Stream<Item = std::io::Result<tokio::net::TcpStream>> {
-    use futures::StreamExt as _;
-    // answers are small and wait for nothing else
-    TcpListenerStream::new(listener).inspect(|s| drop(s.as_ref().map(|s| s.set_nodelay(true))))
-}
-
-fn serve_clients(context: Context, clients: TcpListener, admins: TcpListener) -> anyhow::Result<()> {
+fn serve_clients(
+    context: Context,
+    clients: TcpListener,
+    admins: TcpListener,
+    connections: usize,
+) -> anyhow::Result<()> {
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(weir_proto::FILE_DESCRIPTOR_SET)
@@ -145,13 +145,13 @@ fn serve_clients(context: Context, clients: TcpListener, admins: TcpListener) ->
         .add_service(v1::subscriber_server::SubscriberServer::new(c()).max_encoding_message_size(limit))
         .add_service(v1::log_server::LogServer::new(c()).max_encoding_message_size(limit))
         .add_service(v1::metadata_server::MetadataServer::new(c()))
-        .serve_with_incoming(incoming(clients));
+        .serve_with_incoming(guard::incoming(clients, connections, context.metrics.clone()));
     let admins = server()
         .add_service(reflection()?)
         .add_service(admin_health)
         .add_service(v1::admin_server::AdminServer::new(c()))
         .add_service(v1::metadata_server::MetadataServer::new(c()))
-        .serve_with_incoming(incoming(admins));
+        .serve_with_incoming(guard::incoming(admins, connections, context.metrics.clone()));
     tokio::spawn(async move { clients.await.inspect_err(|e| tracing::error!(%e, "the client server ended")) });
     tokio::spawn(async move { admins.await.inspect_err(|e| tracing::error!(%e, "the admin server ended")) });
     Ok(())

@@ -32,6 +32,8 @@ pub struct Metrics {
     pub damage: IntCounter,
     /// Streams open now.
     pub open_streams: IntGauge,
+    /// Connections open now.
+    pub connections: IntGauge,
     partitions: PartitionGauges,
     disk_free_bytes: IntGauge,
     disk_size_bytes: IntGauge,
@@ -186,6 +188,7 @@ impl Metrics {
             rejected: counters(&r, "weir_rejected_total", "Requests refused", &["reason"]),
             damage: counter(&r, "weir_damaged_replicas_total", "Replicas found damaged and taken out"),
             open_streams: gauge(&r, "weir_open_streams", "Streams open"),
+            connections: gauge(&r, "weir_connections", "Connections open, over all gRPC listeners"),
             partitions: PartitionGauges::new(&r),
             disk_free_bytes: gauge(&r, "weir_disk_free_bytes", "Free on the disk of the data"),
             disk_size_bytes: gauge(&r, "weir_disk_size_bytes", "Size of the disk of the data"),

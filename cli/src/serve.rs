@@ -39,6 +39,9 @@ pub(crate) struct Serve {
     no_restart: bool,
 }
 
+/// Connections to each listener of a broker.
+const CONNECTIONS_MAX: usize = 8_192;
+
 /// Ports of one broker: clients, peers, administrators, metrics.
 struct Addresses {
     name: String,
@@ -133,6 +136,7 @@ fn config(serve: &Serve, list: &[Addresses], at: usize) -> Config {
         advertise_host: None,
         peers: if many { list.iter().map(|a| format!("{}={}", a.name, a.peer)).collect() } else { Vec::new() },
         cluster_id: String::new(),
+        connections_max: CONNECTIONS_MAX,
         rack: String::new(),
     }
 }

@@ -7,6 +7,7 @@ use kafka_protocol::protocol::StrBytes;
 use kafka_protocol::records::{
     Compression as Codec, Record as Raw, RecordBatchDecoder, RecordBatchEncoder, RecordEncodeOptions, TimestampType,
 };
+use std::io::Read;
 
 /// Uncompressed bytes one batch may unfold to; more is taken for a compression bomb.
 pub const UNFOLDED_BYTES_MAX: usize = 256 << 20;
@@ -89,7 +90,9 @@ fn headers_to_raw(headers: &[(String, Bytes)]) -> IndexMap<StrBytes, Option<Byte
 
 /// The records of one batch, in order.
 pub fn decode(batch: &Bytes) -> Result<Vec<Record>, String> {
-    let set = RecordBatchDecoder::decode(&mut batch.clone()).map_err(|e| e.to_string())?;
+    let unfold = |bytes: &mut Bytes, codec| unfold(bytes, codec, UNFOLDED_BYTES_MAX);
+    let set = RecordBatchDecoder::decode_with_custom_compression(&mut batch.clone(), Some(unfold));
+    let set = set.map_err(|e| e.to_string())?;
     let record = |r: Raw| Record {
         key: r.key,
         value: r.value,
@@ -97,6 +100,50 @@ pub fn decode(batch: &Bytes) -> Result<Vec<Record>, String> {
         timestamp_ms: r.timestamp,
     };
     Ok(set.records.into_iter().map(record).collect())
+}
+
+/// Decompresses, to at most `max` bytes: a stranger's batch may unfold to a thousand times its size.
+fn unfold(bytes: &mut Bytes, codec: Codec, max: usize) -> anyhow::Result<Bytes> {
+    let take = |reader: &mut dyn Read| {
+        let mut out = Vec::new();
+        reader.take(max as u64 + 1).read_to_end(&mut out)?;
+        anyhow::ensure!(out.len() <= max, "the batch unfolds to more than {max} bytes");
+        Ok(Bytes::from(out))
+    };
+    match codec {
+        Codec::None => Ok(bytes.clone()),
+        Codec::Gzip => take(&mut flate2::read::MultiGzDecoder::new(&bytes[..])),
+        Codec::Lz4 => take(&mut lz4::Decoder::new(&bytes[..])?),
+        Codec::Zstd => take(&mut zstd::stream::read::Decoder::with_buffer(&bytes[..])?),
+        Codec::Snappy => unfold_snappy(bytes, max),
+    }
+}
+
+/// Snappy as Kafka's clients frame it (<https://github.com/xerial/snappy-java#compatibility-notes>): a header of 16 bytes, then
+/// blocks with their length before them; or one block alone.
+fn unfold_snappy(bytes: &Bytes, max: usize) -> anyhow::Result<Bytes> {
+    const MAGIC: &[u8] = b"\x82SNAPPY\0";
+    const HEADER_BYTES: usize = 16;
+    let mut out = Vec::new();
+    let mut block = |data: &[u8]| {
+        let length = snap::raw::decompress_len(data)?;
+        anyhow::ensure!(out.len() + length <= max, "the batch unfolds to more than {max} bytes");
+        out.extend(snap::raw::Decoder::new().decompress_vec(data)?);
+        Ok(())
+    };
+    if !bytes.starts_with(MAGIC) {
+        block(bytes)?;
+        return Ok(out.into());
+    }
+    let mut rest = bytes.get(HEADER_BYTES..).unwrap_or_default();
+    while let Some((length, after)) = rest.split_first_chunk::<4>() {
+        let length = u32::from_be_bytes(*length) as usize;
+        anyhow::ensure!(length <= after.len(), "a block of {length} bytes, {} are left", after.len());
+        let (data, next) = after.split_at(length);
+        block(data)?;
+        rest = next;
+    }
+    Ok(out.into())
 }
 
 /// FNV-1a, 64 bits (<http://www.isthe.com/chongo/tech/comp/fnv/>).
@@ -148,6 +195,25 @@ mod tests {
         #[test]
         fn garbage_is_refused_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             prop_assert!(BatchHeader::validate(&bytes).is_err());
+        }
+    }
+
+    #[test]
+    fn a_batch_that_unfolds_beyond_its_bound_is_refused() {
+        let zeros = Record { value: Some(vec![0; 1 << 20].into()), ..Default::default() };
+        for codec in [Compression::Gzip, Compression::Snappy, Compression::Lz4, Compression::Zstd] {
+            let batch = encode(&vec![zeros.clone(); 4], codec, None).unwrap();
+            assert!(batch.len() < 1 << 20, "{codec:?} made {} bytes", batch.len());
+            assert_eq!(decode(&batch).unwrap().len(), 4);
+            let folded = batch.slice(61..);
+            let codec = match codec {
+                Compression::Gzip => Codec::Gzip,
+                Compression::Snappy => Codec::Snappy,
+                Compression::Lz4 => Codec::Lz4,
+                _ => Codec::Zstd,
+            };
+            let error = unfold(&mut folded.clone(), codec, 1 << 20).unwrap_err();
+            assert!(error.to_string().contains("unfolds to more"), "{codec:?}: {error}");
         }
     }
 }

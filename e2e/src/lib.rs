@@ -258,6 +258,21 @@ impl Kubernetes {
         }))
     }
 
+    /// Resident memory of the operator's pods, MiB, as their metrics say.
+    pub async fn operators_mib(&self) -> anyhow::Result<String> {
+        let selector = ListParams::default().labels("app.kubernetes.io/name=weir-operator");
+        let mut out = Vec::new();
+        for pod in self.api::<Pod>().list(&selector).await? {
+            let path = format!("/api/v1/namespaces/{NAMESPACE}/pods/{}:9464/proxy/metrics", pod.name_any());
+            let text = self.client.request_text(http::Request::get(path).body(Vec::new())?).await?;
+            let line = text.lines().find(|l| l.starts_with("process_resident_memory_bytes "));
+            let bytes: f64 =
+                line.and_then(|l| l.split(' ').nth(1)?.parse().ok()).context("no memory in its metrics")?;
+            out.push(format!("{:.0}", bytes / f64::from(1 << 20)));
+        }
+        Ok(out.join(" and "))
+    }
+
     /// Makes a namespace.
     pub async fn namespace(&self, name: &str) -> anyhow::Result<()> {
         let api: Api<Namespace> = Api::all(self.client.clone());

@@ -51,6 +51,7 @@ async fn a_cluster_from_installation_to_removal() -> anyhow::Result<()> {
         stop_api(&k, &home).await?;
         lose_node(&k, &home).await?;
     }
+    thousand_topics(&k).await?;
     other_namespace(&k).await?;
     reinstall(&k).await?;
     remove(&k).await
@@ -278,6 +279,39 @@ async fn lose_node(k: &Kubernetes, home: &std::path::Path) -> anyhow::Result<()>
     })
     .await?;
     k.settled(3, LONG).await.map(drop)
+}
+
+async fn thousand_topics(k: &Kubernetes) -> anyhow::Result<()> {
+    use futures::StreamExt as _;
+    const COUNT: usize = 1_000;
+    let begun = Instant::now();
+    let name = |at: usize| format!("many-{at}");
+    let topics = k.api::<Topic>();
+    let make = async |at: usize| {
+        let topic: Topic = serde_json::from_value(json!({"apiVersion": "weir.dev/v1alpha1", "kind": "Topic",
+            "metadata": {"name": name(at)}, "spec": {"partitions": 1, "replicas": 1, "deletionPolicy": "Delete"}}))?;
+        topics.create(&Default::default(), &topic).await?;
+        anyhow::Ok(())
+    };
+    let made: Vec<_> = futures::stream::iter(0..COUNT).map(make).buffer_unordered(16).collect().await;
+    made.into_iter().collect::<anyhow::Result<Vec<()>>>()?;
+    let ready = async || {
+        let list = topics.list(&ListParams::default()).await.ok()?;
+        let is =
+            |t: &&Topic| t.status.iter().flat_map(|s| &s.conditions).any(|c| c.type_ == "Ready" && c.status == "True");
+        (list.iter().filter(is).count() >= COUNT).then_some(())
+    };
+    k.until("a thousand topics ready", LONG * 2, ready).await?;
+    let took = begun.elapsed();
+    tokio::time::sleep(Duration::from_secs(20)).await; // idle
+    println!("{COUNT} topics ready after {:.0} s; operators hold {} MiB", took.as_secs_f64(), k.operators_mib().await?);
+    let delete = async |at: usize| topics.delete(&name(at), &DeleteParams::default()).await.map(drop);
+    let deleted: Vec<_> = futures::stream::iter(0..COUNT).map(delete).buffer_unordered(16).collect().await;
+    deleted.into_iter().collect::<Result<Vec<()>, _>>()?;
+    let gone = async || (topics.list(&ListParams::default()).await.ok()?.items.len() < 10).then_some(());
+    let took = k.until("they are gone", LONG * 2, gone).await?;
+    println!("and deleted after {:.0} s", took.as_secs_f64());
+    Ok(())
 }
 
 async fn other_namespace(k: &Kubernetes) -> anyhow::Result<()> {

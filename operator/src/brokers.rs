@@ -70,6 +70,8 @@ type Kept = Option<(Instant, Arc<Snapshot>)>;
 /// Calls to the brokers of all clusters, by the address of their Admin service.
 #[derive(Clone, Default)]
 pub struct Brokers {
+    /// where all clusters are reached, whatever their address
+    always: Option<String>,
     channels: Arc<Mutex<HashMap<String, Channel>>>,
     // one lock a cluster: a thousand topics that ask at once wait for one answer
     snapshots: Arc<Mutex<HashMap<String, Arc<tokio::sync::Mutex<Kept>>>>>,
@@ -89,12 +91,18 @@ fn refused(address: &str, status: tonic::Status) -> BrokerError {
 }
 
 impl Brokers {
+    /// Brokers that are reached at one address, whatever their cluster: by tests.
+    pub fn at(address: &str) -> Self {
+        Self { always: Some(address.to_owned()), ..Self::default() }
+    }
+
     fn channel(&self, address: &str) -> Result<Channel, BrokerError> {
         let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(channel) = channels.get(address) {
             return Ok(channel.clone());
         }
-        let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|e| unreachable(address, e))?;
+        let to = self.always.as_deref().unwrap_or(address);
+        let endpoint = Endpoint::from_shared(format!("http://{to}")).map_err(|e| unreachable(address, e))?;
         let channel = endpoint
             .connect_timeout(Duration::from_secs(2))
             .timeout(CALL_MAX)

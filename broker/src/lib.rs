@@ -128,18 +128,21 @@ fn serve_clients(
     admins: TcpListener,
     connections: usize,
 ) -> anyhow::Result<()> {
-    let reflection = || {
-        tonic_reflection::server::Builder::configure()
+    // each listener names what it serves, and no more
+    let reflection = |services: &[&str]| {
+        let named = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(weir_proto::FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            .build_v1()
+            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
+            .with_service_name("grpc.health.v1.Health");
+        services.iter().fold(named, |b, s| b.with_service_name(format!("weir.v1.{s}"))).build_v1()
     };
     let (_, health) = tonic_health::server::health_reporter();
     let (_, admin_health) = tonic_health::server::health_reporter();
     let limit = weir_proto::MESSAGE_BYTES_MAX;
     let c = || context.clone();
     let clients = server()
-        .add_service(reflection()?)
+        .add_service(reflection(&["Publisher", "Subscriber", "Log", "Metadata"])?)
         .add_service(health)
         .add_service(v1::publisher_server::PublisherServer::new(c()).max_decoding_message_size(limit))
         .add_service(v1::subscriber_server::SubscriberServer::new(c()).max_encoding_message_size(limit))
@@ -147,7 +150,7 @@ fn serve_clients(
         .add_service(v1::metadata_server::MetadataServer::new(c()))
         .serve_with_incoming(guard::incoming(clients, connections, context.metrics.clone()));
     let admins = server()
-        .add_service(reflection()?)
+        .add_service(reflection(&["Admin", "Metadata"])?)
         .add_service(admin_health)
         .add_service(v1::admin_server::AdminServer::new(c()))
         .add_service(v1::metadata_server::MetadataServer::new(c()))

@@ -108,7 +108,8 @@ pub struct TopicSpec {
     /// How long records are kept. Absent: what the cluster says in `topicDefaults`, else for ever.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retention: Option<Retention>,
-    /// When a publish is acknowledged.
+    /// When a publish is acknowledged: `quorumSync` (the default), once a majority of the replicas has it synced to disk;
+    /// `quorumMemory`, once a majority has it in memory: faster, and lost where a majority loses power at once.
     #[serde(default)]
     pub durability: Durability,
     /// Largest record batch taken, such as `1Mi` (the default); `32Mi` at most.
@@ -119,7 +120,8 @@ pub struct TopicSpec {
     /// The StreamCluster that holds it. Absent: the one called `default` in the topic's namespace. Cannot change.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster_ref: Option<ClusterRef>,
-    /// What becomes of the records when the Topic is deleted.
+    /// What becomes of the records when the Topic is deleted: with `Retain` (the default) they stay, and a Topic of the same name
+    /// takes them over; with `Delete` they go.
     #[serde(default)]
     pub deletion_policy: DeletionPolicy,
 }
@@ -223,10 +225,12 @@ pub struct SubscriptionSpec {
     #[schemars(length(min = 1, max = 507))]
     #[x_kube(validation = Rule::new("self == oldSelf").message("a subscription's topic cannot change: make a new subscription"))]
     pub topic: String,
-    /// How messages are shared among consumers.
+    /// How messages are shared among consumers: `exclusive` (the default), one consumer, in order, others are refused; `failover`, one
+    /// is active, in order, the next takes over; `shared`, each message to one consumer, in no order; `keyShared`, a key's messages
+    /// to one consumer at a time, in order.
     #[serde(default)]
     pub mode: Mode,
-    /// Where it starts when it is made.
+    /// Where it starts when it is made: `latest` (the default), with messages published from then on; `earliest`, with the oldest kept.
     #[serde(default)]
     pub start: StartPosition,
     /// How long a consumer may hold a message unacknowledged, such as `30s` (the default).
@@ -243,7 +247,8 @@ pub struct SubscriptionSpec {
     /// The StreamCluster that holds the topic. Absent: the one called `default` in the subscription's namespace. Cannot change.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster_ref: Option<ClusterRef>,
-    /// What becomes of the position when the Subscription is deleted. A retained one goes on holding the topic's records.
+    /// What becomes of the position when the Subscription is deleted: with `Delete` (the default) it goes; with `Retain` it stays,
+    /// and goes on holding the topic's records, until a Subscription of the same name takes it over.
     #[serde(default = "delete")]
     pub deletion_policy: DeletionPolicy,
 }

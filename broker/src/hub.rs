@@ -15,7 +15,7 @@ use weir_core::cursor::{Cursor, CursorUpdate, OffsetRange};
 use weir_core::delivery::{Delivery, Grant, MemberId, Mode, Policy};
 use weir_core::entry::Control;
 use weir_core::ids::{GroupId, SubscriptionId};
-use weir_core::node::Reply;
+use weir_core::node::{Refusal, Reply};
 use weir_core::tail::LogBatch;
 use weir_proto::records::{self, Record};
 use weir_proto::v1;
@@ -28,6 +28,12 @@ const TURN_MESSAGES: usize = 4_096;
 const UNREAD_MAX: usize = 16;
 /// Commands waiting for the task.
 const COMMANDS_MAX: usize = 1_024;
+/// Commands taken before the hub looks at anything else.
+const TURN_COMMANDS: usize = 1_024;
+/// Bytes read ahead of the members and not given out.
+const AHEAD_BYTES_MAX: usize = 4 << 20;
+/// Bytes of one call's messages: what clients take without being told to.
+const CALL_BYTES_MAX: usize = 3 << 20;
 /// Between two looks at deadlines, leadership and the subscription.
 const TICK: Duration = Duration::from_millis(50);
 /// A hub without members ends after this long.
@@ -55,8 +61,8 @@ pub enum Command {
     Acknowledge { ranges: Vec<v1::OffsetRange>, answer: oneshot::Sender<Result<u64, Failure>> },
     /// One call with nacks or longer deadlines.
     Adjust { nacks: Vec<v1::Nacked>, extensions: Vec<v1::Extension> },
-    /// The position was moved: begin anew.
-    Reset,
+    /// Moves the position: answered once it is in the log, and then the hub begins anew.
+    Seek { offset: u64, answer: oneshot::Sender<Result<u64, Failure>> },
 }
 
 type Key = (GroupId, SubscriptionId);
@@ -98,6 +104,8 @@ impl Hubs {
             members: BTreeMap::new(),
             last_member: 0,
             ahead: VecDeque::new(),
+            under_way: Vec::new(),
+            looked: Instant::now(),
             unwritten: Vec::new(),
             confirm: Vec::new(),
             writing: None,
@@ -147,6 +155,10 @@ struct Hub {
     last_member: MemberId,
     /// batches that hold what was fed and not given out, and some that were
     ahead: VecDeque<Ahead>,
+    /// acks that are in the entry under way
+    under_way: Vec<OffsetRange>,
+    /// when time, leadership and the subscription were looked at
+    looked: Instant,
     /// acks not handed to the log yet, who waits for them, and the answer to those under way
     unwritten: Vec<OffsetRange>,
     confirm: Vec<Confirm>,
@@ -181,8 +193,28 @@ impl Hub {
                 Command::Attach { answer, .. } => drop(answer.send(Err(failure.clone()))),
                 Command::Pull { answer, .. } => drop(answer.send(Err(failure.clone()))),
                 Command::Acknowledge { answer, .. } => drop(answer.send(Err(failure.clone()))),
-                Command::Say(..) | Command::Detach(_) | Command::Adjust { .. } | Command::Reset => {}
+                Command::Seek { answer, .. } => drop(answer.send(Err(failure.clone()))),
+                Command::Say(..) | Command::Detach(_) | Command::Adjust { .. } => {}
             }
+        }
+    }
+
+    /// Nothing of this hub may reach the log behind a seek: what is under way is waited for, what is not is dropped.
+    async fn seek(&mut self, offset: u64) -> Result<u64, Failure> {
+        if let Some((reply, confirm)) = self.writing.take() {
+            let written = matches!(reply.await, Ok(Reply::Done));
+            for (count, answer) in confirm {
+                let _ = answer.send(if written { Ok(count) } else { Err(Failure::stopping()) });
+            }
+        }
+        self.unwritten.clear();
+        let update = CursorUpdate { subscription: self.subscription.0, seek: Some(offset), ..Default::default() };
+        let (group, control) = (self.group, Control { cursors: vec![update] });
+        let reply = self.context.node.call(|to| Event::Control { group, control, to }).await;
+        match reply.ok_or_else(Failure::stopping)? {
+            Reply::Done => Ok(offset),
+            Reply::Refused(refusal) => Err(self.context.failure(group, refusal)),
+            other => Err(Failure::new(Code::Internal, "REPLY", format!("unexpected reply {other:?}"))),
         }
     }
 
@@ -191,18 +223,19 @@ impl Hub {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            self.read_ahead(&partition).await?;
+            let more = self.read_ahead(&partition).await?;
             let given = self.give_out(&partition).await?;
-            if given == TURN_MESSAGES && commands.is_empty() {
+            if (given == TURN_MESSAGES || (more && given > 0)) && commands.is_empty() && self.looked.elapsed() < TICK {
+                tokio::task::yield_now().await;
                 continue;
             }
             let hungry = self.delivery.wants() > 0;
             tokio::select! {
-                biased;
                 command = commands.recv() => {
                     let Some(mut command) = command else { return Ok(()) };
-                    loop {
-                        if matches!(command, Command::Reset) {
+                    for _ in 0..TURN_COMMANDS {
+                        if let Command::Seek { offset, answer } = command {
+                            let _ = answer.send(self.seek(offset).await);
                             return Ok(());
                         }
                         self.take(command);
@@ -212,6 +245,9 @@ impl Hub {
                         }
                     }
                     self.write_acks();
+                    if self.looked.elapsed() >= TICK && !self.check(&partition)? {
+                        return Ok(()); // however much members say, time passes
+                    }
                 }
                 reply = async { (&mut self.writing.as_mut().expect("guarded").0).await }, if self.writing.is_some() => {
                     self.written(reply)?;
@@ -252,7 +288,7 @@ impl Hub {
                 self.confirm.push((count, answer));
             }
             Command::Adjust { nacks, extensions } => self.adjust(&nacks, &extensions, now_ms),
-            Command::Reset => {}
+            Command::Seek { .. } => unreachable!("taken before"),
         }
     }
 
@@ -265,9 +301,12 @@ impl Hub {
         let delivery = &self.delivery;
         let replaced: Vec<MemberId> = self.members.keys().copied().filter(|m| !delivery.is_attached(*m)).collect();
         for old in replaced {
-            if let Some(Member { out: Out::Stream { to, .. }, .. }) = self.members.remove(&old) {
-                let text = "the member opened the partition again elsewhere";
-                let _ = to.try_send(Err(Failure::new(Code::Aborted, "REPLACED", text).into()));
+            let text = "the member opened the partition again elsewhere";
+            let failure = Failure::new(Code::Aborted, "REPLACED", text);
+            match self.members.remove(&old).map(|m| m.out) {
+                Some(Out::Stream { to, .. }) => drop(to.try_send(Err(failure.into()))),
+                Some(Out::Calls { waiting: Some(w), .. }) => drop(w.answer.send(Err(failure))),
+                Some(Out::Calls { waiting: None, .. }) | None => {}
             }
         }
         self.members.insert(id, Member { name, out });
@@ -293,8 +332,10 @@ impl Hub {
         self.delivery.credit(id, max);
         let waiting = Some(Waiting { answer, until: Instant::now() + wait });
         if let Some(member) = self.members.get_mut(&id) {
-            // a call that still waited gets its empty answer by being dropped: one call at a time
-            member.out = Out::Calls { waiting, last: Instant::now() };
+            let before = std::mem::replace(&mut member.out, Out::Calls { waiting, last: Instant::now() });
+            if let Out::Calls { waiting: Some(w), .. } = before {
+                let _ = w.answer.send(Ok(Vec::new())); // one call at a time; the one before got nothing
+            }
         }
     }
 
@@ -327,6 +368,7 @@ impl Hub {
             return;
         }
         let acked = std::mem::take(&mut self.unwritten);
+        self.under_way.clone_from(&acked);
         let update = CursorUpdate { subscription: self.subscription.0, acked, ..Default::default() };
         let (to, reply) = oneshot::channel();
         let control = Control { cursors: vec![update] };
@@ -338,6 +380,12 @@ impl Hub {
         let (_, confirm) = self.writing.take().expect("under way");
         let failure = match reply {
             Ok(Reply::Done) => None,
+            Ok(Reply::Refused(Refusal::Overloaded)) => {
+                // publishers are ahead: the same again, a little later
+                self.unwritten.append(&mut self.under_way);
+                self.confirm.extend(confirm);
+                return Ok(());
+            }
             Ok(Reply::Refused(refusal)) => Some(self.context.failure(self.group, refusal)),
             _ => Some(Failure::stopping()),
         };
@@ -350,6 +398,7 @@ impl Hub {
 
     /// Looks at time, leadership and the subscription; false where the hub should end.
     fn check(&mut self, partition: &Partition) -> Result<bool, Failure> {
+        self.looked = Instant::now();
         if !self.context.shared.leads(self.group) {
             return Err(self.context.not_leader(self.group));
         }
@@ -361,17 +410,18 @@ impl Hub {
             return Ok(false);
         }
         self.delivery.tick(self.now_ms());
-        let start = partition.tail.start_offset();
-        if self.delivery.next() < start {
-            let gone = self.delivery.skip(start - self.delivery.next()); // retention went past it
-            self.unwritten.push(gone);
-            self.write_acks();
-        }
+        self.pass_to(partition.tail.start_offset());
+        self.write_acks();
         self.tend_members();
         if !self.members.is_empty() || self.writing.is_some() {
             self.idle_since = Instant::now();
         }
         Ok(self.idle_since.elapsed() < IDLE)
+    }
+
+    /// What retention took can be delivered to nobody.
+    fn pass_to(&mut self, start: u64) {
+        self.unwritten.extend(self.delivery.pass_to(start));
     }
 
     fn tend_members(&mut self) {
@@ -380,7 +430,7 @@ impl Hub {
         for (id, member) in &mut self.members {
             match &mut member.out {
                 Out::Stream { to, .. } if to.is_closed() => gone.push(*id),
-                Out::Stream { to, .. } => self.delivery.pause(*id, to.capacity() == 0),
+                Out::Stream { to, .. } => self.delivery.pause(*id, to.capacity() <= UNREAD_MAX / 2),
                 Out::Calls { waiting, last } => {
                     if waiting.as_ref().is_some_and(|w| w.until <= now || w.answer.is_closed())
                         && let Some(w) = waiting.take()
@@ -404,26 +454,31 @@ impl Hub {
         self.policy.mode == Mode::KeyShared
     }
 
-    /// Feeds the delivery what its members have credit for.
-    async fn read_ahead(&mut self, partition: &Partition) -> Result<(), Failure> {
+    /// Feeds the delivery what its members have credit for, so many bytes at a time; true where there is more.
+    async fn read_ahead(&mut self, partition: &Partition) -> Result<bool, Failure> {
+        let mut bytes = 0;
         while self.delivery.wants() > 0 && self.delivery.next() < partition.tail.high_watermark() {
+            if bytes >= AHEAD_BYTES_MAX {
+                return Ok(true);
+            }
             let next = self.delivery.next();
             let held = self.ahead.back().filter(|a| a.batch.end_offset() > next).is_some();
             if !held {
-                if next < partition.tail.start_offset() {
-                    let gone = self.delivery.skip(partition.tail.start_offset() - next);
-                    self.unwritten.push(gone);
+                let batches = partition.read(next, READ_BYTES).await?;
+                let Some(first) = batches.first() else { return Ok(false) };
+                if first.base_offset > next {
+                    self.pass_to(first.base_offset); // retention was faster
                     continue;
                 }
-                let batches = partition.read(next, READ_BYTES).await?;
-                if batches.is_empty() {
-                    return Ok(());
-                }
+                bytes += batches.iter().map(|b| b.data.len()).sum::<usize>();
                 self.ahead.extend(batches.into_iter().map(|batch| Ahead { batch, records: None }));
             }
             self.feed();
+            if self.delivery.next() == next {
+                return Ok(false);
+            }
         }
-        Ok(())
+        Ok(false)
     }
 
     /// Feeds what was read, from the next offset on, as far as it is wanted.
@@ -506,7 +561,17 @@ impl Hub {
                 self.send(id, &to, responses);
             }
             Out::Calls { .. } => {
-                let messages = self.messages(grants);
+                let mut messages = self.messages(grants);
+                let mut bytes = 0;
+                let fits = messages.iter().take_while(|m| {
+                    bytes += size(m);
+                    bytes <= CALL_BYTES_MAX
+                });
+                let keep = fits.count().max(1);
+                for rest in messages.drain(keep.min(messages.len())..) {
+                    let range = OffsetRange { start: rest.offset, end: rest.offset + 1 };
+                    self.delivery.nack(range, Some(0), self.begun.elapsed().as_millis() as u64 + 1);
+                }
                 self.delivery.revoke_credit(id);
                 let Some(Member { out: Out::Calls { waiting, .. }, .. }) = self.members.get_mut(&id) else {
                     return Ok(());
@@ -528,13 +593,29 @@ impl Hub {
     }
 
     fn send(&mut self, id: MemberId, to: &mpsc::Sender<Response>, responses: Vec<v1::PullResponse>) {
+        let now_ms = self.now_ms();
         for response in responses {
-            self.context.metrics.delivered(&self.topic, &response);
-            if to.try_send(Ok(response)).is_err() {
-                // it does not read, or is gone: its leases go back when its stream ends, or run out
-                self.members.remove(&id);
-                self.delivery.detach(id);
-                return;
+            match to.try_reserve() {
+                Ok(room) => {
+                    self.context.metrics.delivered(&self.topic, &response);
+                    room.send(Ok(response));
+                }
+                Err(mpsc::error::TrySendError::Full(())) => {
+                    // it reads slowly: the rest goes back, with the credit it took
+                    let mut count = response.until_offset - response.from_offset;
+                    let run = OffsetRange { start: response.from_offset, end: response.until_offset };
+                    self.delivery.nack(run, Some(0), now_ms);
+                    for m in &response.messages {
+                        count += 1;
+                        self.delivery.nack(OffsetRange { start: m.offset, end: m.offset + 1 }, Some(0), now_ms);
+                    }
+                    self.delivery.credit(id, count);
+                }
+                Err(mpsc::error::TrySendError::Closed(())) => {
+                    self.members.remove(&id);
+                    self.delivery.detach(id);
+                    return;
+                }
             }
         }
         self.delivery.pause(id, to.capacity() <= UNREAD_MAX / 2);

@@ -113,8 +113,8 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         node_loop::run(core, clock, store, loop_shared, loop_metrics, for_loop, events, peer_streams);
     })?;
     let budget = Arc::new(Semaphore::new(service::IN_FLIGHT_BYTES_MAX / 1024));
-    let hubs = Default::default();
-    let context = Context { shared: shared.clone(), node: node.clone(), metrics, formation, budget, hubs };
+    let (hubs, turn) = Default::default();
+    let context = Context { shared: shared.clone(), node: node.clone(), metrics, formation, budget, hubs, turn };
     let _ = running.set(context.clone());
     serve_clients(context.clone(), clients, admins, config.connections_max)?;
     tokio::spawn(keep_addresses(context, Broker { id: broker.0, ..me }));

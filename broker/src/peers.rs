@@ -142,12 +142,17 @@ impl Link {
         sender.send(v1::PeerFrame { hello: Some(self.hello.clone()), ..Default::default() }).await?;
         let mut call = std::pin::pin!(client.exchange(ReceiverStream::new(receiver)));
         loop {
-            tokio::select! {
+            // the call first, also while a frame waits for room: it must have begun before anything can leave
+            let frame = tokio::select! {
+                biased;
                 ended = &mut call => { ended?; anyhow::bail!("the peer ended the stream") }
-                frame = frames.recv() => match frame {
-                    Some(frame) => sender.send(frame).await?,
-                    None => return Ok(()),
-                }
+                frame = frames.recv() => frame,
+            };
+            let Some(frame) = frame else { return Ok(()) };
+            tokio::select! {
+                biased;
+                ended = &mut call => { ended?; anyhow::bail!("the peer ended the stream") }
+                sent = sender.send(frame) => sent?,
             }
         }
     }

@@ -71,7 +71,9 @@ impl Cursor {
         if start >= end {
             return;
         }
-        let overlapping: Vec<u64> = self.acked.range(..=end).filter(|(_, e)| **e >= start).map(|(s, _)| *s).collect();
+        // ranges are disjoint: from the last one back, until one ends before this begins
+        let before = self.acked.range(..=end).rev();
+        let overlapping: Vec<u64> = before.take_while(|(_, e)| **e >= start).map(|(s, _)| *s).collect();
         for s in overlapping {
             let e = self.acked.remove(&s).expect("just found");
             start = start.min(s);

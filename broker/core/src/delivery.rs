@@ -51,6 +51,9 @@ impl Default for Policy {
     }
 }
 
+/// Longest delay or deadline a member may ask for: a day.
+pub const WAIT_MS_MAX: u64 = 86_400_000;
+
 /// A reader, as the shell numbers them; never reused.
 pub type MemberId = u64;
 
@@ -181,7 +184,9 @@ impl Delivery {
             Mode::Shared | Mode::KeyShared => self.members.values().map(Member::room).sum(),
         };
         let room = self.policy.leased_max.saturating_sub(self.leased);
-        let wanted = credit.min(room).saturating_sub(self.ready);
+        // of several keys, what is ready may be one's that is held up or whose member takes nothing: others go on
+        let ready = if self.policy.mode == Mode::KeyShared { 0 } else { self.ready };
+        let wanted = credit.min(room).saturating_sub(ready);
         // a key whose member is slow must not hold up the others for ever, nor grow the window without bound
         wanted.min((self.policy.leased_max * 2).saturating_sub(self.window.len() as u64))
     }
@@ -271,15 +276,28 @@ impl Delivery {
         self.queue(lane);
     }
 
-    /// Passes over `count` offsets that hold nothing to deliver: retention or a filter took them. They count as acked.
-    pub fn skip(&mut self, count: u64) -> OffsetRange {
-        let range = OffsetRange { start: self.next(), end: self.next() + count };
-        self.cursor.ack(range);
-        for _ in 0..count {
-            self.window.push_back(Slot { state: State::Acked, lane: 0, deliveries: 0 });
+    /// Passes over everything below `start`, given out or not: retention took it. It counts as acked; what was passed over is
+    /// returned, for the log.
+    pub fn pass_to(&mut self, start: u64) -> Option<OffsetRange> {
+        let range = OffsetRange { start: self.base, end: start };
+        if range.start >= range.end {
+            return None;
         }
+        let mut touched = BTreeSet::new();
+        while self.base < start {
+            let Some(slot) = self.window.front().copied() else {
+                self.base = start; // however far: nothing is held for it
+                break;
+            };
+            self.release(self.base, &slot);
+            touched.insert(slot.lane);
+            self.window.pop_front();
+            self.base += 1;
+        }
+        self.cursor.ack(range);
+        touched.into_iter().for_each(|lane| self.after_change(lane));
         self.trim();
-        range
+        Some(range)
     }
 
     /// Puts a lane into the queue of the member that may have its next message.
@@ -378,7 +396,7 @@ impl Delivery {
         let offset = lane.ready.pop_first()?;
         lane.leased += 1;
         lane.holder = id;
-        let deadline_ms = now_ms + self.policy.ack_deadline_ms;
+        let deadline_ms = now_ms.saturating_add(self.policy.ack_deadline_ms.min(WAIT_MS_MAX));
         self.expires_ms = self.expires_ms.min(deadline_ms);
         let slot = &mut self.window[(offset - self.base) as usize];
         slot.state = State::Leased { member: id, deadline_ms };
@@ -421,6 +439,29 @@ impl Delivery {
         at(range.start) as usize..at(range.end.max(range.start)) as usize
     }
 
+    /// Takes a message out of its lane and all counts.
+    fn release(&mut self, offset: u64, slot: &Slot) {
+        let Some(lane) = self.lanes.get_mut(&slot.lane) else { return };
+        match slot.state {
+            State::Leased { member, .. } => {
+                lane.leased -= 1;
+                self.leased -= 1;
+                if let Some(member) = self.members.get_mut(&member) {
+                    member.leased -= 1;
+                }
+            }
+            State::Ready => {
+                lane.ready.remove(&offset);
+                self.ready -= 1;
+            }
+            State::Waiting { due_ms } => {
+                lane.waiting.remove(&offset);
+                self.due.remove(&(due_ms, offset));
+            }
+            State::Acked => {}
+        }
+    }
+
     /// Messages are done with. Those never delivered are left out; what was acked is returned, for the log.
     pub fn ack(&mut self, range: OffsetRange) -> Vec<OffsetRange> {
         let mut acked: Vec<OffsetRange> = Vec::new();
@@ -431,25 +472,7 @@ impl Delivery {
             if slot.state == State::Acked || slot.deliveries == 0 {
                 continue;
             }
-            let lane = self.lanes.get_mut(&slot.lane).expect("a message not acked has a lane");
-            match slot.state {
-                State::Leased { member, .. } => {
-                    lane.leased -= 1;
-                    self.leased -= 1;
-                    if let Some(member) = self.members.get_mut(&member) {
-                        member.leased -= 1;
-                    }
-                }
-                State::Ready => {
-                    lane.ready.remove(&offset);
-                    self.ready -= 1;
-                }
-                State::Waiting { due_ms } => {
-                    lane.waiting.remove(&offset);
-                    self.due.remove(&(due_ms, offset));
-                }
-                State::Acked => unreachable!("passed over"),
-            }
+            self.release(offset, &slot);
             self.window[at].state = State::Acked;
             touched.insert(slot.lane);
             match acked.last_mut().filter(|last| last.end == offset) {
@@ -474,7 +497,7 @@ impl Delivery {
     fn give_back(&mut self, at: usize, delay_ms: Option<u64>, now_ms: u64) {
         let Slot { state: State::Leased { .. }, lane, deliveries } = self.window[at] else { return };
         let wait = delay_ms.unwrap_or_else(|| self.backoff_ms(deliveries));
-        self.unlease(at, if wait == 0 { 0 } else { now_ms + wait });
+        self.unlease(at, if wait == 0 { 0 } else { now_ms.saturating_add(wait.min(WAIT_MS_MAX)) });
         if self.policy.mode != Mode::Shared {
             for behind in at + 1..self.window.len() {
                 let slot = self.window[behind];
@@ -495,7 +518,7 @@ impl Delivery {
     pub fn extend(&mut self, range: OffsetRange, deadline_in_ms: u64, now_ms: u64) {
         for at in self.within(range) {
             if let State::Leased { deadline_ms, .. } = &mut self.window[at].state {
-                *deadline_ms = now_ms + deadline_in_ms;
+                *deadline_ms = now_ms.saturating_add(deadline_in_ms.min(WAIT_MS_MAX));
                 self.expires_ms = self.expires_ms.min(*deadline_ms);
             }
         }
@@ -667,6 +690,60 @@ mod tests {
             d.nack(range(0, 1), None, now);
         }
         assert_eq!(waits, [0, 10, 20, 35, 35]);
+    }
+
+    #[test]
+    fn what_retention_took_is_passed_over_in_whatever_state_it_is_and_however_much_it_is() {
+        for mode in [Mode::Exclusive, Mode::Shared, Mode::KeyShared] {
+            let mut d = begin(mode);
+            d.attach(1, "a").unwrap();
+            d.credit(1, 3);
+            (0..6).for_each(|at| d.feed(at % 2));
+            assert_eq!(d.grants(0, 100).len(), 3);
+            d.nack(range(1, 2), Some(1_000), 0);
+            assert_eq!(d.pass_to(4), Some(range(0, 4)));
+            assert_eq!((d.leased(), d.cursor().position(), d.next()), (0, 4, 6));
+            d.tick(2_000);
+            d.credit(1, 10);
+            assert_eq!(offsets(&d.grants(2_000, 100), 1), [4, 5]);
+            assert_eq!(d.pass_to(1 << 40), Some(range(4, 1 << 40)));
+            assert_eq!((d.next(), d.leased()), (1 << 40, 0));
+            assert_eq!(d.pass_to(7), None);
+        }
+    }
+
+    #[test]
+    fn one_keys_member_that_takes_nothing_does_not_hold_up_the_others() {
+        let mut d = begin(Mode::KeyShared);
+        d.attach(1, "a").unwrap();
+        d.attach(2, "b").unwrap();
+        d.credit(1, 5); // the other one gives no credit
+        let mut given = 0;
+        for key in 0..200 {
+            if d.wants() > 0 {
+                d.feed(key);
+            }
+            for g in d.grants(0, 100) {
+                given += 1;
+                d.ack(range(g.offset, g.offset + 1));
+                d.credit(1, 1);
+            }
+        }
+        assert!(given > 50, "{given}");
+    }
+
+    #[test]
+    fn times_beyond_all_bounds_are_cut() {
+        let mut d = begin(Mode::Shared);
+        d.attach(1, "a").unwrap();
+        d.credit(1, 10);
+        (0..2).for_each(|_| d.feed(0));
+        d.grants(5, 100);
+        d.extend(range(0, 1), u64::MAX, 5);
+        d.nack(range(1, 2), Some(u64::MAX), 5);
+        d.tick(6 + WAIT_MS_MAX);
+        d.tick(7 + WAIT_MS_MAX);
+        assert_eq!(d.grants(8 + WAIT_MS_MAX, 100).len(), 2);
     }
 
     #[test]

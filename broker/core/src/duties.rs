@@ -82,7 +82,7 @@ impl Node {
 
     /// Gives new subscriptions their start in a partition led here, and forgets those that were deleted.
     pub(crate) fn tend_cursors(&mut self, id: GroupId, topic: TopicId) {
-        let Some(group) = self.groups.get(&id).filter(|g| g.is_leader() && g.unapplied() == 0) else { return };
+        let Some(group) = self.groups.get(&id).filter(|g| g.knows_cursors()) else { return };
         let Machine::Partition(state) = group.machine() else { return };
         let meta = self.meta.clone();
         let tail = group.log().tail();
@@ -97,6 +97,9 @@ impl Node {
         cursors.extend(gone.map(|(subscription, _)| CursorUpdate { subscription, delete: true, ..Default::default() }));
         if !cursors.is_empty() {
             self.control(NOBODY, id, &Control { cursors });
+            if let Some(group) = self.groups.get_mut(&id) {
+                group.proposed_cursors();
+            }
         }
     }
 

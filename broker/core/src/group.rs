@@ -62,6 +62,8 @@ struct Lead {
     term: u64,
     next_offset: u64,
     producers: ProducerTable,
+    /// the log's end when this leadership began, or when cursors were last proposed: before it is applied, cursors are not judged
+    cursors_from: u64,
     /// (end offset, index) of what was proposed in this leadership and is not applied yet
     in_flight: std::collections::VecDeque<(u64, u64)>,
 }
@@ -383,6 +385,19 @@ impl Group {
         self.waiting.entry(index).or_default().push(waiter);
     }
 
+    /// Whether the applied cursors are all there are: what earlier leaders and this one proposed about them is applied.
+    pub(crate) fn knows_cursors(&self) -> bool {
+        self.is_leader() && self.lead.as_ref().is_some_and(|l| l.cursors_from <= self.applied)
+    }
+
+    /// Cursors were proposed just now.
+    pub(crate) fn proposed_cursors(&mut self) {
+        let last = self.last_index();
+        if let Some(lead) = &mut self.lead {
+            lead.cursors_from = last;
+        }
+    }
+
     /// Proposes a membership change.
     pub fn change_membership(&mut self, change: &ConfChangeV2) {
         if !self.raft.raft.has_pending_conf() {
@@ -612,6 +627,7 @@ impl Group {
         let mut lead = Lead {
             term,
             next_offset: self.log().tail().end_offset(),
+            cursors_from: self.last_index(),
             producers: ProducerTable::default(),
             in_flight: Default::default(),
         };

@@ -3,7 +3,7 @@
 use super::{Context, full_name};
 use crate::status::Failure;
 use tonic::{Request, Response, Status};
-use weir_core::delivery::{Mode, Policy};
+use weir_core::delivery::{Mode, Policy, WAIT_MS_MAX};
 use weir_core::meta::command::{ApplySubscription, ApplyTopic, Delete, Kind, Placement, SetPhase};
 use weir_core::meta::placement;
 use weir_core::meta::state as core;
@@ -102,7 +102,7 @@ impl Admin for Context {
         let whole = core::SubscriptionSpec {
             topic: full_name(&spec.topic)?,
             start: start.into(),
-            ack_deadline_ms: or(spec.ack_deadline_ms, default.ack_deadline_ms),
+            ack_deadline_ms: or(spec.ack_deadline_ms, default.ack_deadline_ms).min(WAIT_MS_MAX),
             mode: mode.into(),
             backoff_min_ms: spec.backoff_min_ms,
             backoff_max_ms: or(spec.backoff_max_ms, default.backoff_max_ms).max(spec.backoff_min_ms),

@@ -42,6 +42,8 @@ pub struct Context {
     pub budget: Arc<Semaphore>,
     /// Deliveries under way.
     pub hubs: crate::hub::Hubs,
+    /// Moves with each call for messages that names no partition.
+    pub turn: Arc<std::sync::atomic::AtomicUsize>,
 }
 
 /// `name` with its namespace, checked: 1 to 253 characters of a-z, 0-9, `-` and `.` on each side of the slash.

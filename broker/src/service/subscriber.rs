@@ -2,20 +2,18 @@
 
 use super::{Context, Found, full_name, log};
 use crate::hub::Command;
-use crate::node_loop::Event;
 use crate::status::Failure;
 use futures::Stream;
 use std::pin::Pin;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
-use weir_core::cursor::{Cursor, CursorUpdate};
+use weir_core::cursor::Cursor;
 use weir_core::delivery::Policy;
-use weir_core::entry::Control;
 use weir_core::group::Machine;
 use weir_core::ids::{GroupId, SubscriptionId};
-use weir_core::node::Reply;
 use weir_proto::v1;
 use weir_proto::v1::subscriber_server::Subscriber;
 
@@ -47,13 +45,19 @@ fn resolve(context: &Context, name: &str, partition: u32) -> Result<Resolved, Fa
 
 /// The cursor as applied here; a new subscription gets its own within moments.
 async fn cursor(context: &Context, group: GroupId, subscription: SubscriptionId) -> Result<Cursor, Failure> {
-    for _ in 0..100 {
+    // everything an earlier hub wrote stands below the log's end as it is now
+    let mut upto = None;
+    for _ in 0..200 {
         let read = move |node: &mut weir_core::node::Node| {
-            let group = node.group(group).filter(|g| g.is_leader() && g.unapplied() == 0)?;
+            let group = node.group(group).filter(|g| g.is_leader())?;
             let Machine::Partition(state) = group.machine() else { return None };
-            Some(state.cursors.get(subscription.0).cloned())
+            let wanted = upto.filter(|(term, _)| *term == group.term()).map_or(group.last_index(), |(_, index)| index);
+            let applied = group.applied() >= wanted;
+            Some(((group.term(), wanted), applied.then(|| state.cursors.get(subscription.0).cloned())))
         };
-        match context.node.ask(read).await.ok_or_else(Failure::stopping)? {
+        let seen = context.node.ask(read).await.ok_or_else(Failure::stopping)?;
+        upto = seen.as_ref().map(|(at, _)| *at);
+        match seen.map(|(_, cursor)| cursor.flatten()) {
             None if !context.shared.leads(group) => return Err(context.not_leader(group)),
             Some(Some(cursor)) => return Ok(cursor),
             None | Some(None) => tokio::time::sleep(Duration::from_millis(10)).await,
@@ -65,6 +69,7 @@ async fn cursor(context: &Context, group: GroupId, subscription: SubscriptionId)
 impl Context {
     /// The hub of a subscription in a partition led here, started where it does not run.
     async fn hub(&self, name: &str, partition: u32) -> Result<mpsc::Sender<Command>, Failure> {
+        // (of a hub that is found, the task may end at any time: a send then fails)
         let Resolved { topic, group, subscription, policy } = resolve(self, name, partition)?;
         if let Some(hub) = self.hubs.find((group, subscription)) {
             return Ok(hub);
@@ -78,6 +83,19 @@ impl Context {
     where
         F: Fn(oneshot::Sender<Result<T, Failure>>) -> Command,
     {
+        self.ask_a_hub(name, partition, command).await.map(|(answer, _)| answer)
+    }
+
+    /// As [`Self::ask_hub`], with the hub that answered.
+    async fn ask_a_hub<T, F>(
+        &self,
+        name: &str,
+        partition: u32,
+        command: F,
+    ) -> Result<(T, mpsc::Sender<Command>), Failure>
+    where
+        F: Fn(oneshot::Sender<Result<T, Failure>>) -> Command,
+    {
         for _ in 0..3 {
             let hub = self.hub(name, partition).await?;
             let (answer, wait) = oneshot::channel();
@@ -86,7 +104,7 @@ impl Context {
             {
                 match answer {
                     Err(failure) if failure.reason == "AGAIN" => continue,
-                    other => return other,
+                    other => return other.map(|answer| (answer, hub)),
                 }
             }
         }
@@ -141,9 +159,8 @@ impl Subscriber for Context {
         let (out, responses) = mpsc::channel(UNREAD_MAX);
         let attach =
             |answer| Command::Attach { name: open.member.clone(), messages: open.messages, out: out.clone(), answer };
-        let attached = self.ask_hub(&open.subscription, open.partition, attach).await;
-        let member = attached.map_err(|f| self.rejected(f))?;
-        let hub = self.hub(&open.subscription, open.partition).await?;
+        let attached = self.ask_a_hub(&open.subscription, open.partition, attach).await;
+        let (member, hub) = attached.map_err(|f| self.rejected(f))?;
         self.metrics.open_streams.inc();
         let attached = Attached { hub: hub.clone(), member, context: self.clone() };
         drop(out);
@@ -175,7 +192,10 @@ impl Subscriber for Context {
             None => self.led_partitions(&request.subscription).map_err(|f| self.rejected(f))?,
         };
         loop {
-            for partition in &partitions {
+            // not always the same one first: its backlog would starve the others
+            self.turn.fetch_add(1, Ordering::Relaxed);
+            let first = self.turn.load(Ordering::Relaxed) % partitions.len();
+            for partition in partitions.iter().cycle().skip(first).take(partitions.len()) {
                 // with one partition the hub waits; with several each is asked in turn
                 let wait = if partitions.len() == 1 { until.duration_since(Instant::now()) } else { Duration::ZERO };
                 let pull = |answer| Command::Pull { name: request.member.clone(), max: max.into(), wait, answer };
@@ -222,7 +242,7 @@ impl Subscriber for Context {
     async fn seek(&self, request: Request<v1::SeekRequest>) -> Result<Response<v1::SeekResponse>, Status> {
         use v1::seek_request::To;
         let request = request.into_inner();
-        let Resolved { group, subscription, .. } = resolve(self, &request.subscription, request.partition)?;
+        let Resolved { group, .. } = resolve(self, &request.subscription, request.partition)?;
         let partition = self.led_partition(group)?;
         let offset = match request.to {
             Some(To::Offset(offset)) => offset,
@@ -231,18 +251,9 @@ impl Subscriber for Context {
             Some(To::Latest(_)) | None => partition.tail.high_watermark(),
         };
         log::check_range(&partition, offset)?;
-        let update = CursorUpdate { subscription: subscription.0, seek: Some(offset), ..Default::default() };
-        let control = Control { cursors: vec![update] };
-        match self.node.call(|to| Event::Control { group, control, to }).await.ok_or_else(Failure::stopping)? {
-            Reply::Done => {}
-            Reply::Refused(refusal) => return Err(self.failure(group, refusal).into()),
-            other => return Err(Failure::new(Code::Internal, "REPLY", format!("unexpected reply {other:?}")).into()),
-        }
-        // who reads now starts again from there
-        if let Some(hub) = self.hubs.find((group, subscription)) {
-            let _ = hub.send(Command::Reset).await;
-            hub.closed().await;
-        }
+        // through the hub: no ack of before may stand behind the seek
+        let seek = |answer| Command::Seek { offset, answer };
+        self.ask_hub(&request.subscription, request.partition, seek).await.map_err(|f| self.rejected(f))?;
         Ok(Response::new(v1::SeekResponse { offset }))
     }
 }

@@ -87,6 +87,9 @@ fn refused(address: &str, status: tonic::Status) -> BrokerError {
         return unreachable(address, status.message());
     }
     let reason = status.get_details_error_info().map_or(String::new(), |i| i.reason);
+    if reason == "NOT_LEADER" || reason == "OVERLOADED" || status.code() == Code::Internal {
+        return unreachable(address, status.message());
+    }
     BrokerError::Refused { code: status.code(), reason, message: status.message().to_owned() }
 }
 
@@ -161,9 +164,21 @@ impl Brokers {
         let limit = weir_proto::MESSAGE_BYTES_MAX;
         let mut client = MetadataClient::new(self.channel(address)?).max_decoding_message_size(limit);
         let metadata = client.get(v1::GetMetadataRequest::default()).await.map_err(|s| refused(address, s))?;
-        let metadata = metadata.into_inner();
+        let mut metadata = metadata.into_inner();
         if metadata.brokers.is_empty() {
             return Err(unreachable(address, "the broker is still joining"));
+        }
+        // a broker that is behind, or drained, knows less: only the metadata's leader decides what goes
+        if metadata.answered_by != metadata.controller {
+            let leader = metadata.brokers.iter().find(|b| b.id == metadata.controller).map(|b| b.admin_address.clone());
+            let leader = leader.filter(|a| !a.is_empty());
+            let leader = leader.ok_or_else(|| unreachable(address, "the metadata has no leader now"))?;
+            let mut client = MetadataClient::new(self.channel(&leader)?).max_decoding_message_size(limit);
+            let asked = client.get(v1::GetMetadataRequest::default()).await;
+            metadata = asked.map_err(|s| refused(&leader, s))?.into_inner();
+            if metadata.answered_by != metadata.controller {
+                return Err(unreachable(&leader, "the metadata's leader is changing"));
+            }
         }
         let addresses = metadata.brokers.iter().map(|b| &b.admin_address).filter(|a| !a.is_empty());
         let ask = addresses.map(async |a| {

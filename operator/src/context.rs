@@ -37,6 +37,13 @@ pub struct Context {
 }
 
 impl Context {
+    /// Waits until all StreamClusters have been seen: before that, none is missing.
+    pub async fn knows_clusters(&self) {
+        if let Some(store) = self.clusters.get() {
+            let _ = store.wait_until_ready().await;
+        }
+    }
+
     /// A StreamCluster as last seen.
     pub fn cluster(&self, namespace: &str, name: &str) -> Option<Arc<StreamCluster>> {
         let key = kube::runtime::reflector::ObjectRef::new(name).within(namespace);

@@ -4,6 +4,7 @@ use super::{Context, full_name};
 use crate::status::Failure;
 use tonic::{Request, Response, Status};
 use weir_core::delivery::{Mode, Policy, WAIT_MS_MAX};
+use weir_core::ids::{BrokerId, META_GROUP};
 use weir_core::meta::command::{ApplySubscription, ApplyTopic, Delete, Kind, Placement, SetPhase};
 use weir_core::meta::placement;
 use weir_core::meta::state as core;
@@ -143,6 +144,15 @@ impl Admin for Context {
         self.decide(|meta| {
             let broker = meta.brokers.get(&id).ok_or_else(|| no_broker(id))?;
             let wanted = if cancel { core::Phase::Active } else { core::Phase::Draining };
+            if broker.phase() == core::Phase::Expected && !cancel {
+                // it never came: nothing is to be moved
+                return Ok(Kind::SetPhase(SetPhase { broker: id, phase: 0, removed: true }).into());
+            }
+            let hears = meta.assignment(META_GROUP).is_some_and(|a| a.replica_on(BrokerId(id)).is_some());
+            if cancel && !hears {
+                let text = format!("broker {id} is out of the metadata already; let it go, and add it again");
+                return Err(Failure::new(tonic::Code::FailedPrecondition, "PHASE", text));
+            }
             if !matches!(broker.phase(), core::Phase::Active | core::Phase::Draining) {
                 let text = format!("broker {id} is {:?}; only an active one can be drained", broker.phase());
                 return Err(Failure::new(tonic::Code::FailedPrecondition, "PHASE", text));

@@ -57,7 +57,16 @@ pub async fn reconcile(cluster: Arc<StreamCluster>, context: Arc<Context>) -> Re
     let seen = look(&context, &cluster, &names).await?;
     let plan = plan::plan(&cluster, &names, &seen, Timestamp::now());
     let children = build::children(&cluster, &names, &plan.wanted, &context.settings);
-    let settings_changed = apply_children(&context, &children).await?;
+    let settings_changed = match apply_children(&context, &children).await {
+        Ok(changed) => changed,
+        Err(error) => {
+            let said = Said::new("Progressing", false, "ApplyFailed", error.to_string());
+            let conditions = plan.conditions.into_iter().map(|c| if c.kind == said.kind { said.clone() } else { c });
+            let conditions = conditions.collect();
+            report(&context, &cluster, Plan { conditions, ..plan }).await?;
+            return Err(error);
+        }
+    };
     grow_volumes(&context, &cluster, &names).await?;
     ask_brokers(&context, &cluster, &names, &plan).await?;
     if settings_changed {
@@ -155,6 +164,8 @@ async fn zone(
 fn pod_seen(pod: &Pod, revision: Option<&str>, zone: Option<String>) -> PodSeen {
     let conditions = pod.status.as_ref().and_then(|s| s.conditions.as_ref());
     let ready = conditions.is_some_and(|c| c.iter().any(|c| c.type_ == "Ready" && c.status == "True"));
+    let changed = conditions.and_then(|c| c.iter().find(|c| c.type_ == "Ready")?.last_transition_time.clone());
+    let unready_since = (!ready).then(|| changed.or_else(|| pod.creation_timestamp())).flatten().map(|t| t.0);
     PodSeen {
         name: pod.name_any(),
         uid: pod.uid().unwrap_or_default(),
@@ -163,7 +174,7 @@ fn pod_seen(pod: &Pod, revision: Option<&str>, zone: Option<String>) -> PodSeen 
         current: revision.is_none() || pod.labels().get("controller-revision-hash").map(String::as_str) == revision,
         terminating: pod.metadata.deletion_timestamp.is_some(),
         zone,
-        created: pod.creation_timestamp().map(|t| t.0),
+        unready_since,
     }
 }
 

@@ -11,6 +11,9 @@ use weir_proto::v1;
 /// A new pod that is not ready after this long holds a roll up, and people are told.
 pub const STUCK_AFTER_SECONDS: i64 = 300;
 
+/// An outdated pod that is not ready for this long is replaced though others are not whole.
+pub const BROKEN_AFTER_SECONDS: i64 = 30;
+
 /// A broker's pod as seen.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodSeen {
@@ -28,8 +31,8 @@ pub struct PodSeen {
     pub terminating: bool,
     /// Its node's failure domain, where known.
     pub zone: Option<String>,
-    /// When it was made.
-    pub created: Option<Timestamp>,
+    /// Since when it is not ready, where it is not.
+    pub unready_since: Option<Timestamp>,
 }
 
 /// What is seen.
@@ -101,9 +104,9 @@ pub fn plan(cluster: &StreamCluster, names: &Names, seen: &Seen, now: Timestamp)
     let mut calls = Vec::new();
     let pods = match snapshot {
         Some(snapshot) => scale(spec.brokers, had, names, snapshot, &mut calls),
-        // nothing was formed yet: as many as wanted; else nobody knows what may go or come
-        None if cluster_id.is_empty() => spec.brokers,
-        None => had,
+        // nothing was formed yet, or nobody says so: more may come, and none may go
+        None if cluster_id.is_empty() => spec.brokers.max(had),
+        None => had.max(known_brokers(&before, names)),
     };
     if let Some(snapshot) = snapshot {
         calls.extend(racks(seen, snapshot));
@@ -135,6 +138,12 @@ pub fn plan(cluster: &StreamCluster, names: &Names, seen: &Seen, now: Timestamp)
     Plan { wanted, calls, replace, status, conditions }
 }
 
+/// Pods that the brokers last known need.
+fn known_brokers(status: &StreamClusterStatus, names: &Names) -> i32 {
+    let ordinals = status.members.iter().filter_map(|m| names.ordinal(&m.name));
+    ordinals.max().map_or(0, |highest| highest + 1)
+}
+
 fn broker_named<'a>(snapshot: &'a Snapshot, name: &str) -> Option<&'a v1::Broker> {
     snapshot.metadata.brokers.iter().find(|b| b.name == name && b.phase != "lost")
 }
@@ -150,12 +159,15 @@ fn scale(wanted: i32, had: i32, names: &Names, snapshot: &Snapshot, calls: &mut 
         }
     }
     let mut keep = wanted;
-    for ordinal in wanted..had {
+    // also those beyond the StatefulSet: it may have been made anew with fewer
+    let ordinals = snapshot.metadata.brokers.iter().filter_map(|b| names.ordinal(&b.name));
+    let beyond = ordinals.max().map_or(0, |highest| highest + 1);
+    for ordinal in wanted..had.max(beyond) {
         let name = names.broker(ordinal);
         // lost ones too: their replicas are still being replaced
         if let Some(b) = snapshot.metadata.brokers.iter().find(|b| b.name == name) {
             keep = ordinal + 1;
-            if b.phase == "active" {
+            if b.phase == "active" || b.phase == "expected" {
                 calls.push(Call::Drain { id: b.id, name });
             }
         }
@@ -221,10 +233,11 @@ enum Roll {
 
 /// The pod to replace now. One that serves goes only when nothing else is missing; one that does not serve harms nobody by going.
 fn roll(seen: &Seen, health: &Health, pods: i32, now: Timestamp) -> (Option<PodSeen>, Roll) {
-    let stuck = |p: &&PodSeen| {
-        let age = p.created.map_or(0, |c| now.as_second() - c.as_second());
-        p.current && !p.ready && age > STUCK_AFTER_SECONDS
+    let unready = |p: &PodSeen| match p.unready_since {
+        Some(since) if !p.ready => now.as_second() - since.as_second(),
+        _ => 0,
     };
+    let stuck = |p: &&PodSeen| p.current && unready(p) > STUCK_AFTER_SECONDS;
     if !seen.template_observed {
         return (None, Roll::None);
     }
@@ -236,7 +249,10 @@ fn roll(seen: &Seen, health: &Health, pods: i32, now: Timestamp) -> (Option<PodS
         return (None, Roll::None);
     }
     let running = |waits_for: String| Roll::Running { left: old.len(), waits_for };
-    if let Some(broken) = old.iter().find(|p| !p.ready && seen.pods.iter().all(|x| x.name == p.name || x.ready)) {
+    // a pod that is unready for a moment, because another is away, is not broken
+    let all_there = seen.pods.len() as i32 == pods && seen.pods.iter().all(|p| !p.terminating);
+    let others = |p: &PodSeen| seen.pods.iter().all(|x| x.name == p.name || x.ready || !x.current);
+    if let Some(broken) = old.iter().find(|p| all_there && unready(p) > BROKEN_AFTER_SECONDS && others(p)) {
         return (Some((*broken).clone()), running(broken.name.clone()));
     }
     if !health.formed && old.iter().all(|p| !p.ready) {
@@ -446,6 +462,28 @@ mod tests {
     }
 
     #[test]
+    fn brokers_beyond_the_stateful_set_are_not_forgotten() {
+        let made_anew = decide(3, &seen(3, snapshot(5)));
+        assert_eq!(made_anew.wanted.pods, 5, "their volumes hold replicas");
+        assert_eq!(made_anew.calls.len(), 2, "and are drained");
+    }
+
+    #[test]
+    fn one_that_never_came_is_taken_back() {
+        let mut state = snapshot(4);
+        state.metadata.brokers[3].phase = "expected".into();
+        let plan = decide(3, &seen(4, state));
+        assert_eq!(plan.calls, vec![Call::Drain { id: 13, name: NAMES().broker(3) }]);
+    }
+
+    #[test]
+    fn nothing_goes_while_nobody_answers_even_if_no_cluster_is_known() {
+        let mut s = seen(5, snapshot(5));
+        s.snapshot = None;
+        assert_eq!(decide(3, &s).wanted.pods, 5);
+    }
+
+    #[test]
     fn a_drain_is_taken_back_when_the_broker_is_wanted_again() {
         let mut state = snapshot(5);
         state.metadata.brokers[4].phase = "draining".into();
@@ -490,7 +528,7 @@ mod tests {
         let mut s = seen(3, snapshot(3));
         s.pods[0].current = false;
         s.pods[2].ready = false;
-        s.pods[2].created = Some(Timestamp::from_second(10_000 - STUCK_AFTER_SECONDS - 1).unwrap());
+        s.pods[2].unready_since = Some(Timestamp::from_second(10_000 - STUCK_AFTER_SECONDS - 1).unwrap());
         let stuck = decide(3, &s);
         assert_eq!((stuck.replace.as_ref(), reason(&stuck, "Progressing")), (None, "RollStuck"));
         s.pods[2].current = false; // people changed the template again

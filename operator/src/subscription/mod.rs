@@ -24,6 +24,7 @@ const BUSY: Duration = Duration::from_secs(2);
 
 /// One look at a subscription.
 pub async fn reconcile(subscription: Arc<Subscription>, context: Arc<Context>) -> Result<Action, TopicError> {
+    context.knows_clusters().await;
     let namespace = subscription.namespace().unwrap_or_default();
     let api: Api<Subscription> = Api::namespaced(context.client.clone(), &namespace);
     let keeps = subscription.spec.deletion_policy == DeletionPolicy::Retain;
@@ -78,6 +79,14 @@ async fn apply_to(
     let generation = subscription.metadata.generation.unwrap_or(0) as u64;
     let mut snapshot = context.brokers.snapshot(&located.address).await.map_err(blocked)?;
     let there = snapshot.metadata.subscriptions.iter().find(|s| s.name == wanted.name);
+    if let Some(before) = there.filter(|s| !s.owner_uid.is_empty() && s.owner_uid != uid) {
+        // the resource before it was deleted, and what it kept is this one's now
+        let (name, owner_uid) = (wanted.name.clone(), before.owner_uid.clone());
+        let request = v1::DeleteRequest { name, owner_uid, release: true };
+        let call =
+            |mut admin: v1::admin_client::AdminClient<_>| async move { admin.delete_subscription(request).await };
+        context.brokers.call(&located.address, call).await.map_err(blocked)?;
+    }
     if !there.is_some_and(|s| s.owner_uid == uid && s.generation == generation) {
         let spec = v1::SubscriptionSpec {
             topic: wanted.topic.clone(),
@@ -143,7 +152,10 @@ async fn clean_up(subscription: &Subscription, context: &Context) -> Result<Acti
     };
     let call = |mut admin: v1::admin_client::AdminClient<_>| async move { admin.delete_subscription(request).await };
     match context.brokers.call(&located.address, call).await {
-        Ok(_) | Err(BrokerError::Refused { .. }) => Ok(Action::await_change()),
+        Ok(_) => Ok(Action::await_change()),
+        Err(BrokerError::Refused { reason, .. }) if reason == "NOT_FOUND" || reason == "CONFLICT" => {
+            Ok(Action::await_change())
+        }
         Err(error) => Err(error.into()),
     }
 }

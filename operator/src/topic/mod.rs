@@ -43,6 +43,7 @@ pub enum TopicError {
 
 /// One look at a topic.
 pub async fn reconcile(topic: Arc<Topic>, context: Arc<Context>) -> Result<Action, TopicError> {
+    context.knows_clusters().await;
     let api: Api<Topic> = Api::namespaced(context.client.clone(), &topic.namespace().unwrap_or_default());
     let keeps = topic.spec.deletion_policy == DeletionPolicy::Retain;
     if keeps && topic.metadata.deletion_timestamp.is_none() && !has_finalizer(&*topic, FINALIZER) {
@@ -124,6 +125,13 @@ async fn apply_to(
     let mut snapshot = context.brokers.snapshot(&located.address).await.map_err(blocked)?;
     let there = snapshot.metadata.topics.iter().find(|t| t.name == wanted.name);
     let same = there.is_some_and(|t| t.spec == Some(spec) && t.owner_uid == uid);
+    if let Some(before) = there.filter(|t| !t.owner_uid.is_empty() && t.owner_uid != uid) {
+        // of this name there is one resource at a time: the one before was deleted, and what it kept is this one's now
+        let (name, owner_uid) = (wanted.name.clone(), before.owner_uid.clone());
+        let request = v1::DeleteRequest { name, owner_uid, release: true };
+        let call = |mut admin: v1::admin_client::AdminClient<_>| async move { admin.delete_topic(request).await };
+        context.brokers.call(&located.address, call).await.map_err(blocked)?;
+    }
     if !same {
         let generation = topic.metadata.generation.unwrap_or(0) as u64;
         let request = v1::ApplyTopicRequest { name: wanted.name.clone(), spec: Some(spec), owner_uid: uid, generation };
@@ -211,8 +219,11 @@ async fn clean_up(topic: &Topic, context: &Context) -> Result<Action, TopicError
     };
     let call = |mut admin: v1::admin_client::AdminClient<_>| async move { admin.delete_topic(request).await };
     match context.brokers.call(&located.address, call).await {
-        // gone already, or never ours
-        Ok(_) | Err(BrokerError::Refused { .. }) => Ok(Action::await_change()),
+        Ok(_) => Ok(Action::await_change()),
+        // gone already, or another's
+        Err(BrokerError::Refused { reason, .. }) if reason == "NOT_FOUND" || reason == "CONFLICT" => {
+            Ok(Action::await_change())
+        }
         Err(error) => Err(error.into()),
     }
 }

@@ -42,7 +42,12 @@ fn plan_meta_group(meta: &MetaState) -> Option<Command> {
     if !assignment.is_settled() {
         return None;
     }
-    let leaving = |id: u64| !matches!(meta.brokers.get(&id).map(|b| b.phase()), Some(Phase::Active));
+    // one that is drained leads groups until it holds none, and must hear what becomes of them
+    let leaving = |id: u64| match meta.brokers.get(&id).map(|b| b.phase()) {
+        Some(Phase::Active) => false,
+        Some(Phase::Draining) => !holds_partitions(meta, id),
+        _ => true,
+    };
     let mut brokers: Vec<u64> = assignment.replicas.iter().map(|r| r.broker).filter(|b| !leaving(*b)).collect();
     let missing = meta.brokers.values().filter(|b| b.phase() == Phase::Active && !brokers.contains(&b.id));
     let missing: Vec<u64> = missing.map(|b| b.id).collect();
@@ -89,6 +94,11 @@ fn rebalance(meta: &MetaState) -> Option<Command> {
     let swap = |b: u64| if b == from.0 { to.0 } else { b };
     let brokers = assignment.replicas.iter().map(|r| swap(r.broker)).collect();
     Some(Kind::Reassign(Reassign { group, expected_epoch: assignment.epoch, brokers, ..Default::default() }).into())
+}
+
+fn holds_partitions(meta: &MetaState, id: u64) -> bool {
+    let partitions = meta.groups.values().filter(|a| a.topic != 0);
+    partitions.flat_map(|a| a.replicas.iter().chain(&a.leaving)).any(|r| r.broker == id)
 }
 
 /// Drained and lost brokers that hold nothing any more.
@@ -183,6 +193,26 @@ mod tests {
             let held = |a: &Assignment| a.replicas.len() as u32;
             assert!(state.groups.values().filter(|a| a.topic != 0).all(|a| held(a) == replicas));
             assert!(counts(&state).iter().all(|c| *c <= each), "{:?}", counts(&state));
+        }
+    }
+
+    #[test]
+    fn a_drained_broker_hears_the_metadata_until_it_holds_no_partition() {
+        let mut state = cluster(5, 20);
+        run(&mut state);
+        let phase = Phase::Draining.into();
+        state.apply(&Kind::SetPhase(SetPhase { broker: 5, phase, removed: false }).into()).unwrap();
+        let in_meta = |s: &MetaState| s.groups[&0].replicas.iter().any(|r| r.broker == 5);
+        while state.brokers.contains_key(&5) {
+            assert!(in_meta(&state) || !holds_partitions(&state, 5));
+            for command in plan(&state) {
+                state.apply(&command).unwrap();
+            }
+            // one group at a time gets where it should
+            if let Some((group, epoch)) = state.groups.iter().find(|(_, a)| !a.is_settled()).map(|(g, a)| (*g, a.epoch))
+            {
+                state.apply(&Kind::Settled(Settled { group, epoch }).into()).unwrap();
+            }
         }
     }
 

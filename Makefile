@@ -6,7 +6,7 @@ ROCKSDB_VERSION := $(shell sed -n '/^name = "librocksdb-sys"$$/{n;s/version = "\
 export ROCKSDB_LIB_DIR ?= $(HOME)/.cache/weir/rocksdb-$(ROCKSDB_VERSION)
 export ROCKSDB_STATIC ?= 1
 PACKAGES := clang libclang-dev cmake make g++ pkg-config
-PACKAGES_E2E := containerd runc containernetworking-plugins etcd-server conntrack iptables iproute2 prometheus
+PACKAGES_E2E := containerd runc containernetworking-plugins etcd-server conntrack iptables iproute2 prometheus openssl curl
 RUNS ?= 300
 # one selection everywhere: cargo unites features over what is selected, and another set would compile much again
 SELECTION := --workspace --all-targets

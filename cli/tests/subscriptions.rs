@@ -238,3 +238,74 @@ async fn messages_are_taken_refused_extended_and_acknowledged_one_call_at_a_time
     publish(&client, "t", 1, 1).await;
     assert_eq!(offsets(subscriber.pull(pull(10, 2_000)).await.unwrap()), [(5, 1)]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn large_messages_get_through_to_a_member_with_much_credit() {
+    let cluster = Cluster::start(1);
+    let client = Client::new(&cluster.servers).unwrap();
+    make_topic(&client, "t", 1, 1).await;
+    make_subscription(&client, "s", "t", SubscriptionMode::Shared).await;
+    let producer = Producer::open(&client, "t", Options::default()).await.unwrap();
+    const COUNT: u64 = 400;
+    let mut under_way = Vec::new();
+    for _ in 0..COUNT {
+        let record = Record { value: Some(vec![7; 100 << 10].into()), ..Default::default() };
+        under_way.push(producer.send(record).await.unwrap());
+    }
+    for outcome in under_way {
+        outcome.await.unwrap().unwrap();
+    }
+    let mut pull = Pull::open(&client, "s", "t", 0, "m", 10_000).await.unwrap();
+    let (mut seen, begun) = (std::collections::BTreeSet::new(), Instant::now());
+    while seen.len() < COUNT as usize {
+        assert!(begun.elapsed() < Duration::from_secs(30), "{} of {COUNT}", seen.len());
+        let messages = pull.next().await.unwrap().expect("the stream goes on");
+        tokio::time::sleep(Duration::from_millis(2)).await; // slower than the broker
+        seen.extend(messages.iter().map(|m| m.offset));
+        pull.ack_all(&messages).await.unwrap();
+    }
+    // one call takes what fits, and the rest with the next
+    let mut subscriber = v1::subscriber_client::SubscriberClient::new(client.channel(&cluster.servers).unwrap());
+    make_subscription(&client, "calls", "t", SubscriptionMode::Shared).await;
+    let request = v1::PullMessagesRequest { subscription: "calls".into(), wait_ms: 5_000, ..Default::default() };
+    for _ in 0..3 {
+        let got = subscriber.pull(request.clone()).await.unwrap().into_inner().messages.len();
+        assert!((1..=31).contains(&got), "{got}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_seek_back_brings_everything_again_though_a_member_goes_on_acking() {
+    let cluster = Cluster::start(1);
+    let client = Client::new(&cluster.servers).unwrap();
+    make_topic(&client, "t", 1, 1).await;
+    make_subscription(&client, "s", "t", SubscriptionMode::Exclusive).await;
+    const COUNT: u64 = 20_000;
+    publish(&client, "t", 5, COUNT).await;
+    let mut subscriber = v1::subscriber_client::SubscriberClient::new(client.channel(&cluster.servers).unwrap());
+    let (mut delivered, mut sought, mut after) = (0, false, std::collections::BTreeSet::new());
+    let begun = Instant::now();
+    while after.len() < COUNT as usize {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{} of {COUNT} after the seek", after.len());
+        let mut pull = Pull::open(&client, "s", "t", 0, "m", 500).await.unwrap();
+        while let Ok(Some(messages)) = pull.next().await {
+            delivered += messages.len() as u64;
+            let seek = !sought && delivered > COUNT / 2;
+            if seek {
+                // acks are on their way while the position moves
+                let _ = pull.ack_all(&messages).await;
+                let to = Some(v1::seek_request::To::Earliest(true));
+                subscriber.seek(v1::SeekRequest { subscription: "s".into(), partition: 0, to }).await.unwrap();
+                sought = true;
+                break;
+            }
+            if sought {
+                after.extend(messages.iter().map(|m| m.offset));
+            }
+            let _ = pull.ack_all(&messages).await;
+            if after.len() == COUNT as usize {
+                break;
+            }
+        }
+    }
+}

@@ -4,6 +4,7 @@
 set -euo pipefail
 out=${1:?folder}; here=$(cd "$(dirname "$0")" && pwd)
 kubernetes=v1.34.4 helm=v3.19.0 coredns=v1.14.7
+command -v go >/dev/null || { echo "building Kubernetes needs Go 1.24 or newer; or set KUBECONFIG and WEIR_IMAGE"; exit 1; }
 mkdir -p "$out"
 build() { # NAME-VERSION COMMAND…: the command writes to $target
   target=$out/$1

@@ -133,7 +133,8 @@ start_api() {
     --authorization-mode=Node,RBAC --bind-address=0.0.0.0 --advertise-address=$api --secure-port=6443 --cert-dir=certs \
     --service-cluster-ip-range=10.96.0.0/16 --allow-privileged=true --kubelet-preferred-address-types=InternalIP
 }
-ready() { in_net "$net" kubectl --kubeconfig kubeconfig "$@" 2>/dev/null; }
+ask() { in_net "$net" curl -sfk -H "Authorization: Bearer e2e" "https://$api:6443$1"; }
+nodes_ready() { ask '/api/v1/nodes?pretty=true' | grep -c '"reason": "KubeletReady"' || true; }
 
 mkdir -p images commands root-pause && cp "$bin/pause" root-pause/pause
 [ -f images/pause.tar ] || "$here/../../image/archive.sh" root-pause weir/pause:1 images/pause.tar 65535:65535 /pause
@@ -141,7 +142,7 @@ run etcd "$net" etcd --data-dir etcd --unsafe-no-fsync=true --listen-client-urls
   --advertise-client-urls http://127.0.0.1:2379
 start_api
 for n in $(seq 0 $((nodes - 1))); do make_node "$n"; done
-for _ in $(seq 240); do ready get --raw /readyz >/dev/null && break; sleep 0.25; done
+for _ in $(seq 240); do ask /readyz >/dev/null && break; sleep 0.25; done
 run controller-manager "$net" "$bin/kube-controller-manager" --kubeconfig kubeconfig --service-account-private-key-file=sa.key \
   --use-service-account-credentials --root-ca-file=certs/apiserver.crt --leader-elect=false --node-monitor-grace-period=20s
 run scheduler "$net" "$bin/kube-scheduler" --kubeconfig kubeconfig --leader-elect=false
@@ -159,8 +160,8 @@ cat > Corefile <<C
 C
 run coredns "$net" "$bin/coredns" -conf Corefile
 for n in $(seq 0 $((nodes - 1))); do start_node "$n"; done
-for _ in $(seq 240); do [ "$(ready get nodes | grep -c ' Ready')" = "$nodes" ] && break; sleep 0.25; done
-[ "$(ready get nodes | grep -c ' Ready')" = "$nodes" ] || { echo "the nodes did not become ready; see $home/*.log" >&2; exit 1; }
+for _ in $(seq 240); do [ "$(nodes_ready)" = "$nodes" ] && break; sleep 0.25; done
+[ "$(nodes_ready)" = "$nodes" ] || { echo "the nodes did not become ready; see $home/*.log" >&2; exit 1; }
 echo up
 while sleep 0.1; do
   for command in commands/*; do

@@ -28,12 +28,18 @@ const IDLE: Duration = Duration::from_secs(15);
 /// Looked at again after this long, while something is.
 const BUSY: Duration = Duration::from_secs(1);
 
+/// A look takes no longer.
+pub const LOOK_MAX: Duration = Duration::from_secs(20);
+
 /// Why a look at a cluster failed. It is looked at again.
 #[derive(Debug, Error)]
 pub enum ClusterError {
     /// The API server.
     #[error("{doing}: {source}")]
     Kube { doing: &'static str, source: kube::Error },
+    /// Something does not answer.
+    #[error("a look took longer than {LOOK_MAX:?}")]
+    TooLong,
     /// The brokers.
     #[error("{doing}: {source}")]
     Brokers { doing: &'static str, source: BrokerError },
@@ -43,8 +49,13 @@ fn kube(doing: &'static str) -> impl Fn(kube::Error) -> ClusterError {
     move |source| ClusterError::Kube { doing, source }
 }
 
-/// One look at a cluster.
+/// One look at a cluster, that ends within a bound: a request an API server swallowed must not be waited for for ever.
 pub async fn reconcile(cluster: Arc<StreamCluster>, context: Arc<Context>) -> Result<Action, ClusterError> {
+    let look = bring_about(cluster, context);
+    tokio::time::timeout(LOOK_MAX, look).await.unwrap_or(Err(ClusterError::TooLong))
+}
+
+async fn bring_about(cluster: Arc<StreamCluster>, context: Arc<Context>) -> Result<Action, ClusterError> {
     let names = Names::new(&cluster.namespace().unwrap_or_default(), &cluster.name_any());
     if cluster.metadata.deletion_timestamp.is_some() {
         // what it owns goes with it; volumes as the deletion policy says

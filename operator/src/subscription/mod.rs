@@ -2,6 +2,7 @@
 
 use crate::apply;
 use crate::brokers::{BrokerError, Snapshot};
+use crate::cluster::LOOK_MAX;
 use crate::conditions::{Said, merge};
 use crate::context::Context;
 use crate::locate::{Blocked, FORCE_DELETE, Located, locate};
@@ -22,8 +23,12 @@ const IDLE: Duration = Duration::from_secs(30);
 /// Between two looks, while something is missing.
 const BUSY: Duration = Duration::from_secs(2);
 
-/// One look at a subscription.
+/// One look at a subscription, within a bound.
 pub async fn reconcile(subscription: Arc<Subscription>, context: Arc<Context>) -> Result<Action, TopicError> {
+    tokio::time::timeout(LOOK_MAX, look(subscription, context)).await.unwrap_or(Err(TopicError::TooLong))
+}
+
+async fn look(subscription: Arc<Subscription>, context: Arc<Context>) -> Result<Action, TopicError> {
     context.knows_clusters().await;
     let namespace = subscription.namespace().unwrap_or_default();
     let api: Api<Subscription> = Api::namespaced(context.client.clone(), &namespace);

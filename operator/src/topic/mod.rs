@@ -2,6 +2,7 @@
 
 use crate::apply;
 use crate::brokers::{BrokerError, Snapshot};
+use crate::cluster::LOOK_MAX;
 use crate::cluster::plan::people_bytes;
 use crate::conditions::{Said, merge};
 use crate::context::Context;
@@ -36,13 +37,20 @@ pub enum TopicError {
     /// The brokers, while the resource is deleted.
     #[error("{0}")]
     Brokers(#[from] BrokerError),
+    /// Something does not answer.
+    #[error("a look took longer than {LOOK_MAX:?}")]
+    TooLong,
     /// The finalizer's patch.
     #[error("{0}")]
     Finalizer(String),
 }
 
-/// One look at a topic.
+/// One look at a topic, within a bound.
 pub async fn reconcile(topic: Arc<Topic>, context: Arc<Context>) -> Result<Action, TopicError> {
+    tokio::time::timeout(LOOK_MAX, look(topic, context)).await.unwrap_or(Err(TopicError::TooLong))
+}
+
+async fn look(topic: Arc<Topic>, context: Arc<Context>) -> Result<Action, TopicError> {
     context.knows_clusters().await;
     let api: Api<Topic> = Api::namespaced(context.client.clone(), &topic.namespace().unwrap_or_default());
     let keeps = topic.spec.deletion_policy == DeletionPolicy::Retain;

@@ -92,7 +92,6 @@ impl Hubs {
             return hub.clone();
         }
         let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
-        hubs.insert(key, commands.clone());
         let hub = Hub {
             context: context.clone(),
             group: key.0,
@@ -462,7 +461,7 @@ impl Hub {
                 return Ok(true);
             }
             let next = self.delivery.next();
-            let held = self.ahead.back().filter(|a| a.batch.end_offset() > next).is_some();
+            let held = self.ahead.back().is_some_and(|a| a.batch.end_offset() > next);
             if !held {
                 let batches = partition.read(next, READ_BYTES).await?;
                 let Some(first) = batches.first() else { return Ok(false) };

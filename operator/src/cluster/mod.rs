@@ -96,11 +96,10 @@ async fn paused(cluster: &StreamCluster, context: &Context) -> Result<Action, Cl
     let before = cluster.status.clone().unwrap_or_default();
     let mut status = before.clone();
     let mut said: Vec<Said> = Vec::new();
-    for (kind, c) in [("Ready", 0), ("Degraded", 1)]
-        .iter()
-        .filter_map(|(k, _)| before.conditions.iter().find(|c| c.type_ == *k).map(|c| (*k, c)))
-    {
-        said.push(Said::new(kind, c.status == "True", "Paused", c.message.clone()));
+    for kind in ["Ready", "Degraded"] {
+        if let Some(c) = before.conditions.iter().find(|c| c.type_ == kind) {
+            said.push(Said::new(kind, c.status == "True", "Paused", c.message.clone()));
+        }
     }
     said.push(Said::new("Progressing", false, "Paused", "spec.paused is true: nothing is changed until it is false"));
     status.conditions = merge(&before.conditions, said, cluster.metadata.generation, Timestamp::now());

@@ -6,7 +6,7 @@ use crate::cluster::LOOK_MAX;
 use crate::conditions::{Said, merge};
 use crate::context::Context;
 use crate::locate::{Blocked, FORCE_DELETE, Located, locate};
-use crate::topic::{TopicError, blocked, has_finalizer};
+use crate::topic::{TopicError, blocked, has_finalizer, told};
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::controller::Action;
 use kube::runtime::finalizer::{self, Event, finalizer};
@@ -156,11 +156,5 @@ async fn clean_up(subscription: &Subscription, context: &Context) -> Result<Acti
         release: subscription.spec.deletion_policy == DeletionPolicy::Retain,
     };
     let call = |mut admin: v1::admin_client::AdminClient<_>| async move { admin.delete_subscription(request).await };
-    match context.brokers.call(&located.address, call).await {
-        Ok(_) => Ok(Action::await_change()),
-        Err(BrokerError::Refused { reason, .. }) if reason == "NOT_FOUND" || reason == "CONFLICT" => {
-            Ok(Action::await_change())
-        }
-        Err(error) => Err(error.into()),
-    }
+    told(context.brokers.call(&located.address, call).await)
 }

@@ -226,7 +226,12 @@ async fn clean_up(topic: &Topic, context: &Context) -> Result<Action, TopicError
         release,
     };
     let call = |mut admin: v1::admin_client::AdminClient<_>| async move { admin.delete_topic(request).await };
-    match context.brokers.call(&located.address, call).await {
+    told(context.brokers.call(&located.address, call).await)
+}
+
+/// Whether the brokers know of a deletion, so that the resource may go.
+pub fn told<T>(answer: Result<T, BrokerError>) -> Result<Action, TopicError> {
+    match answer {
         Ok(_) => Ok(Action::await_change()),
         // gone already, or another's
         Err(BrokerError::Refused { reason, .. }) if reason == "NOT_FOUND" || reason == "CONFLICT" => {

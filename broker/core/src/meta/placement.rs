@@ -1,7 +1,8 @@
 //! Where replicas go: pure functions over counts. Spread over racks first, then by load; stable: asked again, they change as little as they can.
 
-use super::state::{MetaState, Phase};
+use super::state::{Assignment, MetaState, Phase};
 use crate::ids::BrokerId;
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use thiserror::Error;
 
@@ -83,30 +84,52 @@ pub fn next_broker(brokers: &[Candidate], chosen: &[BrokerId]) -> Option<BrokerI
         .map(|b| b.id)
 }
 
-/// One move that evens out replicas: from the fullest broker to the emptiest, where they differ by more than one.
-/// Returns (group, from, to).
+/// One move that evens out replicas: from a fuller broker to an emptier one, where they differ by more than one and no
+/// partition stands in fewer racks afterwards. The pair furthest apart comes first; where racks forbid it, the next.
+/// Each move brings the counts closer together, so a sequence of them ends. Returns (group, from, to).
 pub fn rebalance_step(meta: &MetaState) -> Option<(u64, BrokerId, BrokerId)> {
     let brokers = candidates(meta);
-    let fullest = brokers.iter().max_by_key(|b| (b.replicas, b.id))?;
-    let emptiest = brokers.iter().min_by_key(|b| (b.replicas, b.id))?;
-    if fullest.replicas <= emptiest.replicas + 1 {
-        return None;
-    }
     let racks: BTreeMap<u64, &str> = brokers.iter().map(|b| (b.id.0, b.rack.as_str())).collect();
+    let mut pairs: Vec<(&Candidate, &Candidate)> = brokers
+        .iter()
+        .flat_map(|from| brokers.iter().map(move |to| (from, to)))
+        .filter(|(from, to)| from.replicas > to.replicas + 1)
+        .collect();
+    pairs.sort_by_key(|(from, to)| (Reverse(from.replicas - to.replicas), to.id, Reverse(from.id)));
+    pairs.into_iter().find_map(|(from, to)| Some((movable(meta, &racks, from.id, to.id)?, from.id, to.id)))
+}
+
+/// A group that may go from one broker to another without standing in fewer racks.
+fn movable(meta: &MetaState, racks: &BTreeMap<u64, &str>, from: BrokerId, to: BrokerId) -> Option<u64> {
     let spread =
         |ids: &mut dyn Iterator<Item = u64>| ids.filter_map(|id| racks.get(&id)).collect::<BTreeSet<_>>().len();
     meta.groups
         .iter()
         .filter(|(_, a)| a.topic != 0 && a.is_settled())
-        .filter(|(_, a)| a.replica_on(fullest.id).is_some() && a.replica_on(emptiest.id).is_none())
+        .filter(|(_, a)| a.replica_on(from).is_some() && a.replica_on(to).is_none())
         .filter(|(_, a)| {
             let before = spread(&mut a.replicas.iter().map(|r| r.broker));
-            let swap = |b: u64| if b == fullest.id.0 { emptiest.id.0 } else { b };
+            let swap = |b: u64| if b == from.0 { to.0 } else { b };
             spread(&mut a.replicas.iter().map(|r| swap(r.broker))) >= before
         })
         // moving a replica that leads costs a leader change: prefer the others
-        .min_by_key(|(id, a)| (a.replicas[0].broker == fullest.id.0, **id))
-        .map(|(id, _)| (*id, fullest.id, emptiest.id))
+        .min_by_key(|(id, a)| (a.replicas[0].broker == from.0, **id))
+        .map(|(id, _)| *id)
+}
+
+/// One change of a preferred leader that evens out who leads: from the broker preferred most often to another that holds
+/// a replica and is preferred less often by more than one. Moves no data. Returns (group, new preferred leader).
+pub fn lead_step(meta: &MetaState) -> Option<(u64, BrokerId)> {
+    let leaders: BTreeMap<u64, u32> = candidates(meta).iter().map(|b| (b.id.0, b.leaders)).collect();
+    let gain = |a: &Assignment| {
+        let (first, rest) = a.replicas.split_first()?;
+        let most = *leaders.get(&first.broker)?;
+        let least = rest.iter().filter_map(|r| Some((*leaders.get(&r.broker)?, r.broker))).min()?;
+        (most > least.0 + 1).then(|| (most - least.0, BrokerId(least.1)))
+    };
+    let groups = meta.groups.iter().filter(|(_, a)| a.topic != 0 && a.is_settled());
+    let best = groups.filter_map(|(id, a)| gain(a).map(|(by, to)| (Reverse(by), *id, to))).min()?;
+    Some((best.1, best.2))
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //! it has nothing to say once all is as wanted.
 
 use super::command::{Command, Kind, Reassign, SetPhase};
-use super::placement::{candidates, next_broker, rebalance_step};
+use super::placement::{candidates, lead_step, next_broker, rebalance_step};
 use super::state::{Assignment, MetaState, Phase};
 use crate::ids::{BrokerId, META_GROUP};
 use std::collections::BTreeMap;
@@ -88,12 +88,18 @@ fn changed_brokers(meta: &MetaState, assignment: &Assignment, replicas: usize) -
     (sorted != before).then_some(after)
 }
 
+/// Evens out replicas; once they are, preferred leaders.
 fn rebalance(meta: &MetaState) -> Option<Command> {
-    let (group, from, to) = rebalance_step(meta)?;
-    let assignment = &meta.groups[&group];
-    let swap = |b: u64| if b == from.0 { to.0 } else { b };
-    let brokers = assignment.replicas.iter().map(|r| swap(r.broker)).collect();
-    Some(Kind::Reassign(Reassign { group, expected_epoch: assignment.epoch, brokers, ..Default::default() }).into())
+    let brokers_of = |group: u64| meta.groups[&group].replicas.iter().map(|r| r.broker);
+    let (group, brokers): (u64, Vec<u64>) = if let Some((group, from, to)) = rebalance_step(meta) {
+        (group, brokers_of(group).map(|b| if b == from.0 { to.0 } else { b }).collect())
+    } else {
+        let (group, leader) = lead_step(meta)?;
+        let others = brokers_of(group).filter(|b| *b != leader.0);
+        (group, std::iter::once(leader.0).chain(others).collect())
+    };
+    let expected_epoch = meta.groups[&group].epoch;
+    Some(Kind::Reassign(Reassign { group, expected_epoch, brokers, ..Default::default() }).into())
 }
 
 fn holds_partitions(meta: &MetaState, id: u64) -> bool {
@@ -171,6 +177,26 @@ mod tests {
         }
         run(&mut state);
         assert_eq!((counts(&state), state.brokers.len()), (vec![10, 10, 10], 3));
+    }
+
+    #[test]
+    fn brokers_added_in_two_of_three_racks_take_their_share_of_those_racks() {
+        // found by an end-to-end run: the fullest broker stood alone in its rack, and nothing was moved at all
+        for alone in ["a", "b", "c"] {
+            let mut state = cluster(3, 12);
+            let racks = |at: usize| ["a", "b", "c"][at];
+            state.brokers.values_mut().enumerate().for_each(|(at, b)| b.rack = racks(at).into());
+            for (at, rack) in ["a", "b", "c"].into_iter().filter(|r| *r != alone).enumerate() {
+                let broker = Broker { name: format!("b-{}", at + 4), rack: rack.into(), ..Default::default() };
+                state.apply(&Kind::Expect(broker.clone()).into()).unwrap();
+                state.apply(&Kind::Register(broker).into()).unwrap();
+            }
+            run(&mut state);
+            for broker in candidates(&state) {
+                assert_eq!(broker.replicas, if broker.rack == alone { 12 } else { 6 }, "{broker:?}");
+                assert!((2..=3).contains(&broker.leaders), "{broker:?}");
+            }
+        }
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! The two threads of a broker. One runs the core and never touches the disk; the other writes and syncs rounds,
-//! taking all that have gathered at once. A failed write or sync ends the process: nothing is acknowledged after it.
+//! The threads of a broker. One runs the core and never waits for the disk; one writes and syncs rounds,
+//! taking all that have gathered at once; one reads old entries for followers that are behind. A failed write or sync ends the process: nothing is acknowledged after it.
 
 use crate::metrics::Metrics;
 use crate::shared::Shared;
@@ -10,10 +10,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use weir_core::batch::BatchHeader;
 use weir_core::entry::Control;
+use weir_core::eraftpb::Entry;
 use weir_core::ids::{BrokerId, GroupId, Ticket};
 use weir_core::meta::command::Command;
-use weir_core::node::{Effects, Envelope, LeaderInfo, Node, Now, PeerMessage, Reply, Round};
-use weir_core::storage::Store;
+use weir_core::node::{Effects, Envelope, Fetch, LeaderInfo, Node, Now, PeerMessage, Reply, Round};
+use weir_core::storage::{Store, StoreError};
 
 /// Where a reply goes.
 pub enum ReplyTo {
@@ -49,6 +50,8 @@ pub enum Event {
     Written(u64),
     /// And synced.
     Synced(u64),
+    /// Old entries were read.
+    Fetched(Fetch, Result<Vec<Entry>, StoreError>),
     /// Runs on the thread, with the node at hand.
     Ask(Box<dyn FnOnce(&mut Node) + Send>),
     /// The last: checkpoints are written, then both threads end.
@@ -128,7 +131,12 @@ pub fn run(
     let (rounds, disk) = channel();
     let disk_metrics = metrics.clone();
     let disk_thread = std::thread::Builder::new().name("weir-disk".into());
+    let (reads, reader) = channel();
+    let (reader_store, reader_handle) = (store.clone(), handle.clone());
+    let reader_thread = std::thread::Builder::new().name("weir-reader".into());
+    reader_thread.spawn(move || run_reader(&*reader_store, &reader, &reader_handle)).expect("a thread");
     let disk_thread = disk_thread.spawn(move || run_disk(&*store, &disk, &handle, &disk_metrics)).expect("a thread");
+    let to_disk = Disk { rounds, reads };
     let mut waiting: HashMap<Ticket, ReplyTo> = HashMap::new();
     let mut last_ticket = 0;
     let tick = Duration::from_millis(25);
@@ -148,13 +156,13 @@ pub fn run(
             event = events.try_recv().ok();
         }
         let effects = node.drain();
-        carry_out(&node, effects, &shared, &metrics, &rounds, &mut waiting, &mut peers);
+        carry_out(&node, effects, &shared, &metrics, &to_disk, &mut waiting, &mut peers);
     }
     node.checkpoint_all();
     if let Some(round) = node.drain().round {
-        let _ = rounds.send(round);
+        let _ = to_disk.rounds.send(round);
     }
-    drop(rounds);
+    drop(to_disk);
     let _ = disk_thread.join();
     if let Some(stopped) = stop {
         let _ = stopped.send(());
@@ -184,10 +192,17 @@ fn take(
         }
         Event::Written(round) => node.written(round),
         Event::Synced(round) => node.synced(round),
+        Event::Fetched(fetch, read) => node.fetched(fetch, read),
         Event::Ask(read) => read(node),
         Event::Stop(stopped) => return Some(stopped),
     }
     None
+}
+
+/// The threads that touch the disk.
+struct Disk {
+    rounds: Sender<Round>,
+    reads: Sender<Fetch>,
 }
 
 fn carry_out(
@@ -195,12 +210,15 @@ fn carry_out(
     effects: Effects,
     shared: &Shared,
     metrics: &Metrics,
-    rounds: &Sender<Round>,
+    disk: &Disk,
     waiting: &mut HashMap<Ticket, ReplyTo>,
     peers: &mut impl PeerSender,
 ) {
     if let Some(round) = effects.round {
-        let _ = rounds.send(round);
+        let _ = disk.rounds.send(round);
+    }
+    for fetch in effects.fetches {
+        let _ = disk.reads.send(fetch);
     }
     for damage in effects.damage {
         metrics.damage.inc();
@@ -252,6 +270,13 @@ fn run_disk(store: &dyn Store, rounds: &Receiver<Round>, handle: &NodeHandle, me
             metrics.sync_seconds.observe(started.elapsed().as_secs_f64());
         }
         handle.send(Event::Synced(last));
+    }
+}
+
+fn run_reader(store: &dyn Store, reads: &Receiver<Fetch>, handle: &NodeHandle) {
+    while let Ok(fetch) = reads.recv() {
+        let read = store.entries(fetch.group, fetch.low, fetch.high, fetch.bytes_max);
+        handle.send(Event::Fetched(fetch, read));
     }
 }
 

@@ -8,7 +8,7 @@ use crate::ids::{BrokerId, GroupId, META_GROUP, ReplicaId, Ticket};
 use crate::log::GroupLog;
 use crate::meta::command::Command;
 use crate::meta::state::MetaState;
-use crate::node::{Effects, Envelope, LeaderInfo, Limits, Refusal, Reply};
+use crate::node::{Effects, Envelope, Fetch, LeaderInfo, Limits, Refusal, Reply};
 use crate::partition::{LogSums, PartitionState};
 use crate::producer::{ProducerTable, Verdict};
 use crate::storage::{Checkpoint, HardState, Store, StoreError, StoredGroup, WriteOp};
@@ -298,6 +298,36 @@ impl Group {
         // a message Raft does not want is dropped, as the network might have
         let _ = self.raft.step(message);
         self.choose_timeout(salt);
+        Ok(())
+    }
+
+    /// Reads that followers wait for and that were not handed out yet.
+    pub(crate) fn take_fetches(&self) -> impl Iterator<Item = Fetch> + '_ {
+        let high = self.log().tail().first_index();
+        let (group, bytes_max) = (self.id, self.limits.message_bytes_max);
+        self.log().take_wanted().into_iter().filter(move |low| *low < high).map(move |low| Fetch {
+            group,
+            low,
+            high,
+            bytes_max,
+        })
+    }
+
+    /// What was read for followers that are behind: it is sent to them. `Err` means that this replica is damaged.
+    pub(crate) fn fetched(&mut self, low: u64, read: Result<Vec<Entry>, StoreError>) -> Result<(), StoreError> {
+        if !self.log().awaits(low) {
+            return Ok(()); // leadership went meanwhile, or the log was replaced
+        }
+        let truncated = low <= self.log().oldest().map_or(0, |c| c.index);
+        let entries = match read {
+            Ok(entries) => entries,
+            Err(_) if truncated => Vec::new(), // retention was faster: Raft sends a checkpoint
+            Err(error) => return Err(error),
+        };
+        for context in self.log().fetched(low, entries) {
+            self.raft.on_entries_fetched(context);
+        }
+        self.log().drop_fetched();
         Ok(())
     }
 
@@ -610,6 +640,7 @@ impl Group {
         }
         if self.lead.as_ref().is_some_and(|l| !leads || l.term != term) {
             self.lead = None;
+            self.log().forget_fetches();
             self.fail_waiters(out);
             out.leaders.push(self.id);
         }

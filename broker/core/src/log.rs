@@ -5,7 +5,8 @@ use crate::storage::{Checkpoint, HardState, Store, StoreError};
 use crate::tail::Tail;
 use raft::eraftpb::{ConfState, Entry, HardState as RaftHardState, Snapshot};
 use raft::{GetEntriesContext, RaftState, Result as RaftResult, Storage, StorageError};
-use std::collections::VecDeque;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 /// What stays in memory of each checkpoint.
@@ -27,6 +28,20 @@ impl From<&Checkpoint> for CheckpointInfo {
     }
 }
 
+/// Old entries that followers behind the tail need: read from the store by others than the core, which does not wait for a disk.
+#[derive(Default)]
+struct Fetching {
+    /// asked for, by first index: whom to send them to once they are here, and whether the read was handed out
+    wanted: BTreeMap<u64, (Vec<GetEntriesContext>, bool)>,
+    /// read, by first index
+    here: BTreeMap<u64, Vec<Entry>>,
+    /// terms before a read, by index
+    terms: BTreeMap<u64, u64>,
+}
+
+/// Reads under way for one group; beyond them a follower is asked again with its next heartbeat.
+const FETCHES_MAX: usize = 8;
+
 /// The log of one group.
 pub struct GroupLog {
     group: GroupId,
@@ -38,6 +53,7 @@ pub struct GroupLog {
     oldest: Option<Checkpoint>,
     checkpoints: VecDeque<CheckpointInfo>,
     last_index: u64,
+    fetching: RefCell<Fetching>,
 }
 
 impl GroupLog {
@@ -63,7 +79,63 @@ impl GroupLog {
             oldest: checkpoints.first().cloned(),
             checkpoints: checkpoints.iter().map(CheckpointInfo::from).collect(),
             last_index: last_index.max(newest.map_or(0, |c| c.index)),
+            fetching: RefCell::default(),
         }
+    }
+
+    /// First indexes of the reads that were asked for and not handed out yet; they count as handed out now.
+    pub(crate) fn take_wanted(&self) -> Vec<u64> {
+        let wanted = &mut self.fetching.borrow_mut().wanted;
+        let new = wanted.iter_mut().filter(|(_, (_, out))| !out);
+        new.map(|(low, (_, out))| {
+            *out = true;
+            *low
+        })
+        .collect()
+    }
+
+    /// Whether a read from `low` on is still waited for.
+    pub(crate) fn awaits(&self, low: u64) -> bool {
+        self.fetching.borrow().wanted.contains_key(&low)
+    }
+
+    /// What was read from `low` on; who waited for it.
+    pub(crate) fn fetched(&self, low: u64, entries: Vec<Entry>) -> Vec<GetEntriesContext> {
+        let mut fetching = self.fetching.borrow_mut();
+        let Some((contexts, _)) = fetching.wanted.remove(&low) else { return Vec::new() };
+        if let Some(last) = entries.last() {
+            fetching.terms.insert(last.index, last.term);
+            while fetching.terms.len() > 2 * FETCHES_MAX {
+                fetching.terms.pop_first();
+            }
+            fetching.here.insert(low, entries);
+        }
+        contexts
+    }
+
+    /// Drops what was read and nobody took, and what was asked for: leadership went, or the log was replaced.
+    pub(crate) fn forget_fetches(&self) {
+        *self.fetching.borrow_mut() = Fetching::default();
+    }
+
+    /// What was read and is needed no more: all followers that waited have been served.
+    pub(crate) fn drop_fetched(&self) {
+        self.fetching.borrow_mut().here.clear();
+    }
+
+    fn fetch(&self, low: u64, context: GetEntriesContext) -> RaftResult<Vec<Entry>> {
+        let mut fetching = self.fetching.borrow_mut();
+        if let Some(entries) = fetching.here.get(&low) {
+            return Ok(entries.clone());
+        }
+        if let Some((contexts, _)) = fetching.wanted.get_mut(&low) {
+            if contexts.len() < FETCHES_MAX {
+                contexts.push(context);
+            }
+        } else if fetching.wanted.len() < FETCHES_MAX {
+            fetching.wanted.insert(low, (vec![context], false));
+        }
+        Err(raft::Error::Store(StorageError::LogTemporarilyUnavailable))
     }
 
     /// Reads what follows the newest checkpoint into the tail. To be called once, before Raft starts.
@@ -103,6 +175,7 @@ impl GroupLog {
 
     /// Replaces everything by a checkpoint from the leader.
     pub fn install(&mut self, checkpoint: Checkpoint) {
+        self.forget_fetches();
         self.tail.reset(checkpoint.index + 1, checkpoint.next_offset);
         self.tail.set_high_watermark(checkpoint.next_offset);
         self.tail.set_start_offset(checkpoint.next_offset);
@@ -168,7 +241,7 @@ impl Storage for GroupLog {
         low: u64,
         high: u64,
         max_size: impl Into<Option<u64>>,
-        _: GetEntriesContext,
+        context: GetEntriesContext,
     ) -> RaftResult<Vec<Entry>> {
         if low < self.first() {
             return Err(raft::Error::Store(StorageError::Compacted));
@@ -176,6 +249,9 @@ impl Storage for GroupLog {
         let bytes_max = max_size.into().unwrap_or(u64::MAX);
         if let Some(entries) = self.tail.entries(low, high, bytes_max) {
             return Ok(entries);
+        }
+        if context.can_async() {
+            return self.fetch(low, context);
         }
         let high = high.min(self.tail.first_index());
         self.store.entries(self.group, low, high, bytes_max).map_err(other)
@@ -190,10 +266,14 @@ impl Storage for GroupLog {
             Some(oldest) if index < oldest.index => Err(raft::Error::Store(StorageError::Compacted)),
             None if index == 0 => Ok(0),
             _ if index > self.last_index => Err(raft::Error::Store(StorageError::Unavailable)),
-            _ => match self.store.entries(self.group, index, index + 1, 0) {
-                Ok(entries) => Ok(entries[0].term),
-                Err(error) => Err(other(error)),
-            },
+            _ => {
+                if let Some(term) = self.fetching.borrow().terms.get(&index) {
+                    return Ok(*term);
+                }
+                let entries = self.store.entries(self.group, index, index + 1, 0).map_err(other)?;
+                self.fetching.borrow_mut().terms.insert(index, entries[0].term);
+                Ok(entries[0].term)
+            }
         }
     }
 

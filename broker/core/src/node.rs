@@ -39,6 +39,8 @@ pub struct Limits {
     pub rounds_max: usize,
     /// A message whose term is further than this beyond ours is refused.
     pub term_jump_max: u64,
+    /// Old entries read for followers that are behind, bytes each second over all groups: live traffic keeps the rest.
+    pub catch_up_bytes_per_second: u64,
     /// How long a leader leads before it hands over to the preferred one, ms.
     pub balance_after_ms: u64,
 }
@@ -56,6 +58,7 @@ impl Default for Limits {
             tail_bytes_max: 96 << 20,
             rounds_max: 32,
             term_jump_max: 1 << 20,
+            catch_up_bytes_per_second: 96 << 20,
             balance_after_ms: 5_000,
         }
     }
@@ -145,6 +148,19 @@ pub struct Round {
     pub sync: bool,
 }
 
+/// Old entries to read from the store, for followers that are behind. Answered by [`Node::fetched`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fetch {
+    /// Of this group
+    pub group: GroupId,
+    /// from this index on
+    pub low: u64,
+    /// up to and not including this one,
+    pub high: u64,
+    /// at most so many bytes, but at least one entry.
+    pub bytes_max: u64,
+}
+
 /// What the node wants done.
 #[derive(Default)]
 pub struct Effects {
@@ -152,6 +168,8 @@ pub struct Effects {
     pub round: Option<Round>,
     /// To send now.
     pub messages: Vec<(BrokerId, Envelope)>,
+    /// To read, beside everything else.
+    pub fetches: Vec<Fetch>,
     /// To tell all other brokers.
     pub announce: Vec<LeaderInfo>,
     /// To answer.
@@ -203,6 +221,9 @@ pub struct Node {
     pub(crate) settled: BTreeMap<GroupId, u64>,
     pub(crate) to_renew: BTreeMap<GroupId, ReplicaId>,
     pub(crate) resigning: bool,
+    /// reads that wait for their turn, and what may be read until the next tick, bytes
+    fetches: VecDeque<Fetch>,
+    fetch_budget: u64,
     pub(crate) out: Effects,
 }
 
@@ -236,6 +257,8 @@ impl Node {
             settled: BTreeMap::new(),
             to_renew: BTreeMap::new(),
             resigning: false,
+            fetches: VecDeque::new(),
+            fetch_budget: 0,
             out: Effects::default(),
         };
         for stored in store.load()? {
@@ -358,6 +381,8 @@ impl Node {
             return;
         }
         self.last_tick_ms = if late > 4 { now.mono_ms } else { self.last_tick_ms + late * self.limits.tick_ms };
+        // what was read too much is made up for, what was not read is not kept
+        self.fetch_budget = self.limits.catch_up_bytes_per_second * self.limits.tick_ms * late.min(4) / 1_000;
         for _ in 0..late.min(4) {
             self.ticks += 1;
             let salt = self.salt();
@@ -494,11 +519,33 @@ impl Node {
         }
     }
 
+    /// What a [`Fetch`] read, or why it could not.
+    pub fn fetched(&mut self, fetch: Fetch, read: Result<Vec<raft::eraftpb::Entry>, StoreError>) {
+        let Some(group) = self.groups.get_mut(&fetch.group) else { return };
+        let replica = group.replica();
+        match group.fetched(fetch.low, read) {
+            Ok(()) => {
+                self.dirty.insert(fetch.group);
+            }
+            Err(error) => self.quarantine(fetch.group, replica, error),
+        }
+    }
+
+    /// Hands out reads for followers that are behind, as far as their budget goes.
+    fn drain_fetches(&mut self) {
+        while let Some(fetch) = self.fetches.front().copied().filter(|_| self.fetch_budget > 0) {
+            self.fetches.pop_front();
+            self.fetch_budget = self.fetch_budget.saturating_sub(fetch.bytes_max);
+            self.out.fetches.push(fetch);
+        }
+    }
+
     /// Everything to do now. While too many rounds are under way, what needs the disk waits.
     pub fn drain(&mut self) -> Effects {
         if self.rounds.len() < self.limits.rounds_max {
             self.drain_groups();
         }
+        self.drain_fetches();
         std::mem::take(&mut self.out)
     }
 
@@ -510,6 +557,8 @@ impl Node {
             let replica = group.replica();
             if let Err(error) = group.drain(&mut self.ops, &mut parts, &mut self.out) {
                 self.quarantine(id, replica, error);
+            } else {
+                self.fetches.extend(group.take_fetches());
             }
             if let Some(meta) = self.out.meta.clone()
                 && !Arc::ptr_eq(&meta, &self.meta)

@@ -9,7 +9,7 @@ use weir_core::ids::{BrokerId, GroupId, ReplicaId, Ticket};
 use weir_core::meta::command::{ApplyTopic, Command, Kind, Placement};
 use weir_core::meta::placement;
 use weir_core::meta::state::{Broker, MetaState, TopicSpec};
-use weir_core::node::{Limits, Node, Now, PeerMessage, Reply, mix};
+use weir_core::node::{Fetch, Limits, Node, Now, PeerMessage, Reply, mix};
 use weir_store::mem::MemStore;
 
 /// Seeded choices.
@@ -33,6 +33,8 @@ struct Host {
     store: Arc<MemStore>,
     /// rounds the disk has not finished: (id, due, sync)
     disk: VecDeque<(u64, u64, bool)>,
+    /// reads it has not finished, by when they will be
+    reads: VecDeque<(u64, Fetch)>,
     restart_at: u64,
 }
 
@@ -61,6 +63,8 @@ pub struct World {
     next_value: u64,
     /// acknowledged: value → (producer, offset)
     pub acked: BTreeMap<u64, (usize, u64)>,
+    /// reads of old entries for followers that were behind
+    pub fetched: u64,
     /// a hash over everything that happened
     pub trace: u64,
 }
@@ -94,13 +98,17 @@ impl World {
             next_ticket: 1,
             next_value: 1,
             acked: BTreeMap::new(),
+            fetched: 0,
             trace: 0,
         };
         for id in (1..=brokers).map(BrokerId) {
             let store = Arc::new(MemStore::default());
             let mut node = world.open(id, store.clone());
             node.create_meta(ReplicaId(id.0), Some(&meta));
-            world.hosts.insert(id, Host { node: Some(node), store, disk: VecDeque::new(), restart_at: 0 });
+            world.hosts.insert(
+                id,
+                Host { node: Some(node), store, disk: VecDeque::new(), reads: VecDeque::new(), restart_at: 0 },
+            );
             world.pump(id);
         }
         world
@@ -214,6 +222,7 @@ impl World {
             let keep = keep.min(host.store.unsynced());
             host.store.crash(if keep == 3 { host.store.unsynced() } else { 0 });
             host.disk.clear();
+            host.reads.clear();
             host.restart_at = now + down_ms;
             self.tickets.retain(|_, (broker, _)| *broker != id);
             // a process that ends breaks its connections; a machine that loses power says nothing
@@ -247,6 +256,11 @@ impl World {
             }
             node.synced(round);
         }
+        while host.reads.front().is_some_and(|(due, _)| *due <= now) {
+            let (_, fetch) = host.reads.pop_front().expect("just seen");
+            let Fetch { group, low, high, bytes_max } = fetch;
+            node.fetched(fetch, weir_core::storage::Store::entries(&*host.store, group, low, high, bytes_max));
+        }
     }
 
     fn pump(&mut self, id: BrokerId) {
@@ -259,6 +273,11 @@ impl World {
             // the disk works in order
             let due = host.disk.back().map_or(due, |last| due.max(last.1));
             host.disk.push_back((round.id, due, round.sync));
+        }
+        for fetch in effects.fetches {
+            self.fetched += 1;
+            let due = self.now + 1 + self.dice.roll(20);
+            self.hosts.get_mut(&id).expect("a host").reads.push_back((due, fetch));
         }
         for (to, envelope) in effects.messages {
             self.post(id, to, PeerMessage::Raft(envelope));

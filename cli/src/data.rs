@@ -9,8 +9,9 @@ use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::sync::mpsc;
-use weir_client::consumer::{self, From, Message, Pull};
+use weir_client::consumer::{self, From, Message};
 use weir_client::producer::{Options, Producer};
+use weir_client::subscriber::Subscriber;
 use weir_client::{Client, Record};
 
 #[derive(Args)]
@@ -175,80 +176,15 @@ pub(crate) async fn consume(client: &Client, args: Consume, output: Output) -> a
 }
 
 async fn consume_subscription(client: &Client, name: &str, max: u64, output: Output) -> anyhow::Result<()> {
-    let full = if name.contains('/') { name.to_owned() } else { format!("default/{name}") };
-    let cluster = client.cluster();
-    let found = cluster.metadata.subscriptions.iter().find(|s| s.name == full);
-    let found = found.with_context(|| format!("subscription {full} does not exist"))?;
-    let topic = found.spec.as_ref().map(|s| s.topic.clone()).unwrap_or_default();
-    let count = cluster.topic(&topic).with_context(|| format!("topic {topic} does not exist"))?.partitions.len();
-    let member = format!("weir-{}", std::process::id());
-    let (sender, mut receiver) = mpsc::channel::<(Vec<Message>, mpsc::Sender<usize>)>(4);
-    // partition 0 first: two consumers that start at once do not share an exclusive subscription between them
-    let mut pulls = Vec::new();
-    for partition in 0..count as u32 {
-        pulls.push(Pull::open(client, name, &topic, partition, &member, 1_000).await?);
+    let mut subscriber = Subscriber::open(client, name, Default::default()).await?;
+    for _ in 0..max {
+        let Some(next) = subscriber.next().await else { break };
+        let delivered = next?;
+        print(&delivered.message, output)?;
+        delivered.ack();
     }
-    for (partition, pull) in pulls.into_iter().enumerate() {
-        let task = PullTask {
-            client: client.clone(),
-            name: name.to_owned(),
-            topic: topic.clone(),
-            partition: partition as u32,
-            member: member.clone(),
-        };
-        tokio::spawn(task.run(pull, sender.clone()));
-    }
-    drop(sender);
-    let mut left = max;
-    while let Some((messages, done)) = receiver.recv().await {
-        let taken = messages.len().min(left.min(usize::MAX as u64) as usize);
-        for message in &messages[..taken] {
-            print(message, output)?;
-        }
-        left -= taken as u64;
-        let _ = done.send(taken).await;
-        if left == 0 {
-            // the last acks are on their way
-            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
-            return Ok(());
-        }
-    }
+    drop(subscriber);
+    // the last acks are on their way
+    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
     Ok(())
-}
-
-struct PullTask {
-    client: Client,
-    name: String,
-    topic: String,
-    partition: u32,
-    member: String,
-}
-
-impl PullTask {
-    /// Delivers one partition's messages one list at a time; acks what was taken; opens again after a failover.
-    async fn run(self, mut pull: Pull, out: mpsc::Sender<(Vec<Message>, mpsc::Sender<usize>)>) {
-        loop {
-            match pull.next().await {
-                Ok(Some(messages)) if messages.is_empty() => {}
-                Ok(Some(messages)) => {
-                    let (done, mut taken) = mpsc::channel(1);
-                    if out.send((messages.clone(), done)).await.is_err() {
-                        return;
-                    }
-                    let Some(taken) = taken.recv().await else { return };
-                    let _ = pull.ack_all(&messages[..taken]).await;
-                }
-                Ok(None) | Err(_) => {
-                    let _ = self.client.refresh().await;
-                    match Pull::open(&self.client, &self.name, &self.topic, self.partition, &self.member, 1_000).await {
-                        Ok(again) => pull = again,
-                        Err(error) => {
-                            eprintln!("weir: {error}");
-                            return;
-                        }
-                    }
-                }
-            }
-        }
-    }
 }

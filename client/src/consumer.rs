@@ -200,30 +200,47 @@ impl Pull {
 
     /// Acks these messages, and gives credit for as many more.
     pub async fn ack_all(&self, messages: &[Message]) -> Result<(), Error> {
-        let mut acks: Vec<v1::OffsetRange> = Vec::new();
-        for m in messages {
-            match acks.last_mut().filter(|last| last.end == m.offset) {
-                Some(last) => last.end += 1,
-                None => acks.push(v1::OffsetRange { start: m.offset, end: m.offset + 1 }),
-            }
-        }
-        let request = v1::PullRequest { acks, credit_messages: messages.len() as u32, ..Default::default() };
-        self.requests.send(request).await.map_err(|_| Error::Closed)
+        let offsets: Vec<u64> = messages.iter().map(|m| m.offset).collect();
+        self.answer(&offsets, &[], &[]).await
     }
 
     /// Gives a message back: it comes again after `delay`, or by the subscription's back-off.
     pub async fn nack(&self, offset: u64, delay: Option<Duration>) -> Result<(), Error> {
-        let delay_ms = delay.map(|d| d.as_millis() as u64);
-        let nacks = vec![v1::Nacked { start: offset, end: offset + 1, delay_ms }];
-        let request = v1::PullRequest { nacks, credit_messages: 1, ..Default::default() };
-        self.requests.send(request).await.map_err(|_| Error::Closed)
+        self.answer(&[], &[(offset, delay)], &[]).await
     }
 
     /// Keeps a message for longer, from now.
     pub async fn extend(&self, offset: u64, deadline: Duration) -> Result<(), Error> {
-        let deadline_ms = deadline.as_millis() as u64;
-        let extensions = vec![v1::Extension { start: offset, end: offset + 1, deadline_ms }];
-        let request = v1::PullRequest { extensions, ..Default::default() };
+        self.answer(&[], &[], &[(offset, deadline)]).await
+    }
+
+    /// Acks, gives back and keeps for longer in one request; what was acked or given back is credit for as many more.
+    pub async fn answer(
+        &self,
+        acks: &[u64],
+        nacks: &[(u64, Option<Duration>)],
+        extensions: &[(u64, Duration)],
+    ) -> Result<(), Error> {
+        let mut request = v1::PullRequest { credit_messages: (acks.len() + nacks.len()) as u32, ..Default::default() };
+        for &offset in acks {
+            match request.acks.last_mut().filter(|last| last.end == offset) {
+                Some(last) => last.end += 1,
+                None => request.acks.push(v1::OffsetRange { start: offset, end: offset + 1 }),
+            }
+        }
+        let ms = |d: Duration| d.as_millis() as u64;
+        let nacked = |(offset, delay): &(u64, Option<Duration>)| v1::Nacked {
+            start: *offset,
+            end: offset + 1,
+            delay_ms: delay.map(ms),
+        };
+        request.nacks = nacks.iter().map(nacked).collect();
+        let extended = |(offset, deadline): &(u64, Duration)| v1::Extension {
+            start: *offset,
+            end: offset + 1,
+            deadline_ms: ms(*deadline),
+        };
+        request.extensions = extensions.iter().map(extended).collect();
         self.requests.send(request).await.map_err(|_| Error::Closed)
     }
 

@@ -1,8 +1,9 @@
 //! The Rust client of Weir. A [`Client`] knows the cluster and follows leaders; a [`producer::Producer`] publishes, idempotent and in
-//! order for each key; [`consumer`] reads topics and subscriptions.
+//! order for each key; a [`subscriber::Subscriber`] reads a subscription; [`consumer`] reads partitions by themselves.
 
 pub mod consumer;
 pub mod producer;
+pub mod subscriber;
 
 use futures::StreamExt as _;
 use std::collections::HashMap;

@@ -6,7 +6,8 @@
 use crate::{Client, Error, waits};
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
@@ -15,6 +16,8 @@ use weir_proto::v1;
 
 /// Batches unanswered on one partition; below what a broker remembers of a producer (32).
 const IN_FLIGHT_MAX: usize = 16;
+/// Between two looks at how many partitions a topic has.
+const GROWTH_LOOK: Duration = Duration::from_secs(5);
 /// A stream that answers nothing for this long while batches wait is taken for dead.
 const SILENCE_MAX: Duration = Duration::from_millis(2_000);
 
@@ -69,8 +72,9 @@ struct Inner {
     topic: String,
     memory: Arc<Semaphore>,
     partitions: Mutex<HashMap<u32, mpsc::UnboundedSender<Queued>>>,
-    round_robin: std::sync::atomic::AtomicU32,
-    count: u32,
+    round_robin: AtomicU32,
+    /// partitions the topic has; it may grow
+    count: AtomicU32,
 }
 
 /// Publishes to one topic. Cheap to clone.
@@ -95,18 +99,22 @@ impl Producer {
             memory,
             partitions: Mutex::default(),
             round_robin: 0.into(),
-            count,
+            count: count.into(),
         };
-        Ok(Self(Arc::new(inner)))
+        let inner = Arc::new(inner);
+        tokio::spawn(follow_growth(Arc::downgrade(&inner)));
+        Ok(Self(inner))
     }
 
     /// Takes a record once there is memory for it; the receiver gets its position.
-    /// Records of one key are stored in the order of their `send`s.
+    /// Records of one key are stored in the order of their `send`s, as long as the topic keeps its number of partitions;
+    /// it is seen to have grown within five seconds, and then keys move to other partitions.
     pub async fn send(&self, record: Record) -> Result<oneshot::Receiver<Outcome>, Error> {
+        let count = self.0.count.load(Ordering::Relaxed);
         let partition = match &record.key {
-            Some(key) => records::partition_of(key, self.0.count),
+            Some(key) => records::partition_of(key, count),
             // a run of records stays on one partition, so that batches fill
-            None => self.0.round_robin.fetch_add(1, std::sync::atomic::Ordering::Relaxed) / 1_000 % self.0.count,
+            None => self.0.round_robin.fetch_add(1, Ordering::Relaxed) / 1_000 % count,
         };
         self.send_to(partition, record).await
     }
@@ -140,6 +148,20 @@ impl Producer {
             sender
         };
         partitions.entry(partition).or_insert_with(start).clone()
+    }
+}
+
+/// Looks at the topic's number of partitions until the producer is dropped.
+async fn follow_growth(producer: Weak<Inner>) {
+    loop {
+        tokio::time::sleep(GROWTH_LOOK).await;
+        let Some(inner) = producer.upgrade() else { return };
+        // a topic deleted meanwhile is for its partitions' streams to notice
+        if let Ok(cluster) = inner.client.refresh().await
+            && let Some(topic) = cluster.topic(&inner.topic)
+        {
+            inner.count.fetch_max(topic.partitions.len() as u32, Ordering::Relaxed);
+        }
     }
 }
 

@@ -1,0 +1,232 @@
+//! Reading a subscription: all its partitions at once, opened again after failovers, new partitions as they appear.
+
+use crate::consumer::{Message, Pull};
+use crate::{Client, Error};
+use std::collections::VecDeque;
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// Between two looks at how many partitions the topic has.
+const GROWTH_LOOK: Duration = Duration::from_secs(5);
+/// Lists of messages on their way from all partitions; what more there is stays with the brokers.
+const LISTS_MAX: usize = 4;
+
+/// How a subscriber reads.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Its name among the members of the subscription.
+    pub member: String,
+    /// Messages of one partition that are under way or unanswered; more are sent as these are acked or given back.
+    pub credit: u32,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { member: format!("weir-{}-{:08x}", std::process::id(), fastrand::u32(..)), credit: 1_000 }
+    }
+}
+
+/// What is to become of a message.
+#[derive(Debug)]
+enum Action {
+    Ack(u64),
+    Nack(u64, Option<Duration>),
+    Extend(u64, Duration),
+}
+
+/// A message that must be answered: [`Delivered::ack`] or [`Delivered::nack`]. One that is dropped comes again after its deadline.
+#[derive(Debug)]
+pub struct Delivered {
+    /// The message.
+    pub message: Message,
+    actions: mpsc::UnboundedSender<Action>,
+}
+
+impl Delivered {
+    /// It is done with. Should the broker fail before it has heard, the message comes again.
+    pub fn ack(self) {
+        let _ = self.actions.send(Action::Ack(self.message.offset));
+    }
+
+    /// It failed: it comes again after `delay`, or by the subscription's back-off.
+    pub fn nack(self, delay: Option<Duration>) {
+        let _ = self.actions.send(Action::Nack(self.message.offset, delay));
+    }
+
+    /// It needs longer: its deadline is `deadline` from now.
+    pub fn extend(&self, deadline: Duration) {
+        let _ = self.actions.send(Action::Extend(self.message.offset, deadline));
+    }
+}
+
+type Lists = mpsc::Sender<Result<Vec<Delivered>, Error>>;
+
+/// A member of a subscription.
+pub struct Subscriber {
+    lists: mpsc::Receiver<Result<Vec<Delivered>, Error>>,
+    here: VecDeque<Delivered>,
+}
+
+impl Subscriber {
+    /// Opens all partitions. Refused where another member holds an exclusive subscription.
+    pub async fn open(client: &Client, subscription: &str, options: Options) -> Result<Self, Error> {
+        let cluster = client.connect(Duration::from_secs(10)).await?;
+        let full = if subscription.contains('/') { subscription.to_owned() } else { format!("default/{subscription}") };
+        let refused = |reason: &str, message: String| Error::Refused {
+            code: tonic::Code::NotFound,
+            reason: reason.into(),
+            message,
+        };
+        let found = cluster.metadata.subscriptions.iter().find(|s| s.name == full);
+        let found = found.ok_or_else(|| refused("NO_SUBSCRIPTION", format!("subscription {full} does not exist")))?;
+        let topic = found.spec.as_ref().map(|s| s.topic.clone()).unwrap_or_default();
+        let count = cluster.topic(&topic).map(|t| t.partitions.len() as u32);
+        let count = count.ok_or_else(|| refused("NO_TOPIC", format!("topic {topic} does not exist")))?;
+        let (lists, receiver) = mpsc::channel(LISTS_MAX);
+        let partition = |partition| Partition {
+            client: client.clone(),
+            subscription: full.clone(),
+            topic: topic.clone(),
+            partition,
+            options: options.clone(),
+            lists: lists.clone(),
+        };
+        // one after the other: two that open an exclusive subscription at once do not share it between them
+        let mut opened = Vec::new();
+        for at in 0..count {
+            let partition = partition(at);
+            opened.push((partition.open().await?, partition));
+        }
+        for (pull, partition) in opened {
+            tokio::spawn(partition.run(pull));
+        }
+        tokio::spawn(follow_growth(partition(count)));
+        Ok(Self { lists: receiver, here: VecDeque::new() })
+    }
+
+    /// The next message, of any partition; `None` once all partitions have ended (the subscription was deleted, say).
+    pub async fn next(&mut self) -> Option<Result<Delivered, Error>> {
+        loop {
+            if let Some(next) = self.here.pop_front() {
+                return Some(Ok(next));
+            }
+            match self.lists.recv().await? {
+                Ok(list) => self.here.extend(list),
+                Err(error) => return Some(Err(error)),
+            }
+        }
+    }
+}
+
+/// Opens partitions that appear, from `next.partition` on, until the subscriber is dropped.
+async fn follow_growth(mut next: Partition) {
+    loop {
+        tokio::select! {
+            () = next.lists.closed() => return,
+            () = tokio::time::sleep(GROWTH_LOOK) => {}
+        }
+        let Ok(cluster) = next.client.refresh().await else { continue };
+        let Some(topic) = cluster.topic(&next.topic) else { return };
+        while (next.partition as usize) < topic.partitions.len() {
+            match next.open().await {
+                Ok(pull) => drop(tokio::spawn(next.clone().run(pull))),
+                Err(error) => return drop(next.lists.send(Err(error)).await),
+            }
+            next.partition += 1;
+        }
+    }
+}
+
+#[derive(Clone)]
+struct Partition {
+    client: Client,
+    subscription: String,
+    topic: String,
+    partition: u32,
+    options: Options,
+    lists: Lists,
+}
+
+impl Partition {
+    async fn open(&self) -> Result<Pull, Error> {
+        let Options { member, credit } = &self.options;
+        Pull::open(&self.client, &self.subscription, &self.topic, self.partition, member, *credit).await
+    }
+
+    /// Delivers and answers until the subscriber is dropped; opens again after a failover.
+    async fn run(self, mut pull: Pull) {
+        loop {
+            // answers to messages of a stream that ended say nothing to the next: those come again
+            let (actions, receiver) = mpsc::unbounded_channel();
+            self.serve(&mut pull, actions, receiver).await;
+            if self.lists.is_closed() {
+                return;
+            }
+            let _ = self.client.refresh().await;
+            match self.open().await {
+                Ok(again) => pull = again,
+                // for as long as it takes: a cluster may be away for minutes
+                Err(Error::Deadline { last, .. }) => tracing::warn!(partition = self.partition, last, "opening again"),
+                Err(error) => return drop(self.lists.send(Err(error)).await),
+            }
+        }
+    }
+
+    /// Until the stream ends or nobody listens any more.
+    async fn serve(
+        &self,
+        pull: &mut Pull,
+        actions: mpsc::UnboundedSender<Action>,
+        mut receiver: mpsc::UnboundedReceiver<Action>,
+    ) {
+        let mut waiting: VecDeque<Vec<Message>> = VecDeque::new();
+        loop {
+            tokio::select! {
+                next = pull.next() => match next {
+                    Ok(Some(messages)) if messages.is_empty() => {}
+                    Ok(Some(messages)) => waiting.push_back(messages), // as many as there is credit for
+                    Ok(None) | Err(_) => return,
+                },
+                action = receiver.recv() => {
+                    let Some(action) = action else { return };
+                    if self.answer(pull, action, &mut receiver).await.is_err() {
+                        return;
+                    }
+                }
+                room = self.lists.reserve(), if !waiting.is_empty() => {
+                    let (Ok(room), Some(messages)) = (room, waiting.pop_front()) else { return };
+                    let deliver = |message| Delivered { message, actions: actions.clone() };
+                    room.send(Ok(messages.into_iter().map(deliver).collect()));
+                }
+                () = self.lists.closed() => {
+                    // what was answered already is still told
+                    if let Ok(action) = receiver.try_recv() {
+                        let _ = self.answer(pull, action, &mut receiver).await;
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Sends what has been answered since, in one request, acks as ranges.
+    async fn answer(
+        &self,
+        pull: &Pull,
+        first: Action,
+        receiver: &mut mpsc::UnboundedReceiver<Action>,
+    ) -> Result<(), Error> {
+        let (mut acks, mut nacks, mut extensions) = (Vec::new(), Vec::new(), Vec::new());
+        let mut action = Some(first);
+        while let Some(next) = action {
+            match next {
+                Action::Ack(offset) => acks.push(offset),
+                Action::Nack(offset, delay) => nacks.push((offset, delay)),
+                Action::Extend(offset, deadline) => extensions.push((offset, deadline)),
+            }
+            action = (acks.len() < self.options.credit as usize).then(|| receiver.try_recv().ok()).flatten();
+        }
+        acks.sort_unstable();
+        pull.answer(&acks, &nacks, &extensions).await
+    }
+}

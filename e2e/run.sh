@@ -13,6 +13,7 @@ else
   cache=${WEIR_CACHE:-$HOME/.cache/weir}/e2e
   "$root/e2e/cluster/build.sh" "$cache"
   home=$(mktemp -d); mkdir "$home/images"
+  "$root/e2e/dashboards.sh" "$cache"
   "$root/image/oci.sh" weir:e2e "$home/images/weir.tar"
   "$root/image/oci.sh" weir:next "$home/images/next.tar" # the same under another name, to roll to
   "$root/e2e/cluster/up.sh" "$cache" "$home" > "$home/up.log" 2>&1 &

@@ -18,6 +18,11 @@ use weir_crds::{StreamCluster, Topic};
 /// Where Weir is installed.
 pub const NAMESPACE: &str = "weir";
 
+/// The chart's folder.
+pub fn chart() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a workspace").join("charts/weir")
+}
+
 /// A Kubernetes to test on.
 pub struct Kubernetes {
     /// Its API.
@@ -62,7 +67,7 @@ impl Kubernetes {
 
     /// Installs the chart, or upgrades it, with values beside those every test needs.
     pub fn install(&self, values: &[&str]) -> anyhow::Result<()> {
-        let chart = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a workspace").join("charts/weir");
+        let chart = chart();
         let (repository, tag) = self.image.rsplit_once(':').context("WEIR_IMAGE is NAME:TAG")?;
         let image = [
             format!("image.repository={repository}"),

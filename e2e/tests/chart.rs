@@ -1,12 +1,11 @@
 //! The chart as it renders, with everything on, beside what is recorded. `WEIR_BLESS=1` records.
 
-use std::path::Path;
 use std::process::Command;
 
 #[test]
 #[ignore = "needs Helm: make e2e"]
 fn the_chart_renders_as_recorded_and_lint_is_content() {
-    let chart = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("charts/weir");
+    let chart = weir_e2e::chart();
     let helm = std::env::var_os("HELM").unwrap_or_else(|| "helm".into());
     let run = |arguments: &[&str]| {
         let said = Command::new(&helm).args(arguments).arg(&chart).output().expect("helm");
@@ -29,7 +28,7 @@ fn the_chart_renders_as_recorded_and_lint_is_content() {
 #[test]
 #[ignore = "needs Helm: make e2e"]
 fn values_that_cannot_be_right_are_refused() {
-    let chart = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("charts/weir");
+    let chart = weir_e2e::chart();
     let helm = std::env::var_os("HELM").unwrap_or_else(|| "helm".into());
     for bad in ["cluster.brokers=0", "cluster.storage.size=lots", "image.pullPolicy=Sometimes", "cluser.brokers=3"] {
         let mut command = Command::new(&helm);

@@ -62,6 +62,50 @@ fn ask(server: &str, query: &str) -> usize {
     values.as_array().map_or(0, Vec::len)
 }
 
+/// Draws each dashboard's panels over the last minute into `FOLDER/NAME.png`, by gnuplot: what Grafana would have to show.
+fn draw(server: &str, folder: &Path) {
+    std::fs::create_dir_all(folder).unwrap();
+    for file in ["overview", "topic"] {
+        let panels: Vec<(String, String)> =
+            queries().into_iter().filter(|(at, _)| at.starts_with(&format!("{file}: "))).collect();
+        let rows = panels.len().div_ceil(3);
+        let picture = folder.join(format!("{file}.png"));
+        let mut script = format!(
+            "set terminal pngcairo size 1500,{} font 'sans,9'\nset output '{}'\nset multiplot layout {rows},3\n\
+             set xdata time\nset timefmt '%s'\nset format x '%M:%S'\nset yrange [0:*]\nset key bottom left samplen 1\n",
+            rows * 260,
+            picture.display()
+        );
+        for (at, (title, query)) in panels.iter().enumerate() {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+            let (start, end) = ((now - 60).to_string(), now.to_string());
+            let said = Command::new("promtool")
+                .args(["query", "range", "-o", "json", "--step=2s", "--start", &start, "--end", &end, server, query])
+                .output()
+                .unwrap();
+            let series: Value = serde_json::from_slice(&said.stdout).unwrap_or(Value::Null);
+            let mut plots = Vec::new();
+            for (n, one) in series.as_array().into_iter().flatten().take(6).enumerate() {
+                let labels = one["metric"].as_object().into_iter().flatten();
+                let label: Vec<&str> = labels
+                    .filter(|(k, _)| !["__name__", "job", "instance", "namespace", "container"].contains(&k.as_str()))
+                    .filter_map(|(_, v)| v.as_str())
+                    .collect();
+                let points = one["values"].as_array().into_iter().flatten();
+                let points: Vec<String> =
+                    points.map(|p| format!("{} {}", p[0], p[1].as_str().unwrap_or("0"))).collect();
+                script += &format!("$d{at}_{n} << EOD\n{}\nEOD\n", points.join("\n"));
+                plots.push(format!("$d{at}_{n} using 1:2 with lines title \"{}\" noenhanced", label.join(" ")));
+            }
+            let title = title.replace('"', "");
+            script += &format!("set title \"{title}\" noenhanced\nplot {}\n", plots.join(", "));
+        }
+        std::fs::write(folder.join(format!("{file}.gp")), script).unwrap();
+        let drawn = Command::new("gnuplot").arg(folder.join(format!("{file}.gp"))).status().expect("gnuplot");
+        assert!(drawn.success(), "gnuplot could not draw {file}");
+    }
+}
+
 #[test]
 #[ignore = "needs Prometheus: make e2e"]
 fn every_panel_and_rule_gives_data() {
@@ -111,6 +155,9 @@ fn every_panel_and_rule_gives_data() {
         if missing.is_empty() {
             break;
         }
+    }
+    if let Some(folder) = std::env::var_os("WEIR_PICTURES") {
+        draw(&server, Path::new(&folder));
     }
     println!("{} queries asked; all gave data after {:.0} s", queries().len(), begun.elapsed().as_secs_f64());
     let _ = std::fs::remove_dir_all(&folder);

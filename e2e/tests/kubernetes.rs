@@ -38,6 +38,7 @@ async fn under_load(
 async fn a_cluster_from_installation_to_removal() -> anyhow::Result<()> {
     let k = Kubernetes::connect().await?;
     install(&k).await?;
+    chart_is_valid(&k).await?;
     declare(&k).await?;
     invalid_resources_are_refused(&k).await?;
     publish_and_consume(&k).await?;
@@ -65,6 +66,10 @@ async fn install(k: &Kubernetes) -> anyhow::Result<()> {
     k.settled(3, LONG).await?;
     println!("installed, three brokers serve: {:.1} s", begun.elapsed().as_secs_f64());
     k.helm(&["test", "weir", "-n", NAMESPACE])?;
+    let chart = weir_e2e::chart();
+    let second = k.helm(&["install", "second", &chart.to_string_lossy(), "-n", "elsewhere", "--create-namespace"]);
+    let said = second.expect_err("one operator looks after all namespaces").to_string();
+    assert!(said.contains("Weir is installed in namespace \"weir\" already"), "{said}");
     let cluster = k.cluster().await?;
     let members = cluster.status.unwrap_or_default().members;
     if k.home.is_some() {
@@ -72,6 +77,34 @@ async fn install(k: &Kubernetes) -> anyhow::Result<()> {
         zones.sort();
         assert_eq!(zones, ["zone-0", "zone-1", "zone-2"], "one broker a zone, and it knows which");
     }
+    Ok(())
+}
+
+/// Everything the chart may render, but for what other operators define, is taken by the API server without an unknown field.
+async fn chart_is_valid(k: &Kubernetes) -> anyhow::Result<()> {
+    use kube::api::{DynamicObject, Patch, PatchParams};
+    let rendered = std::fs::read_to_string(weir_e2e::chart().join("golden/all.yaml"))?;
+    let discovery = kube::Discovery::new(k.client.clone()).run().await?;
+    let mut asked = 0;
+    for document in rendered.split("\n---") {
+        let Ok(object) = serde_yaml_ng::from_str::<DynamicObject>(document) else { continue };
+        let kind = kube::core::GroupVersionKind::try_from(object.types.as_ref().context("a kind")?)?;
+        let Some((resource, capabilities)) = discovery.resolve_gvk(&kind) else {
+            anyhow::ensure!(kind.group == "monitoring.coreos.com", "the API server knows no {kind:?}");
+            continue;
+        };
+        let api: Api<DynamicObject> = match capabilities.scope {
+            kube::discovery::Scope::Cluster => Api::all_with(k.client.clone(), &resource),
+            kube::discovery::Scope::Namespaced => Api::namespaced_with(k.client.clone(), NAMESPACE, &resource),
+        };
+        let strictly = PatchParams { dry_run: true, ..PatchParams::apply("weir-e2e").force() }.validation_strict();
+        let name = object.name_any();
+        let asked_for = api.patch(&name, &strictly, &Patch::Apply(&object)).await;
+        asked_for.with_context(|| format!("{} {name}", kind.kind))?;
+        asked += 1;
+    }
+    anyhow::ensure!(asked > 15, "only {asked} objects were rendered");
+    println!("{asked} rendered objects are valid");
     Ok(())
 }
 

@@ -6,6 +6,7 @@ pub mod brokers;
 pub mod cluster;
 pub mod conditions;
 pub mod context;
+pub mod fence;
 pub mod locate;
 pub mod retire;
 pub mod serve;

@@ -2,13 +2,15 @@
 
 use anyhow::Context as _;
 use clap::Parser;
+use kube::Api;
 use kube::runtime::events::{Recorder, Reporter};
 use kube_lease_manager::LeaseManagerBuilder;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use weir_operator::context::{Context, MANAGER, Settings};
-use weir_operator::serve;
+use weir_operator::{fence, serve};
 
 /// Looks after StreamClusters, Topics and Subscriptions. Run two; one of them leads.
 #[derive(Parser)]
@@ -37,6 +39,9 @@ struct Options {
     metrics_listen: SocketAddr,
 }
 
+/// The lease's own task gives it back within this time, once nobody leads by it.
+const RELEASE: Duration = Duration::from_secs(1);
+
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
     let options = Options::parse();
@@ -51,43 +56,63 @@ async fn main() -> anyhow::Result<()> {
     tokio::spawn(serve::health(listener));
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let manager = LeaseManagerBuilder::new(client.clone(), MANAGER)
-        .with_namespace(options.namespace.clone())
-        .with_identity(options.name.clone())
-        .with_duration(15)
-        .with_grace(5)
-        .build()
-        .await?;
-    let (mut leads, lease) = manager.watch().await;
-    let reporter = Reporter { controller: MANAGER.to_owned(), instance: Some(options.name.clone()) };
-    let settings =
-        Settings { image: options.image, image_pull_policy: options.image_pull_policy, domain: options.domain };
     let stop = async move {
         tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
     };
     tokio::pin!(stop);
-    tokio::select! {
-        () = &mut stop => return Ok(()),
-        leading = leads.wait_for(|l| *l) => drop(leading.context("the lease manager ended")?),
+    loop {
+        let mut term = Box::pin(lead(&client, &options));
+        tokio::select! {
+            () = &mut stop => {
+                drop(term);
+                tokio::time::sleep(RELEASE).await;
+                return Ok(());
+            }
+            why = &mut term => tracing::warn!("{why}; waiting to lead again"),
+        }
+        tokio::time::sleep(Duration::from_secs(2)).await;
+    }
+}
+
+/// Waits for the lease and runs the controllers while this replica holds it; says why it ended.
+async fn lead(client: &kube::Client, options: &Options) -> String {
+    let manager = LeaseManagerBuilder::new(client.clone(), MANAGER)
+        .with_namespace(options.namespace.clone())
+        .with_identity(options.name.clone())
+        .with_duration(fence::LEASE_SECONDS)
+        .with_grace(fence::GRACE_SECONDS)
+        .build()
+        .await;
+    let manager = match manager {
+        Ok(manager) => manager,
+        Err(error) => return format!("the lease cannot be read: {error}"),
+    };
+    // once the receiver is dropped the task gives the lease back
+    let (mut leads, _task) = manager.watch().await;
+    if leads.wait_for(|l| *l).await.is_err() {
+        return "the lease manager ended".to_owned();
     }
     tracing::info!(name = options.name, "leading");
+    let reporter = Reporter { controller: MANAGER.to_owned(), instance: Some(options.name.clone()) };
     let context = Arc::new(Context {
         client: client.clone(),
         brokers: Default::default(),
         clusters: OnceLock::new(),
-        recorder: Recorder::new(client, reporter),
-        settings,
+        recorder: Recorder::new(client.clone(), reporter),
+        settings: Settings {
+            image: options.image.clone(),
+            image_pull_policy: options.image_pull_policy.clone(),
+            domain: options.domain.clone(),
+        },
     });
-    let ended = tokio::select! {
-        () = &mut stop => Ok(()),
-        () = serve::controllers(context) => Err(anyhow::anyhow!("the controllers ended")),
-        // another replica may lead already: what this one began, it must not go on with
+    let leases = Api::namespaced(client.clone(), &options.namespace);
+    // what this one began it must not go on with once another may lead: dropping the controllers ends it
+    tokio::select! {
+        () = serve::controllers(context) => "the controllers ended".to_owned(),
         lost = leads.wait_for(|l| !*l) => {
             drop(lost);
-            Err(anyhow::anyhow!("the lease was lost; starting again as a follower"))
+            "the lease was lost".to_owned()
         }
-    };
-    drop(leads); // gives the lease back
-    let _ = tokio::time::timeout(std::time::Duration::from_secs(3), lease).await;
-    ended
+        () = fence::lost(leases, MANAGER, &options.name) => "the lease was not renewed in time".to_owned(),
+    }
 }

@@ -36,6 +36,8 @@ static LOOKS: LazyLock<IntCounterVec> = LazyLock::new(|| {
     counter
 });
 
+/// Looks at resources of one kind under way at one time: what bounds the memory when thousands change at once.
+const LOOKS_MAX: u16 = 16;
 /// A failed look is repeated soon.
 const AGAIN: Duration = Duration::from_secs(2);
 
@@ -99,7 +101,7 @@ pub async fn controllers(context: Arc<Context>) {
         Some(ObjectRef::new(&name).within(&pod.namespace()?))
     };
     let clusters = clusters
-        .with_config(Config::default().debounce(Duration::from_millis(200)))
+        .with_config(Config::default().debounce(Duration::from_millis(200)).concurrency(LOOKS_MAX))
         .owns(Api::<StatefulSet>::all(client.clone()), ours.clone())
         .owns(Api::<Service>::all(client.clone()), ours.clone())
         .owns(Api::<ConfigMap>::all(client.clone()), ours.clone())
@@ -111,6 +113,7 @@ pub async fn controllers(context: Arc<Context>) {
     let topics = Controller::new(Api::<Topic>::all(client.clone()), any.clone());
     let store = topics.store();
     let topics = topics
+        .with_config(Config::default().concurrency(LOOKS_MAX))
         .watches(Api::<StreamCluster>::all(client.clone()), any.clone(), move |c| {
             concerned(&store, &c, |t: &Topic| t.spec.cluster_ref.as_ref())
         })
@@ -118,6 +121,7 @@ pub async fn controllers(context: Arc<Context>) {
     let subscriptions = Controller::new(Api::<Subscription>::all(client.clone()), any.clone());
     let store = subscriptions.store();
     let subscriptions = subscriptions
+        .with_config(Config::default().concurrency(LOOKS_MAX))
         .watches(Api::<StreamCluster>::all(client), any, move |c| {
             concerned(&store, &c, |s: &Subscription| s.spec.cluster_ref.as_ref())
         })

@@ -104,6 +104,7 @@ impl Formation {
         let others: Vec<&(String, String)> = self.peers.iter().filter(|(name, _)| *name != self.me.name).collect();
         let mut known = HashMap::new();
         let mut said = false;
+        let mut refused = String::new();
         loop {
             let now = self.identity();
             if now.active {
@@ -127,7 +128,11 @@ impl Formation {
                 if hello.cluster_id == now.cluster_id {
                     self.activate(&hello.cluster_id)?;
                 } else if let Err(error) = self.join(address).await {
-                    tracing::info!(%error, "waiting to join");
+                    let why = format!("{error:#}");
+                    if why != refused {
+                        tracing::info!(%error, "waiting to join");
+                        refused = why;
+                    }
                 }
             } else if !self.expected.is_empty() {
                 if !said {

@@ -1,5 +1,6 @@
 //! A Weir broker: the thin shell around [`weir_core`]. [`start`] runs one in this process; `weir-broker` is its program.
 
+pub mod aside;
 pub mod config;
 pub mod formation;
 pub mod guard;
@@ -30,7 +31,6 @@ use weir_core::ids::{BrokerId, META_GROUP, ReplicaId};
 use weir_core::meta::state::{Broker, MetaState};
 use weir_core::node::{Limits, Node};
 use weir_proto::v1;
-use weir_store::rocks::RocksStore;
 
 /// A broker running in this process.
 pub struct Running {
@@ -73,9 +73,9 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let scrapers = bind(config.metrics_listen, "metrics").await?;
     let (client, peer, admin, metrics_at) =
         (clients.local_addr()?, peer_listener.local_addr()?, admins.local_addr()?, scrapers.local_addr()?);
-    let path = config.data.join("db");
-    let store = tokio::task::spawn_blocking(move || RocksStore::open(&path)).await?;
-    let store = Arc::new(store.with_context(|| format!("cannot open the data in {}", config.data.display()))?);
+    let (data, has_peers) = (config.data.clone(), peers.len() > 1);
+    let store = tokio::task::spawn_blocking(move || aside::open(&data, has_peers)).await??;
+    let expected = if config.cluster_id.is_empty() { aside::cluster(&config.data) } else { config.cluster_id.clone() };
     let me = Broker {
         name: config.name.clone(),
         client_address: config.advertised(client),
@@ -84,7 +84,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         rack: config.rack.clone(),
         ..Default::default()
     };
-    let formation = Arc::new(Formation::open(me.clone(), peers, config.cluster_id, store.clone())?);
+    let formation = Arc::new(Formation::open(me.clone(), peers, expected, store.clone())?);
     let running = Arc::new(OnceLock::new());
     tokio::spawn(metrics::serve(scrapers, running.clone()));
     let service = PeerService { formation: formation.clone(), context: running.clone() };
@@ -97,8 +97,10 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     tokio::spawn(async move { serving.await.inspect_err(|e| tracing::error!(%e, "the peer server ended")) });
     let (identity, known) = formation.establish().await?;
     let broker = BrokerId(identity.broker_id);
-    let shared = Arc::new(Shared::new(broker, store.clone()));
+    aside::remember(&config.data, &identity.cluster_id)
+        .with_context(|| format!("cannot write to {}", config.data.display()))?;
     let (node, events) = node_loop::channel_pair();
+    let shared = Arc::new(Shared::new(broker, store.clone(), node.clone()));
     let clock = Clock::new();
     let seed = uuid::Uuid::new_v4().as_u64_pair().0;
     let mut core = Node::open(broker, store.clone(), Limits::default(), seed, clock.now())?;
@@ -106,15 +108,25 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         let state: MetaState = prost::Message::decode(identity.state.clone())?;
         core.create_meta(ReplicaId(broker.0), Some(&state));
     }
-    let peer_streams =
-        peers::Peers::new(shared.clone(), tokio::runtime::Handle::current(), identity.cluster_id.clone(), known);
+    let runtime = tokio::runtime::Handle::current();
+    let mut peer_streams = peers::Peers::new(shared.clone(), runtime, identity.cluster_id.clone(), known);
+    let data = config.data.clone();
+    peer_streams.on_removal(move || aside::leave(&data, broker.0));
     let (for_loop, loop_shared, loop_metrics) = (node.clone(), shared.clone(), metrics.clone());
     std::thread::Builder::new().name("weir-node".into()).spawn(move || {
         node_loop::run(core, clock, store, loop_shared, loop_metrics, for_loop, events, peer_streams);
     })?;
     let budget = Arc::new(Semaphore::new(service::IN_FLIGHT_BYTES_MAX / 1024));
     let (hubs, turn) = Default::default();
-    let context = Context { shared: shared.clone(), node: node.clone(), metrics, formation, budget, hubs, turn };
+    let context = Context {
+        shared: shared.clone(),
+        node: node.clone(),
+        metrics,
+        formation,
+        budget,
+        hubs,
+        turn,
+    };
     let _ = running.set(context.clone());
     serve_clients(context.clone(), clients, admins, config.connections_max)?;
     tokio::spawn(keep_addresses(context, Broker { id: broker.0, ..me }));

@@ -52,6 +52,8 @@ pub enum Event {
     Synced(u64),
     /// Old entries were read.
     Fetched(Fetch, Result<Vec<Entry>, StoreError>),
+    /// A reader found a group's data damaged.
+    Damage(GroupId, StoreError),
     /// Runs on the thread, with the node at hand.
     Ask(Box<dyn FnOnce(&mut Node) + Send>),
     /// The last: checkpoints are written, then both threads end.
@@ -193,6 +195,7 @@ fn take(
         Event::Written(round) => node.written(round),
         Event::Synced(round) => node.synced(round),
         Event::Fetched(fetch, read) => node.fetched(fetch, read),
+        Event::Damage(group, error) => node.found_damage(group, error),
         Event::Ask(read) => read(node),
         Event::Stop(stopped) => return Some(stopped),
     }

@@ -10,14 +10,19 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
+use tonic_types::StatusExt as _;
 use weir_core::eraftpb::{Entry, EntryType, Message, MessageType};
 use weir_core::ids::{BrokerId, GroupId, ReplicaId};
 use weir_core::node::{Envelope, LeaderInfo, PeerMessage};
 use weir_proto::v1;
 use weir_proto::v1::peer_client::PeerClient;
 
+/// Reason in a peer's refusal: the metadata there has removed or replaced this broker for good.
+pub const REMOVED: &str = "REMOVED";
 /// Frames queued to one peer; beyond them they are dropped and Raft sends again.
 const FRAMES_MAX: usize = 256;
+/// A link that has nothing to say says so this often.
+const STILL_HERE: Duration = Duration::from_secs(2);
 /// A frame is closed once it holds this much, bytes.
 const FRAME_BYTES: usize = 2 << 20;
 
@@ -48,12 +53,18 @@ pub struct Peers {
     /// addresses of brokers the metadata does not name yet
     known: HashMap<BrokerId, String>,
     streams: HashMap<BrokerId, mpsc::Sender<v1::PeerFrame>>,
+    removed: Arc<dyn Fn() + Send + Sync>,
 }
 
 impl Peers {
     /// Of a broker that has its identity.
     pub fn new(shared: Arc<Shared>, runtime: Handle, cluster_id: String, known: HashMap<BrokerId, String>) -> Self {
-        Self { shared, runtime, cluster_id, known, streams: HashMap::new() }
+        Self { shared, runtime, cluster_id, known, streams: HashMap::new(), removed: Arc::new(|| {}) }
+    }
+
+    /// What to do once a peer says that this broker is no member any more.
+    pub fn on_removal(&mut self, run: impl Fn() + Send + Sync + 'static) {
+        self.removed = Arc::new(run);
     }
 
     fn queue(&mut self, to: BrokerId, frame: v1::PeerFrame) {
@@ -71,6 +82,7 @@ impl Peers {
                     broker_id: self.shared.broker.0,
                     to_broker_id: to.0,
                 },
+                removed: self.removed.clone(),
             };
             self.runtime.spawn(link.run(receiver));
             sender
@@ -116,6 +128,7 @@ struct Link {
     to: BrokerId,
     fallback: Option<String>,
     hello: v1::PeerHello,
+    removed: Arc<dyn Fn() + Send + Sync>,
 }
 
 impl Link {
@@ -127,7 +140,13 @@ impl Link {
             let Some(address) = address.or_else(|| self.fallback.clone()) else { return };
             match self.exchange(&address, &mut frames).await {
                 Ok(()) => return,
-                Err(error) => tracing::debug!(peer = %self.to, %address, %error, "peer stream"),
+                Err(error) => {
+                    tracing::debug!(peer = %self.to, %address, %error, "peer stream");
+                    let status = error.downcast_ref::<tonic::Status>();
+                    if status.and_then(|s| s.get_details_error_info()).is_some_and(|i| i.reason == REMOVED) {
+                        (self.removed)();
+                    }
+                }
             }
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(Duration::from_millis(400));
@@ -147,6 +166,8 @@ impl Link {
                 biased;
                 ended = &mut call => { ended?; anyhow::bail!("the peer ended the stream") }
                 frame = frames.recv() => frame,
+                // one that was removed has nothing to say any more; asked like this, it is told
+                () = tokio::time::sleep(STILL_HERE) => Some(v1::PeerFrame::default()),
             };
             let Some(frame) = frame else { return Ok(()) };
             tokio::select! {

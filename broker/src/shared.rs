@@ -1,5 +1,6 @@
 //! What the node's thread publishes for everybody else: metadata, leaders, partitions' tails and high watermarks.
 
+use crate::node_loop::{Event, NodeHandle};
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 use tokio::sync::watch;
@@ -19,6 +20,7 @@ pub struct Partition {
     /// Moves with the high watermark.
     pub high_watermark: watch::Receiver<u64>,
     store: Arc<RocksStore>,
+    node: NodeHandle,
 }
 
 impl Partition {
@@ -29,7 +31,13 @@ impl Partition {
         }
         let this = self.clone();
         let read = tokio::task::spawn_blocking(move || this.read_store(offset, bytes_max)).await;
-        read.map_err(|e| StoreError::Io(e.to_string()))?
+        let read = read.map_err(|e| StoreError::Io(e.to_string()))?;
+        if let Err(error) = &read
+            && error.is_damage()
+        {
+            self.node.send(Event::Damage(self.group, error.clone()));
+        }
+        read
     }
 
     fn read_store(&self, offset: u64, bytes_max: usize) -> Result<Vec<LogBatch>, StoreError> {
@@ -65,13 +73,14 @@ pub struct Shared {
     leaders: RwLock<HashMap<GroupId, (u64, BrokerId)>>,
     partitions: RwLock<HashMap<GroupId, Slot>>,
     store: Arc<RocksStore>,
+    node: NodeHandle,
 }
 
 impl Shared {
     /// Of a broker.
-    pub fn new(broker: BrokerId, store: Arc<RocksStore>) -> Self {
+    pub fn new(broker: BrokerId, store: Arc<RocksStore>, node: NodeHandle) -> Self {
         let (meta, _) = watch::channel(Arc::default());
-        Self { broker, meta, leaders: RwLock::default(), partitions: RwLock::default(), store }
+        Self { broker, meta, leaders: RwLock::default(), partitions: RwLock::default(), store, node }
     }
 
     /// The metadata.
@@ -84,7 +93,7 @@ impl Shared {
         let partitions = self.partitions.read().unwrap_or_else(PoisonError::into_inner);
         let slot = partitions.get(&group)?;
         let (tail, high_watermark) = (slot.tail.clone(), slot.high_watermark.subscribe());
-        Some(Partition { group, tail, high_watermark, store: self.store.clone() })
+        Some(Partition { group, tail, high_watermark, store: self.store.clone(), node: self.node.clone() })
     }
 
     /// Who leads a group.

@@ -87,7 +87,7 @@ impl From<MetaError> for Failure {
 impl From<StoreError> for Failure {
     fn from(error: StoreError) -> Self {
         let code = match error {
-            StoreError::Damaged { .. } => Code::DataLoss,
+            StoreError::Damaged { .. } | StoreError::Corrupt(_) => Code::DataLoss,
             StoreError::Compacted { .. } => Code::OutOfRange,
             StoreError::Io(_) => Code::Internal,
         };

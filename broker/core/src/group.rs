@@ -683,7 +683,7 @@ impl Group {
         lead
     }
 
-    fn fail_waiters(&mut self, out: &mut Effects) {
+    pub(crate) fn fail_waiters(&mut self, out: &mut Effects) {
         for waiter in std::mem::take(&mut self.waiting).into_values().flatten() {
             let (Waiter::Publish { ticket, .. } | Waiter::Done { ticket }) = waiter;
             out.replies.push((ticket, Reply::Refused(Refusal::LeadershipLost)));

@@ -323,9 +323,23 @@ impl Node {
         }
     }
 
+    /// A reader found a group's data damaged. Where others have it too, this replica is taken out and rebuilt; the only one there is
+    /// goes on serving what can be read.
+    pub fn found_damage(&mut self, id: GroupId, error: StoreError) {
+        let Some(group) = self.groups.get(&id) else { return };
+        let replica = group.replica();
+        if group.conf().voters.len() > 1 {
+            self.quarantine(id, replica, error);
+        } else {
+            self.out.damage.push(error);
+        }
+    }
+
     /// Takes a replica out of everything: it answers nothing, votes for nobody, and waits to be replaced.
     fn quarantine(&mut self, group: GroupId, replica: ReplicaId, error: StoreError) {
-        self.groups.remove(&group);
+        if let Some(mut gone) = self.groups.remove(&group) {
+            gone.fail_waiters(&mut self.out);
+        }
         self.damaged.insert(group, replica);
         self.ops.push(WriteOp::Quarantine { group });
         self.out.damage.push(error);
@@ -638,7 +652,8 @@ impl Node {
     fn destroy(&mut self, id: GroupId) {
         let Some(replica) = self.held_replica(id) else { return };
         self.tombstones.insert(id, replica);
-        if let Some(group) = self.groups.remove(&id) {
+        if let Some(mut group) = self.groups.remove(&id) {
+            group.fail_waiters(&mut self.out);
             group.log().tail().reset(0, 0);
         }
         self.damaged.remove(&id);

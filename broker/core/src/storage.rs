@@ -15,9 +15,19 @@ pub enum StoreError {
     /// The entries asked for were removed by retention.
     #[error("group {group}: index {index} was removed by retention")]
     Compacted { group: GroupId, index: u64 },
+    /// The store itself found its files damaged.
+    #[error("damaged: {0}")]
+    Corrupt(String),
     /// The disk said no. After a failed write or sync the process must end.
     #[error("{0}")]
     Io(String),
+}
+
+impl StoreError {
+    /// Whether what was once synced is not what is there now: no retry helps, the data must be had from elsewhere.
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::Damaged { .. } | Self::Corrupt(_))
+    }
 }
 
 /// Raft's hard state: what must be synced before it is told to anyone.

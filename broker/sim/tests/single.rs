@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use weir_core::batch::{BatchHeader, synthetic};
-use weir_core::ids::{BrokerId, ReplicaId, Ticket};
+use weir_core::ids::{BrokerId, GroupId, ReplicaId, Ticket};
 use weir_core::meta::command::{ApplyTopic, Command, Kind, Placement};
 use weir_core::meta::state::{Broker, MetaState, TopicSpec};
 use weir_core::node::{Limits, Node, Now, Reply};
@@ -24,10 +24,10 @@ fn settle(node: &mut Node, store: &MemStore) -> Vec<(Ticket, Reply)> {
     }
 }
 
-#[test]
-fn every_publish_is_answered_once_by_its_own_commit() {
+/// A broker alone, with a topic of one partition.
+fn alone(quorum_memory: bool) -> (Node, Arc<MemStore>, GroupId) {
     let mut meta = MetaState::form("c", &[Broker { id: 1, name: "b".into(), ..Default::default() }]);
-    let spec = TopicSpec { partitions: 1, replicas: 1, ..Default::default() };
+    let spec = TopicSpec { partitions: 1, replicas: 1, quorum_memory, ..Default::default() };
     let placements = vec![Placement { brokers: vec![1] }];
     let topic = ApplyTopic { name: "default/t".into(), spec, placements, ..Default::default() };
     meta.apply(&Command::from(Kind::ApplyTopic(topic))).unwrap();
@@ -37,6 +37,35 @@ fn every_publish_is_answered_once_by_its_own_commit() {
     node.create_meta(ReplicaId(1), Some(&meta));
     settle(&mut node, &store);
     let group = node.meta().group_of("default/t", 0).unwrap();
+    (node, store, group)
+}
+
+#[test]
+fn an_ack_waits_for_the_sync_unless_the_topic_gives_it_up() {
+    for quorum_memory in [false, true] {
+        let (mut node, store, group) = alone(quorum_memory);
+        let data = synthetic(1, None, b"value");
+        let header = BatchHeader::validate(&data).unwrap();
+        node.publish(Ticket(1), group, data.into(), &header);
+        let effects = node.drain();
+        let round = effects.round.unwrap();
+        assert_eq!((effects.replies, round.sync), (vec![], !quorum_memory));
+        store.write(&round.ops).unwrap();
+        node.written(round.id);
+        let written = node.drain().replies;
+        assert_eq!(written.len(), usize::from(quorum_memory), "written, not synced");
+        store.sync().unwrap();
+        node.synced(round.id);
+        let synced = node.drain().replies;
+        assert_eq!(synced.len(), usize::from(!quorum_memory));
+        let answer = [written, synced].concat();
+        assert_eq!(answer, [(Ticket(1), Reply::Published { base_offset: 0, append_time_ms: 1 })]);
+    }
+}
+
+#[test]
+fn every_publish_is_answered_once_by_its_own_commit() {
+    let (mut node, store, group) = alone(false);
     for at in 0..20 {
         let data = synthetic(3, None, b"value");
         let header = BatchHeader::validate(&data).unwrap();

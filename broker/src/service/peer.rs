@@ -40,7 +40,9 @@ async fn hear(context: &Context, from: BrokerId, frames: &mut Streaming<v1::Peer
         // a broker that was replaced or removed has no voice; one that knows no members yet hears its leader
         if !meta.brokers.is_empty() && meta.broker(from).is_none_or(|b| b.phase() == Phase::Lost) {
             let text = format!("broker {from} is not a member of the cluster");
-            return Err(Failure::new(Code::PermissionDenied, "NOT_A_MEMBER", text).into());
+            // ids only grow: one below the newest that is not there was removed; another may just have joined, unknown here
+            let reason = if from.0 <= meta.last_id { peers::REMOVED } else { "NOT_A_MEMBER" };
+            return Err(Failure::new(Code::PermissionDenied, reason, text).into());
         }
         context.node.send(Event::Peer(from, peers::from_frame(frame)));
     }

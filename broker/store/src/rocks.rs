@@ -8,8 +8,8 @@ use crate::keys::state::Standing;
 use crate::keys::{self, log, offsets, state};
 use bytes::Bytes;
 use rocksdb::{
-    BlockBasedOptions, ColumnFamily, ColumnFamilyDescriptor, DB, DBRecoveryMode, Direction, IteratorMode, Options,
-    ReadOptions, WriteBatch, WriteOptions,
+    BlockBasedOptions, ColumnFamily, ColumnFamilyDescriptor, DB, DBRecoveryMode, Direction, ErrorKind, IteratorMode,
+    Options, ReadOptions, WriteBatch, WriteOptions,
 };
 use std::path::Path;
 use weir_core::entry::{Context, Kind, entry_bytes};
@@ -33,7 +33,10 @@ pub struct RocksStore {
 type Row = (Box<[u8]>, Box<[u8]>);
 
 fn io(error: rocksdb::Error) -> StoreError {
-    StoreError::Io(error.into_string())
+    match error.kind() {
+        ErrorKind::Corruption => StoreError::Corrupt(error.into_string()),
+        _ => StoreError::Io(error.into_string()),
+    }
 }
 
 fn database_options() -> Options {

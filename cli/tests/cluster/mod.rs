@@ -18,6 +18,7 @@ pub(crate) struct Cluster {
     _turn: std::sync::MutexGuard<'static, ()>,
     serve: Child,
     pub(crate) servers: String,
+    metrics: Vec<String>,
     pub(crate) data: tempfile::TempDir,
 }
 
@@ -37,7 +38,18 @@ impl Cluster {
         let said: serde_json::Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line:?}"));
         let list = said["brokers"].as_array().unwrap().clone();
         let servers: Vec<&str> = list.iter().map(|b| b["client"].as_str().unwrap()).collect();
-        Self { _turn: turn, serve, servers: servers.join(","), data }
+        let metrics = list.iter().map(|b| b["metrics"].as_str().unwrap().to_owned()).collect();
+        Self { _turn: turn, serve, servers: servers.join(","), metrics, data }
+    }
+
+    /// The metrics of a broker, as Prometheus reads them.
+    pub(crate) async fn metrics(&self, at: usize) -> String {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let mut stream = tokio::net::TcpStream::connect(&self.metrics[at]).await.unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await.unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.unwrap();
+        text
     }
 
     /// Pid of a broker by name, as the process list has it: a restarted one has another than was printed.

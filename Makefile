@@ -11,7 +11,7 @@ RUNS ?= 300
 # one selection everywhere: cargo unites features over what is selected, and another set would compile much again
 SELECTION := --workspace --all-targets
 
-.PHONY: run test e2e image chart sim generate check-generated fmt lint deps deps-e2e rocksdb
+.PHONY: run test examples e2e image chart sim generate check-generated fmt lint deps deps-e2e rocksdb
 
 run: deps rocksdb
 	cargo build --locked $(SELECTION)
@@ -22,6 +22,12 @@ test: deps rocksdb
 	cargo fmt --all --check
 	cargo clippy --locked $(SELECTION) -- -D warnings
 	RUNS=$(RUNS) cargo test --locked --workspace -- --nocapture
+	./examples/stories/run.sh
+
+# the five stories people use a message queue for, each a program against brokers of its own
+examples: deps rocksdb
+	cargo build --locked $(SELECTION)
+	./examples/stories/run.sh
 
 # Weir on a real Kubernetes: the one of KUBECONFIG with the image WEIR_IMAGE, else one brought up here (needs root)
 e2e: deps rocksdb $(if $(KUBECONFIG),,deps-e2e)

@@ -2,19 +2,24 @@
 //! and writes their acks, gathered, into the partition's log. It begins with the first member, and ends when
 //! nobody reads any more, leadership goes, or the subscription changes; members open again then.
 
+use crate::filter::Filter;
 use crate::node_loop::{Event, ReplyTo};
+use crate::outbox::{self, Origin};
 use crate::service::{Context, log};
 use crate::shared::Partition;
 use crate::status::Failure;
+use crate::throttle::Throttle;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
 use tonic::{Code, Status};
-use weir_core::cursor::{Cursor, CursorUpdate, OffsetRange};
+use weir_core::cursor::{Cursor, CursorUpdate, Failed, OffsetRange};
 use weir_core::delivery::{Delivery, Grant, MemberId, Mode, Policy};
 use weir_core::entry::Control;
 use weir_core::ids::{GroupId, SubscriptionId};
+use weir_core::meta::state::SubscriptionSpec;
 use weir_core::node::{Refusal, Reply};
 use weir_core::tail::LogBatch;
 use weir_proto::records::{self, Record};
@@ -36,6 +41,10 @@ const AHEAD_BYTES_MAX: usize = 4 << 20;
 const CALL_BYTES_MAX: usize = 3 << 20;
 /// Between two looks at deadlines, leadership and the subscription.
 const TICK: Duration = Duration::from_millis(50);
+/// Messages being buried at one time.
+const BURIALS_MAX: usize = 16;
+/// One that could not be buried is tried again after this long.
+const BURY_AGAIN: Duration = Duration::from_secs(1);
 /// A hub without members ends after this long.
 const IDLE: Duration = Duration::from_secs(5);
 
@@ -84,35 +93,43 @@ impl Hubs {
         context: &Context,
         key: Key,
         topic: &str,
-        policy: Policy,
+        spec: SubscriptionSpec,
         cursor: Cursor,
-    ) -> mpsc::Sender<Command> {
+    ) -> Result<mpsc::Sender<Command>, Failure> {
+        let filter = Filter::compile(&spec.filter)?;
         let mut hubs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(hub) = hubs.get(&key).filter(|h| !h.is_closed()) {
-            return hub.clone();
+            return Ok(hub.clone());
         }
+        let policy = spec.policy();
         let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
         let hub = Hub {
             context: context.clone(),
             group: key.0,
             subscription: key.1,
             topic: topic.to_owned(),
+            spec,
             policy,
+            filter,
+            throttle: context.throttles.of(key.1),
+            to_bury: VecDeque::new(),
+            burials: JoinSet::new(),
             delivery: Delivery::new(policy, cursor),
             begun: Instant::now(),
             members: BTreeMap::new(),
             last_member: 0,
             ahead: VecDeque::new(),
-            under_way: Vec::new(),
+            under_way: Default::default(),
             looked: Instant::now(),
             unwritten: Vec::new(),
+            unwritten_failed: Vec::new(),
             confirm: Vec::new(),
             writing: None,
             idle_since: Instant::now(),
         };
         tokio::spawn(hub.run(receiver));
         hubs.insert(key, commands.clone());
-        commands
+        Ok(commands)
     }
 }
 
@@ -147,19 +164,26 @@ struct Hub {
     group: GroupId,
     subscription: SubscriptionId,
     topic: String,
+    spec: SubscriptionSpec,
     policy: Policy,
+    filter: Option<Filter>,
+    throttle: Throttle,
+    /// messages that failed too often, from when on they may be moved, and those on their way
+    to_bury: VecDeque<(Failed, Instant)>,
+    burials: JoinSet<(Failed, Result<(), Failure>)>,
     delivery: Delivery,
     begun: Instant,
     members: BTreeMap<MemberId, Member>,
     last_member: MemberId,
     /// batches that hold what was fed and not given out, and some that were
     ahead: VecDeque<Ahead>,
-    /// acks that are in the entry under way
-    under_way: Vec<OffsetRange>,
+    /// acks and failed deliveries that are in the entry under way
+    under_way: (Vec<OffsetRange>, Vec<Failed>),
     /// when time, leadership and the subscription were looked at
     looked: Instant,
     /// acks not handed to the log yet, who waits for them, and the answer to those under way
     unwritten: Vec<OffsetRange>,
+    unwritten_failed: Vec<Failed>,
     confirm: Vec<Confirm>,
     writing: Option<(oneshot::Receiver<Reply>, Vec<Confirm>)>,
     idle_since: Instant,
@@ -207,6 +231,7 @@ impl Hub {
             }
         }
         self.unwritten.clear();
+        self.unwritten_failed.clear();
         let update = CursorUpdate { subscription: self.subscription.0, seek: Some(offset), ..Default::default() };
         let (group, control) = (self.group, Control { cursors: vec![update] });
         let reply = self.context.node.call(|to| Event::Control { group, control, to }).await;
@@ -219,6 +244,7 @@ impl Hub {
 
     async fn serve(&mut self, commands: &mut mpsc::Receiver<Command>) -> Result<(), Failure> {
         let mut partition = self.context.led_partition(self.group)?;
+        self.throttle.adjust(&self.spec, &self.context.shared.meta(), &self.context.shared);
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -228,7 +254,11 @@ impl Hub {
                 tokio::task::yield_now().await;
                 continue;
             }
+            self.bury(&partition).await?;
             let hungry = self.delivery.wants() > 0;
+            // what is allowed next, where the rate is what holds things up
+            let slowed = self.delivery.has_ready() && self.throttle.available() == 0;
+            let pause = Duration::from_millis(self.throttle.wait_ms());
             tokio::select! {
                 command = commands.recv() => {
                     let Some(mut command) = command else { return Ok(()) };
@@ -251,6 +281,8 @@ impl Hub {
                 reply = async { (&mut self.writing.as_mut().expect("guarded").0).await }, if self.writing.is_some() => {
                     self.written(reply)?;
                 }
+                () = tokio::time::sleep(pause), if slowed => {}
+                Some(done) = self.burials.join_next(), if !self.burials.is_empty() => self.buried(done),
                 _ = tick.tick() => {
                     if !self.check(&partition)? {
                         return Ok(());
@@ -267,7 +299,11 @@ impl Hub {
         let now_ms = self.now_ms();
         match command {
             Command::Attach { name, messages, out, answer } => {
-                let messages = messages || matches!(self.policy.mode, Mode::Shared | Mode::KeyShared);
+                // whole batches only where nothing is told or chosen message by message
+                let singly = matches!(self.policy.mode, Mode::Shared | Mode::KeyShared)
+                    || self.filter.is_some()
+                    || self.policy.deliveries_max > 0;
+                let messages = messages || singly;
                 let _ = answer.send(self.attach(name, Out::Stream { to: out, messages }));
             }
             Command::Say(id, request) => {
@@ -343,10 +379,7 @@ impl Hub {
         for range in ranges {
             for acked in self.delivery.ack(OffsetRange { start: range.start, end: range.end }) {
                 count += acked.end - acked.start;
-                match self.unwritten.last_mut().filter(|last| last.end == acked.start) {
-                    Some(last) => last.end = acked.end,
-                    None => self.unwritten.push(acked),
-                }
+                push_range(&mut self.unwritten, acked);
             }
         }
         count
@@ -363,12 +396,15 @@ impl Hub {
 
     /// One control entry at a time: acks that come meanwhile gather into the next.
     fn write_acks(&mut self) {
-        if self.writing.is_some() || (self.unwritten.is_empty() && self.confirm.is_empty()) {
+        self.unwritten_failed.extend(self.delivery.take_failed());
+        let nothing = self.unwritten.is_empty() && self.unwritten_failed.is_empty() && self.confirm.is_empty();
+        if self.writing.is_some() || nothing {
             return;
         }
         let acked = std::mem::take(&mut self.unwritten);
-        self.under_way.clone_from(&acked);
-        let update = CursorUpdate { subscription: self.subscription.0, acked, ..Default::default() };
+        let failed = std::mem::take(&mut self.unwritten_failed);
+        self.under_way = (acked.clone(), failed.clone());
+        let update = CursorUpdate { subscription: self.subscription.0, acked, failed, ..Default::default() };
         let (to, reply) = oneshot::channel();
         let control = Control { cursors: vec![update] };
         self.context.node.send(Event::Control { group: self.group, control, to: ReplyTo::Call(to) });
@@ -381,7 +417,10 @@ impl Hub {
             Ok(Reply::Done) => None,
             Ok(Reply::Refused(Refusal::Overloaded)) => {
                 // publishers are ahead: the same again, a little later
-                self.unwritten.append(&mut self.under_way);
+                self.unwritten.append(&mut self.under_way.0);
+                // what failed again since has a higher count, and stands behind
+                self.under_way.1.append(&mut self.unwritten_failed);
+                self.unwritten_failed = std::mem::take(&mut self.under_way.1);
                 self.confirm.extend(confirm);
                 return Ok(());
             }
@@ -405,9 +444,10 @@ impl Hub {
         let Some(found) = meta.subscription_by_id(self.subscription) else {
             return Err(Failure::new(Code::NotFound, "NO_SUBSCRIPTION", "the subscription was deleted"));
         };
-        if found.spec.policy() != self.policy {
+        if found.spec != self.spec {
             return Ok(false);
         }
+        self.throttle.adjust(&self.spec, &meta, &self.context.shared);
         self.delivery.tick(self.now_ms());
         self.pass_to(partition.tail.start_offset());
         self.write_acks();
@@ -450,7 +490,80 @@ impl Hub {
     }
 
     fn wants_records(&self) -> bool {
-        self.policy.mode == Mode::KeyShared
+        self.policy.mode == Mode::KeyShared || self.filter.is_some()
+    }
+
+    /// Moves what failed too often to the dead-letter topic, some at a time; where there is none, it is dropped.
+    async fn bury(&mut self, partition: &Partition) -> Result<(), Failure> {
+        if self.policy.deliveries_max == 0 {
+            return Ok(());
+        }
+        let now = Instant::now();
+        self.to_bury.extend(self.delivery.take_dying().into_iter().map(|failed| (failed, now)));
+        while self.burials.len() < BURIALS_MAX && self.to_bury.front().is_some_and(|(_, from)| *from <= now) {
+            let Some((failed, _)) = self.to_bury.pop_front() else { break };
+            if self.spec.dead_letter_topic.is_empty() {
+                self.context.metrics.dead_letters.with_label_values(&[&self.topic, "dropped"]).inc();
+                self.unwritten.extend(self.delivery.bury(failed.offset));
+                continue;
+            }
+            self.hold(failed.offset, partition).await?;
+            let (context, to) = (self.context.clone(), self.spec.dead_letter_topic.clone());
+            let origin = Origin { subscription: self.subscription, group: self.group, offset: failed.offset };
+            let Some(record) = self.dead_letter(failed) else {
+                self.unwritten.extend(self.delivery.bury(failed.offset)); // retention was faster
+                continue;
+            };
+            self.burials.spawn(async move { (failed, outbox::publish(&context, &to, record, origin).await) });
+        }
+        self.write_acks();
+        Ok(())
+    }
+
+    fn buried(&mut self, done: Result<(Failed, Result<(), Failure>), tokio::task::JoinError>) {
+        let Ok((failed, outcome)) = done else { return };
+        match outcome {
+            Ok(()) => {
+                self.context.metrics.dead_letters.with_label_values(&[&self.topic, "moved"]).inc();
+                self.unwritten.extend(self.delivery.bury(failed.offset));
+                self.write_acks();
+            }
+            Err(failure) => {
+                let (to, why) = (&self.spec.dead_letter_topic, failure.message);
+                tracing::warn!(
+                    topic = self.topic,
+                    offset = failed.offset,
+                    to,
+                    why,
+                    "a dead letter could not be moved; again soon"
+                );
+                self.context.metrics.dead_letters.with_label_values(&[&self.topic, "failed"]).inc();
+                self.to_bury.push_back((failed, Instant::now() + BURY_AGAIN));
+            }
+        }
+    }
+
+    /// The record with where it comes from and why in its headers; those of an earlier burial are replaced.
+    fn dead_letter(&mut self, failed: Failed) -> Option<Record> {
+        let at = self.find(failed.offset)?;
+        let ahead = &mut self.ahead[at];
+        let records = ahead.records.get_or_insert_with(|| unpack(&ahead.batch));
+        let mut record = records.get((failed.offset - ahead.batch.base_offset) as usize)?.clone();
+        let meta = self.context.shared.meta();
+        let name = meta.subscription_by_id(self.subscription).map_or(String::new(), |s| s.name.clone());
+        let partition = meta.assignment(self.group).map_or(0, |a| a.partition);
+        record.headers.retain(|(header, _)| !header.starts_with("weir-dead-"));
+        for (header, value) in [
+            ("reason", format!("{} deliveries failed", failed.deliveries)),
+            ("subscription", name),
+            ("topic", self.topic.clone()),
+            ("partition", partition.to_string()),
+            ("offset", failed.offset.to_string()),
+            ("deliveries", failed.deliveries.to_string()),
+        ] {
+            record.headers.push((format!("weir-dead-{header}"), value.into()));
+        }
+        Some(record)
     }
 
     /// Feeds the delivery what its members have credit for, so many bytes at a time; true where there is more.
@@ -482,7 +595,7 @@ impl Hub {
 
     /// Feeds what was read, from the next offset on, as far as it is wanted.
     fn feed(&mut self) {
-        let keyed = self.wants_records();
+        let singly = self.wants_records();
         let mut next = self.delivery.next();
         let mut wants = self.delivery.wants();
         for ahead in &mut self.ahead {
@@ -492,14 +605,23 @@ impl Hub {
             if ahead.batch.base_offset > next || wants == 0 {
                 return;
             }
-            if keyed && ahead.records.is_none() {
+            if singly && ahead.records.is_none() {
                 ahead.records = Some(unpack(&ahead.batch));
             }
             while next < ahead.batch.end_offset() && wants > 0 {
                 let at = (next - ahead.batch.base_offset) as usize;
-                let key = ahead.records.as_ref().and_then(|r| r.get(at)?.key.as_ref());
-                self.delivery.feed(key.map_or(0, |k| records::hash_of(k)));
+                let record = ahead.records.as_ref().and_then(|r| r.get(at));
                 next += 1;
+                if let (Some(filter), Some(record)) = (&self.filter, record)
+                    && !filter.admits(record)
+                {
+                    if let Some(passed) = self.delivery.feed_past() {
+                        push_range(&mut self.unwritten, passed);
+                    }
+                    continue;
+                }
+                let key = record.and_then(|r| r.key.as_ref());
+                self.delivery.feed(key.map_or(0, |k| records::hash_of(k)));
                 wants -= 1;
             }
         }
@@ -507,7 +629,8 @@ impl Hub {
 
     /// Gives members what is theirs; says how many messages.
     async fn give_out(&mut self, partition: &Partition) -> Result<usize, Failure> {
-        let grants = self.delivery.grants(self.now_ms(), TURN_MESSAGES);
+        let allowed = self.throttle.available().min(TURN_MESSAGES);
+        let grants = if allowed > 0 { self.delivery.grants(self.now_ms(), allowed) } else { Vec::new() };
         let count = grants.len();
         if count > 0 {
             let mut each: BTreeMap<MemberId, Vec<Grant>> = BTreeMap::new();
@@ -532,6 +655,7 @@ impl Hub {
         for grant in grants {
             self.hold(grant.offset, partition).await?;
         }
+        self.charge(grants);
         let high_watermark = partition.tail.high_watermark();
         let Some(member) = self.members.get(&id) else { return Ok(()) };
         match &member.out {
@@ -569,7 +693,7 @@ impl Hub {
                 let keep = fits.count().max(1);
                 for rest in messages.drain(keep.min(messages.len())..) {
                     let range = OffsetRange { start: rest.offset, end: rest.offset + 1 };
-                    self.delivery.nack(range, Some(0), self.begun.elapsed().as_millis() as u64 + 1);
+                    self.delivery.take_back(range);
                 }
                 self.delivery.revoke_credit(id);
                 let Some(Member { out: Out::Calls { waiting, .. }, .. }) = self.members.get_mut(&id) else {
@@ -583,7 +707,7 @@ impl Hub {
                     // the caller went away: others may have them
                     for g in grants {
                         let range = OffsetRange { start: g.offset, end: g.offset + 1 };
-                        self.delivery.nack(range, Some(0), self.now_ms());
+                        self.delivery.take_back(range);
                     }
                 }
             }
@@ -592,21 +716,23 @@ impl Hub {
     }
 
     fn send(&mut self, id: MemberId, to: &mpsc::Sender<Response>, responses: Vec<v1::PullResponse>) {
-        let now_ms = self.now_ms();
+        let mut full = false;
         for response in responses {
             match to.try_reserve() {
-                Ok(room) => {
+                // once something went back, what follows it does too: it would overtake it
+                Ok(room) if !full => {
                     self.context.metrics.delivered(&self.topic, &response);
                     room.send(Ok(response));
                 }
-                Err(mpsc::error::TrySendError::Full(())) => {
+                Ok(_) | Err(mpsc::error::TrySendError::Full(())) => {
+                    full = true;
                     // it reads slowly: the rest goes back, with the credit it took
                     let mut count = response.until_offset - response.from_offset;
                     let run = OffsetRange { start: response.from_offset, end: response.until_offset };
-                    self.delivery.nack(run, Some(0), now_ms);
+                    self.delivery.take_back(run);
                     for m in &response.messages {
                         count += 1;
-                        self.delivery.nack(OffsetRange { start: m.offset, end: m.offset + 1 }, Some(0), now_ms);
+                        self.delivery.take_back(OffsetRange { start: m.offset, end: m.offset + 1 });
                     }
                     self.delivery.credit(id, count);
                 }
@@ -618,6 +744,22 @@ impl Hub {
             }
         }
         self.delivery.pause(id, to.capacity() <= UNREAD_MAX / 2);
+    }
+
+    /// Takes what goes out off the declared rate.
+    fn charge(&mut self, grants: &[Grant]) {
+        let mut bytes = 0;
+        if self.spec.bytes_per_second > 0 {
+            for grant in grants {
+                let Some(at) = self.find(grant.offset) else { continue };
+                let ahead = &mut self.ahead[at];
+                let records = ahead.records.get_or_insert_with(|| unpack(&ahead.batch));
+                let record = records.get((grant.offset - ahead.batch.base_offset) as usize);
+                let length = |b: &Option<bytes::Bytes>| b.as_ref().map_or(0, |b| b.len() as u64);
+                bytes += record.map_or(0, |r| length(&r.key) + length(&r.value));
+            }
+        }
+        self.throttle.take(grants.len() as u64, bytes);
     }
 
     /// Makes sure that the batch with an offset is held.
@@ -703,6 +845,13 @@ impl Hub {
             self.ack(&[v1::OffsetRange { start: offset, end: offset + 1 }]);
         }
         out
+    }
+}
+
+fn push_range(ranges: &mut Vec<OffsetRange>, next: OffsetRange) {
+    match ranges.last_mut().filter(|last| last.end == next.start) {
+        Some(last) => last.end = next.end,
+        None => ranges.push(next),
     }
 }
 

@@ -2,16 +2,19 @@
 
 pub mod aside;
 pub mod config;
+pub mod filter;
 pub mod formation;
 pub mod guard;
 pub mod hub;
 pub mod logging;
 pub mod metrics;
 pub mod node_loop;
+pub mod outbox;
 pub mod peers;
 pub mod service;
 pub mod shared;
 pub mod status;
+pub mod throttle;
 
 use anyhow::Context as _;
 use config::Config;
@@ -117,7 +120,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         node_loop::run(core, clock, store, loop_shared, loop_metrics, for_loop, events, peer_streams);
     })?;
     let budget = Arc::new(Semaphore::new(service::IN_FLIGHT_BYTES_MAX / 1024));
-    let (hubs, turn) = Default::default();
+    let (hubs, turn, throttles, inboxes) = Default::default();
     let context = Context {
         shared: shared.clone(),
         node: node.clone(),
@@ -126,6 +129,8 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         budget,
         hubs,
         turn,
+        throttles,
+        inboxes,
     };
     let _ = running.set(context.clone());
     serve_clients(context.clone(), clients, admins, config.connections_max)?;
@@ -154,10 +159,11 @@ fn serve_clients(
     let limit = weir_proto::MESSAGE_BYTES_MAX;
     let c = || context.clone();
     let clients = server()
-        .add_service(reflection(&["Publisher", "Subscriber", "Log", "Metadata"])?)
+        .add_service(reflection(&["Publisher", "Subscriber", "Requester", "Log", "Metadata"])?)
         .add_service(health)
         .add_service(v1::publisher_server::PublisherServer::new(c()).max_decoding_message_size(limit))
         .add_service(v1::subscriber_server::SubscriberServer::new(c()).max_encoding_message_size(limit))
+        .add_service(v1::requester_server::RequesterServer::new(c()).max_decoding_message_size(limit))
         .add_service(v1::log_server::LogServer::new(c()).max_encoding_message_size(limit))
         .add_service(v1::metadata_server::MetadataServer::new(c()))
         .serve_with_incoming(guard::incoming(clients, connections, context.metrics.clone()));

@@ -28,6 +28,8 @@ pub struct Metrics {
     pub sync_seconds: Histogram,
     /// Requests refused, by reason.
     pub rejected: IntCounterVec,
+    /// Messages that failed too often, by topic and what became of them.
+    pub dead_letters: IntCounterVec,
     /// Replicas found damaged.
     pub damage: IntCounter,
     /// Streams open now.
@@ -186,6 +188,12 @@ impl Metrics {
             publish_seconds: latency(&r, "weir_publish_seconds", "From a batch's arrival to its commit"),
             sync_seconds: latency(&r, "weir_sync_seconds", "Writing and syncing one round of the log"),
             rejected: counters(&r, "weir_rejected_total", "Requests refused", &["reason"]),
+            dead_letters: counters(
+                &r,
+                "weir_dead_letters_total",
+                "Messages that failed too often: moved, dropped, or failed to be moved",
+                &["topic", "outcome"],
+            ),
             damage: counter(&r, "weir_damaged_replicas_total", "Replicas found damaged and taken out"),
             open_streams: gauge(&r, "weir_open_streams", "Streams open"),
             connections: gauge(&r, "weir_connections", "Connections open, over all gRPC listeners"),

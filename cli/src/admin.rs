@@ -80,6 +80,12 @@ pub(crate) async fn apply_subscription(client: &Client, subscription: &Validated
         backoff_min_ms: subscription.backoff_min_ms,
         backoff_max_ms: subscription.backoff_max_ms,
         in_flight_max: subscription.in_flight_max,
+        deliveries_max: subscription.deliveries_max,
+        dead_letter_topic: subscription.dead_letter_topic.clone(),
+        filter: subscription.filter.clone(),
+        messages_per_second: subscription.messages_per_second,
+        bytes_per_second: subscription.bytes_per_second,
+        burst_messages: subscription.burst_messages,
     };
     let request =
         v1::ApplySubscriptionRequest { name: subscription.name.clone(), spec: Some(spec), ..Default::default() };

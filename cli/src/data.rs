@@ -183,8 +183,6 @@ async fn consume_subscription(client: &Client, name: &str, max: u64, output: Out
         print(&delivered.message, output)?;
         delivered.ack();
     }
-    drop(subscriber);
-    // the last acks are on their way
-    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    subscriber.close().await;
     Ok(())
 }

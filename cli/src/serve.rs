@@ -211,10 +211,15 @@ async fn feed(server: String, folder: Option<PathBuf>, brokers: u16) {
     let Some(folder) = folder else { return };
     let mut applied: HashSet<String> = HashSet::new();
     let mut said = Vec::new();
+    let mut failed = String::new();
     loop {
-        if let Err(error) = apply_folder(&server, &folder, brokers, &mut applied, &mut said).await {
-            eprintln!("weir: {}: {error:#}", folder.display());
+        let outcome = apply_folder(&server, &folder, brokers, &mut applied, &mut said).await;
+        let now_failed = outcome.err().map_or(String::new(), |error| format!("{error:#}"));
+        // told once it is so for two looks: brokers that have just started need a moment
+        if !now_failed.is_empty() && now_failed == failed {
+            eprintln!("weir: {}: {now_failed}", folder.display());
         }
+        failed = now_failed;
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
 }

@@ -16,7 +16,7 @@ pub struct Message {
     pub offset: u64,
     /// When the leader appended it, ms since the epoch.
     pub append_time_ms: u64,
-    /// The how manieth delivery since the leader took over, from 1.
+    /// One more than the deliveries that failed: 1 for the first. Always 1 where whole batches come (see [`crate::subscriber`]).
     pub delivery: u32,
     /// The record.
     pub record: Record,
@@ -35,11 +35,16 @@ pub enum From {
     Time(u64),
 }
 
+/// A plain message as a record.
+pub(crate) fn record_of(message: v1::Message) -> Record {
+    let v1::Message { key, value, headers, timestamp_ms } = message;
+    let key = (!key.is_empty()).then_some(key);
+    Record { key, value: Some(value), headers: headers.into_iter().collect(), timestamp_ms }
+}
+
 /// A message as it came one by one.
 fn received(m: v1::ReceivedMessage) -> Message {
-    let v1::Message { key, value, headers, timestamp_ms } = m.message.unwrap_or_default();
-    let key = (!key.is_empty()).then_some(key);
-    let record = Record { key, value: Some(value), headers: headers.into_iter().collect(), timestamp_ms };
+    let record = record_of(m.message.unwrap_or_default());
     let (partition, offset) = (m.partition, m.offset);
     Message { partition, offset, append_time_ms: m.append_time_ms, delivery: m.delivery, record }
 }
@@ -196,6 +201,14 @@ impl Pull {
             Err(status) if is_transient(&status) => Ok(None),
             Err(status) => Err(status.into()),
         }
+    }
+
+    /// Ends the stream once the broker has heard all that was said on it, or after a second.
+    pub async fn close(self) {
+        let Self { requests, mut responses, .. } = self;
+        drop(requests);
+        let to_the_end = async { while let Ok(Some(_)) = responses.message().await {} };
+        let _ = tokio::time::timeout(Duration::from_secs(1), to_the_end).await;
     }
 
     /// Acks these messages, and gives credit for as many more.

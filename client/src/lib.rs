@@ -3,6 +3,7 @@
 
 pub mod consumer;
 pub mod producer;
+pub mod requester;
 pub mod subscriber;
 
 use futures::StreamExt as _;
@@ -13,6 +14,8 @@ use thiserror::Error;
 use tonic::transport::{Channel, Endpoint};
 use tonic_types::StatusExt as _;
 pub use weir_proto::records::{Compression, Record};
+/// The wire contract, for what this client has no method of its own for.
+pub use weir_proto::v1 as proto;
 use weir_proto::v1;
 
 /// The next broker is asked for metadata when the one before has not answered by then.
@@ -213,6 +216,34 @@ impl Client {
                 return Err(Error::Deadline { after: within, last });
             }
             tokio::time::sleep(Duration::from_millis(100)).await; // a cluster that has just formed
+        }
+    }
+
+    /// Makes a call at any broker, at others where one does not answer; tried for ten seconds.
+    pub async fn anywhere<T, F, R>(&self, call: F) -> Result<T, Error>
+    where
+        F: Fn(String) -> R,
+        R: Future<Output = Result<T, tonic::Status>>,
+    {
+        let within = Duration::from_secs(10);
+        let end = tokio::time::Instant::now() + within;
+        let mut waits = waits();
+        loop {
+            let cluster = self.connect(within).await?;
+            let by = cluster.metadata.answered_by;
+            let broker = cluster.metadata.brokers.iter().find(|b| b.id == by).map(|b| b.client_address.clone());
+            let failed = match broker {
+                Some(address) => match call(address).await {
+                    Ok(answer) => return Ok(answer),
+                    Err(status) if !is_transient(&status) => return Err(status.into()),
+                    Err(status) => status.message().to_owned(),
+                },
+                None => "no broker answers".to_owned(),
+            };
+            if tokio::time::Instant::now() >= end {
+                return Err(Error::Deadline { after: within, last: failed });
+            }
+            tokio::time::sleep(waits.next().unwrap_or(Duration::from_millis(200))).await;
         }
     }
 

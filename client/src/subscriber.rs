@@ -1,10 +1,11 @@
 //! Reading a subscription: all its partitions at once, opened again after failovers, new partitions as they appear.
 
-use crate::consumer::{Message, Pull};
+use crate::consumer::{From, Message, Pull};
 use crate::{Client, Error};
 use std::collections::VecDeque;
 use std::time::Duration;
 use tokio::sync::mpsc;
+use weir_proto::v1;
 
 /// Between two looks at how many partitions the topic has.
 const GROWTH_LOOK: Duration = Duration::from_secs(5);
@@ -61,10 +62,12 @@ impl Delivered {
 
 type Lists = mpsc::Sender<Result<Vec<Delivered>, Error>>;
 
-/// A member of a subscription.
+/// A member of a subscription. Dropped, it goes as if it had been killed; [`Subscriber::close`] tells the brokers first what was acked.
 pub struct Subscriber {
     lists: mpsc::Receiver<Result<Vec<Delivered>, Error>>,
     here: VecDeque<Delivered>,
+    /// ends when all partitions' tasks have
+    tasks: mpsc::Receiver<()>,
 }
 
 impl Subscriber {
@@ -83,6 +86,7 @@ impl Subscriber {
         let count = cluster.topic(&topic).map(|t| t.partitions.len() as u32);
         let count = count.ok_or_else(|| refused("NO_TOPIC", format!("topic {topic} does not exist")))?;
         let (lists, receiver) = mpsc::channel(LISTS_MAX);
+        let (task, tasks) = mpsc::channel(1);
         let partition = |partition| Partition {
             client: client.clone(),
             subscription: full.clone(),
@@ -90,6 +94,7 @@ impl Subscriber {
             partition,
             options: options.clone(),
             lists: lists.clone(),
+            _task: task.clone(),
         };
         // one after the other: two that open an exclusive subscription at once do not share it between them
         let mut opened = Vec::new();
@@ -101,7 +106,14 @@ impl Subscriber {
             tokio::spawn(partition.run(pull));
         }
         tokio::spawn(follow_growth(partition(count)));
-        Ok(Self { lists: receiver, here: VecDeque::new() })
+        Ok(Self { lists: receiver, here: VecDeque::new(), tasks })
+    }
+
+    /// Leaves the subscription once the brokers know what was acked; what was not comes to others at once.
+    pub async fn close(self) {
+        let Self { lists, here, mut tasks } = self;
+        drop((lists, here));
+        while tasks.recv().await.is_some() {}
     }
 
     /// The next message, of any partition; `None` once all partitions have ended (the subscription was deleted, say).
@@ -116,6 +128,35 @@ impl Subscriber {
             }
         }
     }
+}
+
+/// Moves a subscription's position in all partitions, whoever reads it. What was leased before the move comes again where it lies
+/// behind the new position.
+pub async fn seek(client: &Client, subscription: &str, to: From) -> Result<(), Error> {
+    use v1::seek_request::To;
+    let cluster = client.connect(Duration::from_secs(10)).await?;
+    let full = if subscription.contains('/') { subscription.to_owned() } else { format!("default/{subscription}") };
+    let found = cluster.metadata.subscriptions.iter().find(|s| s.name == full);
+    let topic = found.and_then(|s| s.spec.as_ref()).map(|s| s.topic.clone()).unwrap_or_default();
+    let count = cluster.topic(&topic).map_or(0, |t| t.partitions.len() as u32);
+    for partition in 0..count {
+        let to = match to {
+            From::Earliest => To::Earliest(true),
+            From::Latest => To::Latest(true),
+            From::Offset(offset) => To::Offset(offset),
+            From::Time(time) => To::TimeMs(time),
+        };
+        let request = v1::SeekRequest { subscription: full.clone(), partition, to: Some(to) };
+        let call = |address: String| {
+            let request = request.clone();
+            async move {
+                let channel = client.channel(&address).map_err(|e| tonic::Status::internal(e.to_string()))?;
+                Ok(v1::subscriber_client::SubscriberClient::new(channel).seek(request).await?.into_inner())
+            }
+        };
+        client.at_leader(&topic, partition, Duration::from_secs(10), call).await?;
+    }
+    Ok(())
 }
 
 /// Opens partitions that appear, from `next.partition` on, until the subscriber is dropped.
@@ -145,6 +186,7 @@ struct Partition {
     partition: u32,
     options: Options,
     lists: Lists,
+    _task: mpsc::Sender<()>,
 }
 
 impl Partition {
@@ -160,7 +202,7 @@ impl Partition {
             let (actions, receiver) = mpsc::unbounded_channel();
             self.serve(&mut pull, actions, receiver).await;
             if self.lists.is_closed() {
-                return;
+                return pull.close().await;
             }
             let _ = self.client.refresh().await;
             match self.open().await {
@@ -200,7 +242,7 @@ impl Partition {
                 }
                 () = self.lists.closed() => {
                     // what was answered already is still told
-                    if let Ok(action) = receiver.try_recv() {
+                    while let Ok(action) = receiver.try_recv() {
                         let _ = self.answer(pull, action, &mut receiver).await;
                     }
                     return;

@@ -244,6 +244,18 @@ pub struct SubscriptionSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1_000_000))]
     pub max_in_flight: Option<u32>,
+    /// Only messages that meet this CEL expression are delivered; the others are passed over. It sees `key` (a string), `headers` (a
+    /// map of strings), `timestamp` and `size` (bytes of the value), and is false where a header it asks for is missing:
+    /// `headers.kind == "signup" && size < 10000`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 2048))]
+    pub filter: Option<String>,
+    /// How fast messages are delivered, over all partitions: what a peak brings beyond that waits. Absent: as fast as they are taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate: Option<Rate>,
+    /// What becomes of a message whose delivery fails again and again. Absent: it is tried for ever.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dead_letter: Option<DeadLetter>,
     /// The StreamCluster that holds the topic. Absent: the one called `default` in the subscription's namespace. Cannot change.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster_ref: Option<ClusterRef>,
@@ -251,6 +263,38 @@ pub struct SubscriptionSpec {
     /// and goes on holding the topic's records, until a Subscription of the same name takes it over.
     #[serde(default = "delete")]
     pub deletion_policy: DeletionPolicy,
+}
+
+/// How fast messages are delivered.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Rate {
+    /// Messages each second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
+    pub messages_per_second: Option<u64>,
+    /// Bytes of keys and values each second, such as `10Mi`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = SIZE_PATTERN))]
+    pub bytes_per_second: Option<String>,
+    /// Messages that may go out at once after a pause. Absent: a tenth of a second's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
+    pub burst: Option<u64>,
+}
+
+/// What becomes of a message whose delivery fails again and again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct DeadLetter {
+    /// Deliveries that may fail (refused, not acknowledged in time, or the consumer went away).
+    #[schemars(range(min = 1, max = 1000))]
+    pub max_deliveries: u32,
+    /// The topic that takes it then, in the same namespace, or `namespace/name`, with its origin and the reason in headers. Absent: it
+    /// is dropped. `weir subscription redrive` puts what lies there back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 507))]
+    pub topic: Option<String>,
 }
 
 /// How a subscription stands.
@@ -314,6 +358,18 @@ pub struct ValidatedSubscription {
     pub backoff_max_ms: u64,
     /// Messages held at one time in each partition, 0 for the default.
     pub in_flight_max: u32,
+    /// Failed deliveries after which a message is buried, 0 for never.
+    pub deliveries_max: u32,
+    /// `namespace/name` of the topic that takes what is buried, empty to drop it.
+    pub dead_letter_topic: String,
+    /// CEL, empty for all messages.
+    pub filter: String,
+    /// 0 for any number.
+    pub messages_per_second: u64,
+    /// 0 for any number.
+    pub bytes_per_second: u64,
+    /// 0 for the default.
+    pub burst_messages: u64,
 }
 
 /// A field that cannot be what it is.
@@ -374,17 +430,27 @@ impl Subscription {
             return Err(invalid("spec.topic", "is empty"));
         }
         let namespace = name.split('/').next().unwrap_or("default");
-        let topic = if self.spec.topic.contains('/') {
-            self.spec.topic.clone()
-        } else {
-            format!("{namespace}/{}", self.spec.topic)
-        };
+        let in_namespace = |t: &String| if t.contains('/') { t.clone() } else { format!("{namespace}/{t}") };
+        let topic = in_namespace(&self.spec.topic);
+        let dead_letter = self.spec.dead_letter.as_ref();
+        let dead_letter_topic = dead_letter.and_then(|d| d.topic.as_ref()).map(in_namespace).unwrap_or_default();
+        if dead_letter_topic == topic {
+            return Err(invalid("spec.deadLetter.topic", "a topic cannot take its own dead letters"));
+        }
+        let rate = self.spec.rate.clone().unwrap_or_default();
+        let bytes_per_second = rate.bytes_per_second.as_deref().map_or(Ok(0), quantity::bytes);
         let redelivery = self.spec.redelivery.clone().unwrap_or_default();
         Ok(ValidatedSubscription {
             mode: self.spec.mode,
             backoff_min_ms: millis("spec.redelivery.minBackoff", &redelivery.min_backoff)?,
             backoff_max_ms: millis("spec.redelivery.maxBackoff", &redelivery.max_backoff)?,
             in_flight_max: self.spec.max_in_flight.unwrap_or(0),
+            deliveries_max: dead_letter.map_or(0, |d| d.max_deliveries),
+            dead_letter_topic,
+            filter: self.spec.filter.clone().unwrap_or_default(),
+            messages_per_second: rate.messages_per_second.unwrap_or(0),
+            bytes_per_second: bytes_per_second.map_err(|e| invalid("spec.rate.bytesPerSecond", e))?,
+            burst_messages: rate.burst.unwrap_or(0),
             topic,
             from_earliest: self.spec.start == StartPosition::Earliest,
             ack_deadline_ms: millis("spec.ackDeadline", &self.spec.ack_deadline)?,

@@ -14,6 +14,17 @@ pub struct OffsetRange {
     pub end: u64,
 }
 
+/// How often a message was delivered and not acked.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct Failed {
+    /// Its offset.
+    #[prost(uint64, tag = "1")]
+    pub offset: u64,
+    /// Deliveries so far.
+    #[prost(uint32, tag = "2")]
+    pub deliveries: u32,
+}
+
 /// A change of one subscription's cursor, as it stands in a control entry.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct CursorUpdate {
@@ -29,6 +40,9 @@ pub struct CursorUpdate {
     /// Forget the subscription.
     #[prost(bool, tag = "4")]
     pub delete: bool,
+    /// Messages that were delivered and came back.
+    #[prost(message, repeated, tag = "5")]
+    pub failed: Vec<Failed>,
 }
 
 /// The state of one subscription in one partition.
@@ -38,6 +52,8 @@ pub struct Cursor {
     position: u64,
     /// acked ranges above the position, start → end, disjoint and not adjacent
     acked: BTreeMap<u64, u64>,
+    /// deliveries of unacked messages that came back
+    failed: BTreeMap<u64, u32>,
 }
 
 /// A [`Cursor`] as it stands in a checkpoint.
@@ -52,12 +68,15 @@ pub struct CursorRecord {
     /// Acked ranges above it.
     #[prost(message, repeated, tag = "3")]
     pub acked: Vec<OffsetRange>,
+    /// Deliveries of unacked messages that came back.
+    #[prost(message, repeated, tag = "4")]
+    pub failed: Vec<Failed>,
 }
 
 impl Cursor {
     /// A cursor at `position` with nothing acked above it.
     pub fn at(position: u64) -> Self {
-        Self { position, acked: BTreeMap::new() }
+        Self { position, ..Self::default() }
     }
 
     /// Everything below this is acked.
@@ -70,6 +89,12 @@ impl Cursor {
         let (mut start, mut end) = (range.start.max(self.position), range.end);
         if start >= end {
             return;
+        }
+        if !self.failed.is_empty() {
+            let done: Vec<u64> = self.failed.range(start..end).map(|(offset, _)| *offset).collect();
+            done.iter().for_each(|offset| {
+                self.failed.remove(offset);
+            });
         }
         // ranges are disjoint: from the last one back, until one ends before this begins
         let before = self.acked.range(..=end).rev();
@@ -89,6 +114,18 @@ impl Cursor {
     /// Whether `offset` was acked.
     pub fn is_acked(&self, offset: u64) -> bool {
         offset < self.position || self.acked.range(..=offset).next_back().is_some_and(|(_, end)| *end > offset)
+    }
+
+    /// Notes that an unacked message was delivered so often and came back.
+    pub fn fail(&mut self, failed: Failed) {
+        if !self.is_acked(failed.offset) {
+            self.failed.insert(failed.offset, failed.deliveries);
+        }
+    }
+
+    /// How often an unacked message was delivered and came back.
+    pub fn deliveries(&self, offset: u64) -> u32 {
+        self.failed.get(&offset).copied().unwrap_or(0)
     }
 
     /// Acked ranges above the position.
@@ -118,6 +155,7 @@ impl Cursors {
         }
         if let Some(cursor) = self.0.get_mut(&update.subscription) {
             update.acked.iter().for_each(|range| cursor.ack(*range));
+            update.failed.iter().for_each(|failed| cursor.fail(*failed));
         }
     }
 
@@ -138,6 +176,11 @@ impl Cursors {
                 subscription,
                 position: c.position,
                 acked: c.acked_ranges().collect(),
+                failed: c
+                    .failed
+                    .iter()
+                    .map(|(offset, deliveries)| Failed { offset: *offset, deliveries: *deliveries })
+                    .collect(),
             })
             .collect()
     }
@@ -147,6 +190,7 @@ impl Cursors {
         let cursor = |r: &CursorRecord| {
             let mut cursor = Cursor::at(r.position);
             r.acked.iter().for_each(|range| cursor.ack(*range));
+            r.failed.iter().for_each(|failed| cursor.fail(*failed));
             (r.subscription, cursor)
         };
         Self(records.iter().map(cursor).collect())
@@ -164,7 +208,10 @@ mod tests {
             let mut cursor = Cursor::at(10);
             let mut model: std::collections::BTreeSet<u64> = (0..10).collect();
             for (start, len) in acks {
+                let failed = (start..start + len + 3).find(|o| !model.contains(o));
+                failed.iter().for_each(|o| cursor.fail(Failed { offset: *o, deliveries: 2 }));
                 cursor.ack(OffsetRange { start, end: start + len });
+                prop_assert_eq!(failed.map(|o| cursor.deliveries(o)), failed.map(|o| if o < start + len { 0 } else { 2 }));
                 model.extend(start..start + len);
                 let first_gap = (0..).find(|o| !model.contains(o)).unwrap();
                 prop_assert_eq!(cursor.position(), first_gap);

@@ -5,7 +5,7 @@
 //! waiting to be ready again, or acked. In the ordered modes a lane (all messages, or those of one key) has one holder at a
 //! time, and a message that waits holds up what follows it in its lane.
 
-use crate::cursor::{Cursor, OffsetRange};
+use crate::cursor::{Cursor, Failed, OffsetRange};
 use crate::node::mix;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use thiserror::Error;
@@ -37,6 +37,8 @@ pub struct Policy {
     pub backoff_max_ms: u64,
     /// Messages leased at one time, over all members.
     pub leased_max: u64,
+    /// A message delivered so often and not acked is to be buried (see [`Delivery::take_dying`]); 0 for never.
+    pub deliveries_max: u32,
 }
 
 impl Default for Policy {
@@ -47,6 +49,7 @@ impl Default for Policy {
             backoff_min_ms: 0,
             backoff_max_ms: 60_000,
             leased_max: 100_000,
+            deliveries_max: 0,
         }
     }
 }
@@ -72,15 +75,22 @@ pub struct Grant {
     pub member: MemberId,
     /// Which.
     pub offset: u64,
-    /// The how manieth delivery this is, from 1.
+    /// One more than the deliveries that failed: 1 for the first.
     pub delivery: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Ready,
-    Leased { member: MemberId, deadline_ms: u64 },
-    Waiting { due_ms: u64 },
+    Leased {
+        member: MemberId,
+        deadline_ms: u64,
+    },
+    Waiting {
+        due_ms: u64,
+    },
+    /// delivered too often: it is being moved elsewhere, and holds up its lane like one that waits
+    Dying,
     Acked,
 }
 
@@ -88,7 +98,10 @@ enum State {
 struct Slot {
     state: State,
     lane: u64,
-    deliveries: u32,
+    /// deliveries that failed by this message's own doing, as far as can be told
+    failures: u32,
+    /// was delivered at least once since this delivery began
+    given: bool,
 }
 
 /// Messages that keep their order among each other.
@@ -137,6 +150,10 @@ pub struct Delivery {
     ready: u64,
     /// no lease runs out before
     expires_ms: u64,
+    /// messages that came back since they were last asked for
+    failed: BTreeMap<u64, u32>,
+    /// messages to be buried, not yet asked for
+    dying: Vec<u64>,
 }
 
 impl Delivery {
@@ -154,6 +171,8 @@ impl Delivery {
             leased: 0,
             ready: 0,
             expires_ms: u64::MAX,
+            failed: BTreeMap::new(),
+            dying: Vec::new(),
         }
     }
 
@@ -170,6 +189,11 @@ impl Delivery {
     /// Messages leased now.
     pub fn leased(&self) -> u64 {
         self.leased
+    }
+
+    /// Whether anything could be given out, were there a member for it.
+    pub fn has_ready(&self) -> bool {
+        self.ready > 0
     }
 
     /// Whether anybody reads.
@@ -223,9 +247,12 @@ impl Delivery {
         if self.members.remove(&id).is_none() {
             return;
         }
+        // of a lane it cannot have failed at more than the first; what was behind that is innocent
+        let mut failed = BTreeSet::new();
         for at in 0..self.window.len() {
-            if matches!(self.window[at].state, State::Leased { member, .. } if member == id) {
-                self.unlease(at, 0);
+            let Slot { state, lane, .. } = self.window[at];
+            if matches!(state, State::Leased { member, .. } if member == id) {
+                if failed.insert(lane) { self.unlease(at, 0) } else { self.requeue(at, 0) }
             }
         }
         self.requeue_all();
@@ -266,14 +293,76 @@ impl Delivery {
             Mode::KeyShared => key_hash,
         };
         if self.cursor.is_acked(offset) {
-            self.window.push_back(Slot { state: State::Acked, lane, deliveries: 0 });
+            self.window.push_back(Slot { state: State::Acked, lane, failures: 0, given: false });
             self.trim();
             return;
         }
-        self.window.push_back(Slot { state: State::Ready, lane, deliveries: 0 });
+        let failures = self.cursor.deliveries(offset);
+        if self.is_too_many(failures) {
+            // an earlier leader found it so, and did not get to move it
+            self.window.push_back(Slot { state: State::Dying, lane, failures, given: false });
+            self.lanes.entry(lane).or_default().waiting.insert(offset);
+            self.dying.push(offset);
+            return;
+        }
+        self.window.push_back(Slot { state: State::Ready, lane, failures, given: false });
         self.ready += 1;
         self.lanes.entry(lane).or_default().ready.insert(offset);
         self.queue(lane);
+    }
+
+    /// Passes over the message at [`Self::next`]: nobody wants it (a filter, say). It counts as acked; returned for the log.
+    pub fn feed_past(&mut self) -> Option<OffsetRange> {
+        let offset = self.next();
+        let range = OffsetRange { start: offset, end: offset + 1 };
+        let known = self.cursor.is_acked(offset);
+        self.cursor.ack(range);
+        self.window.push_back(Slot { state: State::Acked, lane: 0, failures: 0, given: false });
+        self.trim();
+        (!known).then_some(range)
+    }
+
+    fn is_too_many(&self, failures: u32) -> bool {
+        self.policy.deliveries_max > 0 && failures >= self.policy.deliveries_max
+    }
+
+    /// Messages that came back since this was last asked, with their deliveries, for the log.
+    pub fn take_failed(&mut self) -> Vec<Failed> {
+        let failed = std::mem::take(&mut self.failed);
+        failed.into_iter().map(|(offset, deliveries)| Failed { offset, deliveries }).collect()
+    }
+
+    /// Messages that were delivered too often, each told once: they are to be put elsewhere and then [`Self::bury`]'d.
+    pub fn take_dying(&mut self) -> Vec<Failed> {
+        let dying = std::mem::take(&mut self.dying);
+        let deliveries = |offset: u64| self.window.get((offset - self.base) as usize).map_or(0, |s| s.failures);
+        dying
+            .into_iter()
+            .filter(|o| *o >= self.base)
+            .map(|offset| Failed { offset, deliveries: deliveries(offset) })
+            .collect()
+    }
+
+    /// A dying message was put elsewhere: it counts as acked; returned for the log.
+    pub fn bury(&mut self, offset: u64) -> Option<OffsetRange> {
+        let at = usize::try_from(offset.checked_sub(self.base)?).ok()?;
+        let slot = *self.window.get(at).filter(|s| s.state == State::Dying)?;
+        let range = OffsetRange { start: offset, end: offset + 1 };
+        self.release(offset, &slot);
+        self.window[at].state = State::Acked;
+        self.cursor.ack(range);
+        self.after_change(slot.lane);
+        self.trim();
+        Some(range)
+    }
+
+    /// Takes grants back that never reached their member: they do not count as deliveries.
+    pub fn take_back(&mut self, range: OffsetRange) {
+        for at in self.within(range) {
+            let Slot { state: State::Leased { .. }, lane, .. } = self.window[at] else { continue };
+            self.requeue(at, 0);
+            self.after_change(lane);
+        }
     }
 
     /// Passes over everything below `start`, given out or not: retention took it. It counts as acked; what was passed over is
@@ -400,8 +489,8 @@ impl Delivery {
         self.expires_ms = self.expires_ms.min(deadline_ms);
         let slot = &mut self.window[(offset - self.base) as usize];
         slot.state = State::Leased { member: id, deadline_ms };
-        slot.deliveries += 1;
-        let delivery = slot.deliveries;
+        slot.given = true;
+        let delivery = slot.failures.saturating_add(1);
         let member = self.members.get_mut(&id).expect("granted to a member");
         member.credit -= 1;
         member.leased += 1;
@@ -411,8 +500,27 @@ impl Delivery {
         Some(Grant { member: id, offset, delivery })
     }
 
-    /// Takes a slot back from its member, to be ready at `due_ms` (0: at once).
+    /// A delivery failed: takes the slot back from its member, to be ready at `due_ms` (0: at once), or to be buried.
     fn unlease(&mut self, at: usize, due_ms: u64) {
+        let slot = self.window[at];
+        if !matches!(slot.state, State::Leased { .. }) {
+            return;
+        }
+        let offset = self.base + at as u64;
+        let failures = slot.failures.saturating_add(1);
+        self.window[at].failures = failures;
+        self.failed.insert(offset, failures);
+        self.requeue(at, due_ms);
+        if self.is_too_many(failures) {
+            let returned = self.window[at];
+            self.release(offset, &returned);
+            self.window[at].state = State::Dying;
+            self.lanes.entry(slot.lane).or_default().waiting.insert(offset);
+            self.dying.push(offset);
+        }
+    }
+
+    fn requeue(&mut self, at: usize, due_ms: u64) {
         let slot = &mut self.window[at];
         let State::Leased { member, .. } = slot.state else { return };
         let (offset, lane_id) = (self.base + at as u64, slot.lane);
@@ -458,6 +566,9 @@ impl Delivery {
                 lane.waiting.remove(&offset);
                 self.due.remove(&(due_ms, offset));
             }
+            State::Dying => {
+                lane.waiting.remove(&offset);
+            }
             State::Acked => {}
         }
     }
@@ -469,7 +580,8 @@ impl Delivery {
         for at in self.within(range) {
             let slot = self.window[at];
             let offset = self.base + at as u64;
-            if slot.state == State::Acked || slot.deliveries == 0 {
+            // what is dying is not the members' any more
+            if matches!(slot.state, State::Acked | State::Dying) || !slot.given {
                 continue;
             }
             self.release(offset, &slot);
@@ -495,22 +607,22 @@ impl Delivery {
     }
 
     fn give_back(&mut self, at: usize, delay_ms: Option<u64>, now_ms: u64) {
-        let Slot { state: State::Leased { .. }, lane, deliveries } = self.window[at] else { return };
-        let wait = delay_ms.unwrap_or_else(|| self.backoff_ms(deliveries));
+        let Slot { state: State::Leased { .. }, lane, failures, .. } = self.window[at] else { return };
+        let wait = delay_ms.unwrap_or_else(|| self.backoff_ms(failures));
         self.unlease(at, if wait == 0 { 0 } else { now_ms.saturating_add(wait.min(WAIT_MS_MAX)) });
         if self.policy.mode != Mode::Shared {
             for behind in at + 1..self.window.len() {
                 let slot = self.window[behind];
                 if slot.lane == lane && matches!(slot.state, State::Leased { .. }) {
-                    self.unlease(behind, 0);
+                    self.requeue(behind, 0);
                 }
             }
         }
         self.after_change(lane);
     }
 
-    fn backoff_ms(&self, deliveries: u32) -> u64 {
-        let doubled = self.policy.backoff_min_ms.saturating_mul(1 << deliveries.saturating_sub(1).min(30));
+    fn backoff_ms(&self, failures: u32) -> u64 {
+        let doubled = self.policy.backoff_min_ms.saturating_mul(1 << failures.min(30));
         doubled.min(self.policy.backoff_max_ms)
     }
 
@@ -755,6 +867,59 @@ mod tests {
         d.grants(0, 100);
         assert_eq!(d.ack(range(0, 100)), [range(0, 1)]);
         assert_eq!(d.cursor().position(), 1);
+    }
+
+    #[test]
+    fn a_message_delivered_too_often_is_buried_and_its_lane_goes_on_only_then() {
+        let policy = Policy { mode: Mode::KeyShared, deliveries_max: 2, ..Default::default() };
+        let mut d = Delivery::new(policy, Cursor::at(0));
+        d.attach(1, "a").unwrap();
+        d.credit(1, 100);
+        [7, 8, 7].into_iter().for_each(|key| d.feed(key));
+        for delivery in 1..=2 {
+            assert_eq!(d.grants(0, 100).iter().filter(|g| g.offset == 0).map(|g| g.delivery).sum::<u32>(), delivery);
+            assert!(d.take_dying().is_empty());
+            d.nack(range(0, 1), None, 0);
+            assert!(d.take_failed().contains(&Failed { offset: 0, deliveries: delivery }));
+        }
+        assert_eq!(d.take_dying(), [Failed { offset: 0, deliveries: 2 }]);
+        assert_eq!(d.take_dying(), [], "told once");
+        assert_eq!(d.ack(range(0, 1)), [], "too late");
+        d.ack(range(1, 2));
+        d.tick(1_000_000);
+        assert_eq!(d.grants(1_000_000, 100), []);
+        assert_eq!(d.bury(0), Some(range(0, 1)));
+        assert_eq!(offsets(&d.grants(1_000_000, 100), 1), [2]);
+        assert_eq!(d.cursor().position(), 2);
+        // a new leader begins with what was counted
+        let mut cursor = Cursor::at(0);
+        cursor.fail(Failed { offset: 0, deliveries: 2 });
+        cursor.fail(Failed { offset: 1, deliveries: 1 });
+        let mut d = Delivery::new(policy, cursor);
+        d.attach(1, "a").unwrap();
+        d.credit(1, 100);
+        [7, 8].into_iter().for_each(|key| d.feed(key));
+        assert_eq!(d.take_dying(), [Failed { offset: 0, deliveries: 2 }]);
+        assert_eq!(d.grants(0, 100), [Grant { member: 1, offset: 1, delivery: 2 }]);
+    }
+
+    #[test]
+    fn what_never_reached_its_member_was_not_delivered_and_what_a_filter_leaves_out_is_passed_over() {
+        let policy = Policy { mode: Mode::Shared, deliveries_max: 1, ..Default::default() };
+        let mut d = Delivery::new(policy, Cursor::at(0));
+        d.attach(1, "a").unwrap();
+        d.credit(1, 100);
+        assert_eq!(d.feed_past(), Some(range(0, 1)));
+        d.feed(0);
+        assert_eq!(d.feed_past(), Some(range(2, 3)));
+        assert_eq!(offsets(&d.grants(0, 100), 1), [1]);
+        d.take_back(range(1, 2));
+        assert_eq!((d.take_failed(), d.take_dying()), (vec![], vec![]));
+        assert_eq!(d.grants(0, 100), [Grant { member: 1, offset: 1, delivery: 1 }]);
+        d.detach(1);
+        assert_eq!(d.take_dying(), [Failed { offset: 1, deliveries: 1 }]);
+        assert_eq!(d.bury(1), Some(range(1, 2)));
+        assert_eq!((d.cursor().position(), d.leased(), d.next()), (3, 0, 3));
     }
 
     #[derive(Clone, Debug)]

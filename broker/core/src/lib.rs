@@ -15,6 +15,7 @@ pub mod node;
 pub mod observe;
 pub mod partition;
 pub mod producer;
+pub mod rate;
 pub mod retention;
 pub mod storage;
 pub mod tail;

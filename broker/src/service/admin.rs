@@ -1,6 +1,7 @@
 //! Changes of topics, subscriptions and brokers. Every call may be repeated.
 
 use super::{Context, full_name};
+use crate::filter::Filter;
 use crate::status::Failure;
 use tonic::{Request, Response, Status};
 use weir_core::delivery::{Mode, Policy, WAIT_MS_MAX};
@@ -108,7 +109,20 @@ impl Admin for Context {
             backoff_min_ms: spec.backoff_min_ms,
             backoff_max_ms: or(spec.backoff_max_ms, default.backoff_max_ms).max(spec.backoff_min_ms),
             in_flight_max: or(spec.in_flight_max.into(), default.leased_max).min(1_000_000) as u32,
+            deliveries_max: spec.deliveries_max,
+            dead_letter_topic: match spec.dead_letter_topic.as_str() {
+                "" => String::new(),
+                topic => full_name(topic)?,
+            },
+            filter: spec.filter,
+            messages_per_second: spec.messages_per_second,
+            bytes_per_second: spec.bytes_per_second,
+            burst_messages: spec.burst_messages,
         };
+        if whole.dead_letter_topic == whole.topic {
+            return Err(Failure::invalid("DEAD_LETTER_TOPIC", "a topic cannot take its own dead letters").into());
+        }
+        Filter::compile(&whole.filter)?;
         let change = ApplySubscription {
             name: full_name(&request.name)?,
             spec: whole,

@@ -58,6 +58,12 @@ fn subscription(s: &core::Subscription) -> v1::Subscription {
         backoff_min_ms: s.spec.backoff_min_ms,
         backoff_max_ms: s.spec.backoff_max_ms,
         in_flight_max: s.spec.in_flight_max,
+        deliveries_max: s.spec.deliveries_max,
+        dead_letter_topic: s.spec.dead_letter_topic.clone(),
+        filter: s.spec.filter.clone(),
+        messages_per_second: s.spec.messages_per_second,
+        bytes_per_second: s.spec.bytes_per_second,
+        burst_messages: s.spec.burst_messages,
     };
     v1::Subscription {
         name: s.name.clone(),

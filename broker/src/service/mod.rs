@@ -5,6 +5,7 @@ pub mod log;
 pub mod metadata;
 pub mod peer;
 pub mod publisher;
+pub mod requester;
 pub mod subscriber;
 
 use crate::formation::Formation;
@@ -42,6 +43,10 @@ pub struct Context {
     pub budget: Arc<Semaphore>,
     /// Deliveries under way.
     pub hubs: crate::hub::Hubs,
+    /// Inboxes of askers.
+    pub inboxes: requester::Inboxes,
+    /// Declared rates.
+    pub throttles: crate::throttle::Throttles,
     /// Moves with each call for messages that names no partition.
     pub turn: Arc<std::sync::atomic::AtomicUsize>,
 }

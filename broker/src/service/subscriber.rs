@@ -11,9 +11,9 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
 use weir_core::cursor::Cursor;
-use weir_core::delivery::Policy;
 use weir_core::group::Machine;
 use weir_core::ids::{GroupId, SubscriptionId};
+use weir_core::meta::state::SubscriptionSpec;
 use weir_proto::v1;
 use weir_proto::v1::subscriber_server::Subscriber;
 
@@ -28,7 +28,7 @@ struct Resolved {
     topic: String,
     group: GroupId,
     subscription: SubscriptionId,
-    policy: Policy,
+    spec: SubscriptionSpec,
 }
 
 fn resolve(context: &Context, name: &str, partition: u32) -> Result<Resolved, Failure> {
@@ -40,7 +40,7 @@ fn resolve(context: &Context, name: &str, partition: u32) -> Result<Resolved, Fa
     if !context.shared.leads(group) {
         return Err(context.not_leader(group));
     }
-    Ok(Resolved { topic, group, subscription: SubscriptionId(found.id), policy: found.spec.policy() })
+    Ok(Resolved { topic, group, subscription: SubscriptionId(found.id), spec: found.spec.clone() })
 }
 
 /// The cursor as applied here; a new subscription gets its own within moments.
@@ -70,12 +70,12 @@ impl Context {
     /// The hub of a subscription in a partition led here, started where it does not run.
     async fn hub(&self, name: &str, partition: u32) -> Result<mpsc::Sender<Command>, Failure> {
         // (of a hub that is found, the task may end at any time: a send then fails)
-        let Resolved { topic, group, subscription, policy } = resolve(self, name, partition)?;
+        let Resolved { topic, group, subscription, spec } = resolve(self, name, partition)?;
         if let Some(hub) = self.hubs.find((group, subscription)) {
             return Ok(hub);
         }
         let cursor = cursor(self, group, subscription).await?;
-        Ok(self.hubs.find_or_start(self, (group, subscription), &topic, policy, cursor))
+        self.hubs.find_or_start(self, (group, subscription), &topic, spec, cursor)
     }
 
     /// Asks a hub and waits for its answer. One that ends at that moment answers nothing: it is asked again, anew.

@@ -101,6 +101,12 @@ async fn apply_to(
             backoff_min_ms: wanted.backoff_min_ms,
             backoff_max_ms: wanted.backoff_max_ms,
             in_flight_max: wanted.in_flight_max,
+            deliveries_max: wanted.deliveries_max,
+            dead_letter_topic: wanted.dead_letter_topic.clone(),
+            filter: wanted.filter.clone(),
+            messages_per_second: wanted.messages_per_second,
+            bytes_per_second: wanted.bytes_per_second,
+            burst_messages: wanted.burst_messages,
         };
         let request =
             v1::ApplySubscriptionRequest { name: wanted.name.clone(), spec: Some(spec), owner_uid: uid, generation };

@@ -185,7 +185,7 @@ pub struct ReceivedMessage {
     pub partition: u32,
     #[prost(uint64, tag = "2")]
     pub offset: u64,
-    /// The how manieth delivery since the partition's leader took over, from 1.
+    /// One more than the deliveries of it that failed: 1 for the first. Counted on over failovers.
     #[prost(uint32, tag = "3")]
     pub delivery: u32,
     #[prost(message, optional, tag = "4")]
@@ -541,7 +541,46 @@ pub struct SubscriptionSpec {
     /// Messages held at one time in each partition; 0 for 100000.
     #[prost(uint32, tag = "7")]
     pub in_flight_max: u32,
+    /// Failed deliveries of one message after which it is put into the dead-letter topic (dropped where there is none); 0 for never.
+    #[prost(uint32, tag = "8")]
+    pub deliveries_max: u32,
+    /// `namespace/name` of the topic that takes what failed too often. The reason and the origin stand in the headers
+    /// weir-dead-reason, weir-dead-subscription, weir-dead-topic, weir-dead-partition, weir-dead-offset, weir-dead-deliveries.
+    #[prost(string, tag = "9")]
+    pub dead_letter_topic: ::prost::alloc::string::String,
+    /// CEL over `key` (string), `headers` (map of strings), `timestamp` and `size` (bytes of the value); what does not meet it is
+    /// passed over. Empty for all.
+    #[prost(string, tag = "10")]
+    pub filter: ::prost::alloc::string::String,
+    /// Messages delivered each second, over all partitions; 0 for any number.
+    #[prost(uint64, tag = "11")]
+    pub messages_per_second: u64,
+    /// Bytes of keys and values delivered each second, over all partitions; 0 for any number.
+    #[prost(uint64, tag = "12")]
+    pub bytes_per_second: u64,
+    /// Messages that may go out at once after a pause; 0 for a tenth of a second's.
+    #[prost(uint64, tag = "13")]
+    pub burst_messages: u64,
 }
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct InboxRequest {}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct InboxMessage {
+    /// Of the inbox; in the first message, which holds nothing else.
+    #[prost(string, tag = "1")]
+    pub address: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "2")]
+    pub message: ::core::option::Option<Message>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ReplyRequest {
+    #[prost(string, tag = "1")]
+    pub address: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "2")]
+    pub message: ::core::option::Option<Message>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReplyResponse {}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ApplyTopicRequest {
     #[prost(string, tag = "1")]
@@ -2750,6 +2789,381 @@ pub mod metadata_server {
     /// Generated gRPC service name
     pub const SERVICE_NAME: &str = "weir.v1.Metadata";
     impl<T> tonic::server::NamedService for MetadataServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}
+/// Generated client implementations.
+pub mod requester_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    /// Answers to requests, without a topic for each asker. A request is an ordinary message with the headers `weir-reply-to`, the address
+    /// of the asker's inbox, and `weir-correlation-id`, which the answer repeats. Inboxes are not stored: an asker that may restart before
+    /// its answer comes is told by a message to a topic instead.
+    #[derive(Debug, Clone)]
+    pub struct RequesterClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl RequesterClient<tonic::transport::Channel> {
+        /// Attempt to create a new client by connecting to a given endpoint.
+        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
+        where
+            D: TryInto<tonic::transport::Endpoint>,
+            D::Error: Into<StdError>,
+        {
+            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
+            Ok(Self::new(conn))
+        }
+    }
+    impl<T> RequesterClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> RequesterClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            RequesterClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Opens an inbox at this broker, which lasts as long as the stream.
+        pub async fn inbox(
+            &mut self,
+            request: impl tonic::IntoRequest<super::InboxRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::InboxMessage>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/weir.v1.Requester/Inbox");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("weir.v1.Requester", "Inbox"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// Puts an answer into an inbox, whichever broker has it. NOT_FOUND where the asker is gone.
+        pub async fn reply(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReplyRequest>,
+        ) -> std::result::Result<tonic::Response<super::ReplyResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/weir.v1.Requester/Reply");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("weir.v1.Requester", "Reply"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+pub mod requester_server {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with RequesterServer.
+    #[async_trait]
+    pub trait Requester: std::marker::Send + std::marker::Sync + 'static {
+        /// Server streaming response type for the Inbox method.
+        type InboxStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::InboxMessage, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Opens an inbox at this broker, which lasts as long as the stream.
+        async fn inbox(
+            &self,
+            request: tonic::Request<super::InboxRequest>,
+        ) -> std::result::Result<tonic::Response<Self::InboxStream>, tonic::Status>;
+        /// Puts an answer into an inbox, whichever broker has it. NOT_FOUND where the asker is gone.
+        async fn reply(
+            &self,
+            request: tonic::Request<super::ReplyRequest>,
+        ) -> std::result::Result<tonic::Response<super::ReplyResponse>, tonic::Status>;
+    }
+    /// Answers to requests, without a topic for each asker. A request is an ordinary message with the headers `weir-reply-to`, the address
+    /// of the asker's inbox, and `weir-correlation-id`, which the answer repeats. Inboxes are not stored: an asker that may restart before
+    /// its answer comes is told by a message to a topic instead.
+    #[derive(Debug)]
+    pub struct RequesterServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> RequesterServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for RequesterServer<T>
+    where
+        T: Requester,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(
+            &mut self,
+            _cx: &mut Context<'_>,
+        ) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/weir.v1.Requester/Inbox" => {
+                    #[allow(non_camel_case_types)]
+                    struct InboxSvc<T: Requester>(pub Arc<T>);
+                    impl<
+                        T: Requester,
+                    > tonic::server::ServerStreamingService<super::InboxRequest>
+                    for InboxSvc<T> {
+                        type Response = super::InboxMessage;
+                        type ResponseStream = T::InboxStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::InboxRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Requester>::inbox(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = InboxSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weir.v1.Requester/Reply" => {
+                    #[allow(non_camel_case_types)]
+                    struct ReplySvc<T: Requester>(pub Arc<T>);
+                    impl<T: Requester> tonic::server::UnaryService<super::ReplyRequest>
+                    for ReplySvc<T> {
+                        type Response = super::ReplyResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ReplyRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Requester>::reply(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ReplySvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => {
+                    Box::pin(async move {
+                        let mut response = http::Response::new(
+                            tonic::body::Body::default(),
+                        );
+                        let headers = response.headers_mut();
+                        headers
+                            .insert(
+                                tonic::Status::GRPC_STATUS,
+                                (tonic::Code::Unimplemented as i32).into(),
+                            );
+                        headers
+                            .insert(
+                                http::header::CONTENT_TYPE,
+                                tonic::metadata::GRPC_CONTENT_TYPE,
+                            );
+                        Ok(response)
+                    })
+                }
+            }
+        }
+    }
+    impl<T> Clone for RequesterServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "weir.v1.Requester";
+    impl<T> tonic::server::NamedService for RequesterServer<T> {
         const NAME: &'static str = SERVICE_NAME;
     }
 }

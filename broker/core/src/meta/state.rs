@@ -184,6 +184,24 @@ pub struct SubscriptionSpec {
     /// Messages leased at one time in each partition.
     #[prost(uint32, tag = "7")]
     pub in_flight_max: u32,
+    /// Deliveries of one message that may fail before it is buried; 0 for any number.
+    #[prost(uint32, tag = "8")]
+    pub deliveries_max: u32,
+    /// Full name of the topic that takes what is buried; empty to drop it.
+    #[prost(string, tag = "9")]
+    pub dead_letter_topic: String,
+    /// CEL expression a message must meet; empty for all.
+    #[prost(string, tag = "10")]
+    pub filter: String,
+    /// Messages delivered each second over all partitions; 0 for any number.
+    #[prost(uint64, tag = "11")]
+    pub messages_per_second: u64,
+    /// Bytes of keys and values delivered each second over all partitions; 0 for any number.
+    #[prost(uint64, tag = "12")]
+    pub bytes_per_second: u64,
+    /// Messages that may go out at once after a pause; 0 for as many as a tenth of a second allows.
+    #[prost(uint64, tag = "13")]
+    pub burst_messages: u64,
 }
 
 impl SubscriptionSpec {
@@ -196,6 +214,7 @@ impl SubscriptionSpec {
             backoff_max_ms: self.backoff_max_ms,
             // subscriptions made before there was a choice say 0
             leased_max: if self.in_flight_max == 0 { Policy::default().leased_max } else { self.in_flight_max.into() },
+            deliveries_max: self.deliveries_max,
         }
     }
 }

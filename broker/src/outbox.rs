@@ -1,0 +1,83 @@
+//! What a broker publishes by itself: dead letters. Each message has a producer id of its own, made of where it came from, so that
+//! one moved again after a failover is known to be there already.
+
+use crate::node_loop::Event;
+use crate::peers;
+use crate::service::{Context, Found};
+use crate::status::Failure;
+use bytes::Bytes;
+use std::time::Duration;
+use tonic::Code;
+use weir_core::batch::BatchHeader;
+use weir_core::ids::{GroupId, SubscriptionId};
+use weir_core::node::{Reply, mix};
+use weir_proto::records::{self, Compression, Record, Stamp};
+use weir_proto::v1;
+use weir_proto::v1::publish_ack::Outcome;
+
+/// A move that takes longer is tried again.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+
+/// Where a message that is moved comes from.
+#[derive(Clone, Copy, Debug)]
+pub struct Origin {
+    /// Moved for this subscription,
+    pub subscription: SubscriptionId,
+    /// out of this group,
+    pub group: GroupId,
+    /// from this offset.
+    pub offset: u64,
+}
+
+impl Origin {
+    /// Far beyond the ids the metadata group gives, which count up from 1.
+    fn producer_id(&self) -> i64 {
+        let mixed = mix(self.subscription.0 ^ mix(self.group.0 ^ mix(self.offset)));
+        ((1 << 62) | (mixed >> 2)) as i64
+    }
+}
+
+/// Publishes a record to a topic, to the partition of its key; once, however often it is repeated.
+pub async fn publish(context: &Context, topic: &str, record: Record, origin: Origin) -> Result<(), Failure> {
+    let partitions = context.shared.meta().topics.get(topic).map_or(0, |t| t.groups.len() as u32);
+    if partitions == 0 {
+        return Err(Failure::new(Code::NotFound, "NO_TOPIC", format!("topic {topic} does not exist")));
+    }
+    let partition = match &record.key {
+        Some(key) => records::partition_of(key, partitions),
+        None => (mix(origin.offset) % u64::from(partitions)) as u32,
+    };
+    let stamp = Stamp { id: origin.producer_id(), epoch: 0, sequence: 0 };
+    let batch =
+        records::encode(&[record], Compression::None, Some(stamp)).map_err(|e| Failure::invalid("RECORDS", e))?;
+    let sent = send(context, topic, partition, batch);
+    let late = || Failure::new(Code::DeadlineExceeded, "NO_ANSWER", "the partition's leader does not answer");
+    tokio::time::timeout(ANSWER_MAX, sent).await.unwrap_or_else(|_| Err(late()))
+}
+
+async fn send(context: &Context, topic: &str, partition: u32, batch: Bytes) -> Result<(), Failure> {
+    let Found { group, .. } = context.find(topic, partition)?;
+    if context.shared.leads(group) {
+        let header = BatchHeader::validate(&batch)?;
+        let reply = context.node.call(|to| Event::Publish { group, data: batch, header, to }).await;
+        return match reply.ok_or_else(Failure::stopping)? {
+            Reply::Published { .. } => Ok(()),
+            Reply::Refused(refusal) => Err(context.failure(group, refusal)),
+            other => Err(Failure::new(Code::Internal, "REPLY", format!("unexpected reply {other:?}"))),
+        };
+    }
+    let address = context.not_leader(group).leader;
+    let unreachable = |what: String| Failure::new(Code::Unavailable, "NOT_LEADER", what);
+    let channel = peers::endpoint(&address).map_err(|e| unreachable(e.to_string()))?;
+    let channel = channel.connect().await.map_err(|e| unreachable(format!("{address}: {e}")))?;
+    let mut client =
+        v1::publisher_client::PublisherClient::new(channel).max_encoding_message_size(weir_proto::MESSAGE_BYTES_MAX);
+    let batch = v1::PublishBatch { id: 1, topic: topic.to_owned(), partition, batch };
+    let answer = client.publish_stream(futures::stream::iter([batch])).await;
+    let mut acks = answer.map_err(|s| unreachable(s.message().to_owned()))?.into_inner();
+    match acks.message().await.ok().flatten().and_then(|ack| ack.outcome) {
+        Some(Outcome::BaseOffset(_)) => Ok(()),
+        Some(Outcome::Error(error)) => Err(unreachable(error.message)),
+        None => Err(unreachable(format!("{address} ended the stream"))),
+    }
+}

@@ -9,6 +9,7 @@ use crate::service::{Context, log};
 use crate::shared::Partition;
 use crate::status::Failure;
 use crate::throttle::Throttle;
+use bytes::Bytes;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -25,6 +26,9 @@ use weir_core::tail::LogBatch;
 use weir_proto::records::{self, Record};
 use weir_proto::v1;
 
+/// Header of a message that only the subscription of this full name wants (a dead letter that was put back). Not looked at where
+/// whole batches are delivered.
+const ONLY_FOR: &str = "weir-only-for";
 /// Bytes read ahead at one time, and of one response.
 const READ_BYTES: usize = 1 << 20;
 /// Messages given out between two looks at what members say.
@@ -92,6 +96,7 @@ impl Hubs {
         &self,
         context: &Context,
         key: Key,
+        name: &str,
         topic: &str,
         spec: SubscriptionSpec,
         cursor: Cursor,
@@ -108,6 +113,7 @@ impl Hubs {
             group: key.0,
             subscription: key.1,
             topic: topic.to_owned(),
+            name: name.to_owned().into(),
             spec,
             policy,
             filter,
@@ -164,6 +170,8 @@ struct Hub {
     group: GroupId,
     subscription: SubscriptionId,
     topic: String,
+    /// its full name
+    name: Bytes,
     spec: SubscriptionSpec,
     policy: Policy,
     filter: Option<Filter>,
@@ -300,10 +308,7 @@ impl Hub {
         match command {
             Command::Attach { name, messages, out, answer } => {
                 // whole batches only where nothing is told or chosen message by message
-                let singly = matches!(self.policy.mode, Mode::Shared | Mode::KeyShared)
-                    || self.filter.is_some()
-                    || self.policy.deliveries_max > 0;
-                let messages = messages || singly;
+                let messages = messages || self.wants_records();
                 let _ = answer.send(self.attach(name, Out::Stream { to: out, messages }));
             }
             Command::Say(id, request) => {
@@ -490,7 +495,12 @@ impl Hub {
     }
 
     fn wants_records(&self) -> bool {
-        self.policy.mode == Mode::KeyShared || self.filter.is_some()
+        !matches!(self.policy.mode, Mode::Exclusive | Mode::Failover) || self.singly()
+    }
+
+    /// Whether messages are chosen or told one by one, and not in whole batches as they were published.
+    fn singly(&self) -> bool {
+        self.filter.is_some() || self.policy.deliveries_max > 0
     }
 
     /// Moves what failed too often to the dead-letter topic, some at a time; where there is none, it is dropped.
@@ -550,18 +560,17 @@ impl Hub {
         let records = ahead.records.get_or_insert_with(|| unpack(&ahead.batch));
         let mut record = records.get((failed.offset - ahead.batch.base_offset) as usize)?.clone();
         let meta = self.context.shared.meta();
-        let name = meta.subscription_by_id(self.subscription).map_or(String::new(), |s| s.name.clone());
         let partition = meta.assignment(self.group).map_or(0, |a| a.partition);
         record.headers.retain(|(header, _)| !header.starts_with("weir-dead-"));
         for (header, value) in [
-            ("reason", format!("{} deliveries failed", failed.deliveries)),
-            ("subscription", name),
-            ("topic", self.topic.clone()),
-            ("partition", partition.to_string()),
-            ("offset", failed.offset.to_string()),
-            ("deliveries", failed.deliveries.to_string()),
+            ("reason", format!("{} deliveries failed", failed.deliveries).into()),
+            ("subscription", self.name.clone()),
+            ("topic", self.topic.clone().into()),
+            ("partition", partition.to_string().into()),
+            ("offset", failed.offset.to_string().into()),
+            ("deliveries", failed.deliveries.to_string().into()),
         ] {
-            record.headers.push((format!("weir-dead-{header}"), value.into()));
+            record.headers.push((format!("weir-dead-{header}"), value));
         }
         Some(record)
     }
@@ -598,6 +607,7 @@ impl Hub {
         let singly = self.wants_records();
         let mut next = self.delivery.next();
         let mut wants = self.delivery.wants();
+        let (name, filter) = (&self.name, self.filter.as_ref());
         for ahead in &mut self.ahead {
             if ahead.batch.end_offset() <= next {
                 continue;
@@ -612,9 +622,7 @@ impl Hub {
                 let at = (next - ahead.batch.base_offset) as usize;
                 let record = ahead.records.as_ref().and_then(|r| r.get(at));
                 next += 1;
-                if let (Some(filter), Some(record)) = (&self.filter, record)
-                    && !filter.admits(record)
-                {
+                if record.is_some_and(|r| !is_wanted(name, filter, r)) {
                     if let Some(passed) = self.delivery.feed_past() {
                         push_range(&mut self.unwritten, passed);
                     }
@@ -755,7 +763,7 @@ impl Hub {
                 let ahead = &mut self.ahead[at];
                 let records = ahead.records.get_or_insert_with(|| unpack(&ahead.batch));
                 let record = records.get((grant.offset - ahead.batch.base_offset) as usize);
-                let length = |b: &Option<bytes::Bytes>| b.as_ref().map_or(0, |b| b.len() as u64);
+                let length = |b: &Option<Bytes>| b.as_ref().map_or(0, |b| b.len() as u64);
                 bytes += record.map_or(0, |r| length(&r.key) + length(&r.value));
             }
         }
@@ -804,9 +812,12 @@ impl Hub {
                         from_offset: grant.offset,
                         until_offset: grant.offset + 1,
                         high_watermark,
-                        messages: Vec::new(),
+                        ..Default::default()
                     });
                 }
+            }
+            if let Some(run) = out.last_mut().filter(|_| grant.delivery > 1) {
+                run.redelivered.push(v1::Redelivered { offset: grant.offset, delivery: grant.delivery });
             }
         }
         out
@@ -846,6 +857,12 @@ impl Hub {
         }
         out
     }
+}
+
+/// Whether a subscription wants a message: it is not meant for another one, and meets the filter.
+fn is_wanted(subscription: &Bytes, filter: Option<&Filter>, record: &Record) -> bool {
+    let only_for = record.headers.iter().find(|(name, _)| name == ONLY_FOR);
+    only_for.is_none_or(|(_, name)| name == subscription) && filter.is_none_or(|f| f.admits(record))
 }
 
 fn push_range(ranges: &mut Vec<OffsetRange>, next: OffsetRange) {

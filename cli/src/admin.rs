@@ -38,6 +38,14 @@ pub(crate) enum Subscription {
     },
     /// Deletes a subscription with its position.
     Delete { name: String },
+    /// Puts dead letters back into the topic they came from, for this subscription only.
+    #[command(after_help = "Example: weir subscription redrive recommendation --max 10")]
+    Redrive {
+        name: String,
+        /// Put back so many at most.
+        #[arg(long, default_value_t = u64::MAX, hide_default_value = true)]
+        max: u64,
+    },
 }
 
 #[derive(Subcommand)]
@@ -216,6 +224,10 @@ pub(crate) async fn subscription(client: &Client, command: Subscription, output:
             let request = v1::DeleteRequest { name: name.clone(), ..Default::default() };
             client.admin().await?.delete_subscription(request).await.map_err(weir_client::Error::from)?;
             println!("subscription {name} deleted");
+        }
+        Subscription::Redrive { name, max } => {
+            let count = crate::redrive::redrive(client, &name, max).await?;
+            println!("{count} dead letters of {name} were put back");
         }
     }
     Ok(())

@@ -3,6 +3,7 @@
 mod admin;
 mod bench;
 mod data;
+mod redrive;
 mod serve;
 mod verify;
 

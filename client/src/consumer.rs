@@ -16,7 +16,7 @@ pub struct Message {
     pub offset: u64,
     /// When the leader appended it, ms since the epoch.
     pub append_time_ms: u64,
-    /// One more than the deliveries that failed: 1 for the first. Always 1 where whole batches come (see [`crate::subscriber`]).
+    /// One more than the deliveries that failed: 1 for the first.
     pub delivery: u32,
     /// The record.
     pub record: Record,
@@ -194,6 +194,9 @@ impl Pull {
                 for batch in &response.batches {
                     let messages = unpack(self.partition, batch, response.from_offset)?;
                     out.extend(messages.into_iter().filter(|m| m.offset < response.until_offset));
+                }
+                for again in &response.redelivered {
+                    out.iter_mut().filter(|m| m.offset == again.offset).for_each(|m| m.delivery = again.delivery);
                 }
                 Ok(Some(out))
             }

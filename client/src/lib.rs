@@ -71,8 +71,18 @@ impl Cluster {
 
     /// Address of the leader of a partition, where known.
     pub fn leader(&self, topic: &str, partition: u32) -> Option<String> {
-        let leader = self.topic(topic)?.partitions.get(partition as usize)?.leader;
-        self.metadata.brokers.iter().find(|b| b.id == leader).map(|b| b.client_address.clone())
+        self.address(self.topic(topic)?.partitions.get(partition as usize)?.leader)
+    }
+
+    /// Where a broker serves clients; `None` also for one that has not told it yet.
+    pub fn address(&self, broker: u64) -> Option<String> {
+        let found = self.metadata.brokers.iter().find(|b| b.id == broker);
+        found.map(|b| b.client_address.clone()).filter(|a| !a.is_empty())
+    }
+
+    /// Where the broker serves that told this.
+    pub(crate) fn answered_by(&self) -> Option<String> {
+        self.address(self.metadata.answered_by)
     }
 }
 
@@ -230,15 +240,13 @@ impl Client {
         let mut waits = waits();
         loop {
             let cluster = self.connect(within).await?;
-            let by = cluster.metadata.answered_by;
-            let broker = cluster.metadata.brokers.iter().find(|b| b.id == by).map(|b| b.client_address.clone());
-            let failed = match broker {
+            let failed = match cluster.answered_by() {
                 Some(address) => match call(address).await {
                     Ok(answer) => return Ok(answer),
                     Err(status) if !is_transient(&status) => return Err(status.into()),
                     Err(status) => status.message().to_owned(),
                 },
-                None => "no broker answers".to_owned(),
+                None => "no broker has told its address yet".to_owned(),
             };
             if tokio::time::Instant::now() >= end {
                 return Err(Error::Deadline { after: within, last: failed });

@@ -106,9 +106,7 @@ async fn keep_inbox(client: Client, pending: Pending, told: watch::Sender<String
 /// Hands answers to who waits for them; one nobody waits for (any more) is dropped.
 async fn read_inbox(client: &Client, pending: &Pending, told: &watch::Sender<String>) -> Result<(), Error> {
     let cluster = client.connect(Duration::from_secs(10)).await?;
-    let by = cluster.metadata.answered_by;
-    let broker = cluster.metadata.brokers.iter().find(|b| b.id == by).map(|b| b.client_address.clone());
-    let Some(address) = broker else { return Ok(()) };
+    let Some(address) = cluster.answered_by() else { return Ok(()) }; // it has just started
     let mut requester = v1::requester_client::RequesterClient::new(client.channel(&address)?)
         .max_decoding_message_size(weir_proto::MESSAGE_BYTES_MAX);
     let mut answers = requester.inbox(v1::InboxRequest {}).await?.into_inner();

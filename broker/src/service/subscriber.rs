@@ -25,6 +25,7 @@ const MESSAGES_MAX: u32 = 1_000;
 const WAIT_MAX: Duration = Duration::from_secs(30);
 
 struct Resolved {
+    name: String,
     topic: String,
     group: GroupId,
     subscription: SubscriptionId,
@@ -40,7 +41,7 @@ fn resolve(context: &Context, name: &str, partition: u32) -> Result<Resolved, Fa
     if !context.shared.leads(group) {
         return Err(context.not_leader(group));
     }
-    Ok(Resolved { topic, group, subscription: SubscriptionId(found.id), spec: found.spec.clone() })
+    Ok(Resolved { name, topic, group, subscription: SubscriptionId(found.id), spec: found.spec.clone() })
 }
 
 /// The cursor as applied here; a new subscription gets its own within moments.
@@ -70,12 +71,12 @@ impl Context {
     /// The hub of a subscription in a partition led here, started where it does not run.
     async fn hub(&self, name: &str, partition: u32) -> Result<mpsc::Sender<Command>, Failure> {
         // (of a hub that is found, the task may end at any time: a send then fails)
-        let Resolved { topic, group, subscription, spec } = resolve(self, name, partition)?;
+        let Resolved { name, topic, group, subscription, spec } = resolve(self, name, partition)?;
         if let Some(hub) = self.hubs.find((group, subscription)) {
             return Ok(hub);
         }
         let cursor = cursor(self, group, subscription).await?;
-        self.hubs.find_or_start(self, (group, subscription), &topic, spec, cursor)
+        self.hubs.find_or_start(self, (group, subscription), &name, &topic, spec, cursor)
     }
 
     /// Asks a hub and waits for its answer. One that ends at that moment answers nothing: it is asked again, anew.

@@ -307,6 +307,17 @@ pub struct PullResponse {
     /// Instead of batches.
     #[prost(message, repeated, tag = "5")]
     pub messages: ::prost::alloc::vec::Vec<ReceivedMessage>,
+    /// Of the batches' messages, those that are not delivered for the first time.
+    #[prost(message, repeated, tag = "6")]
+    pub redelivered: ::prost::alloc::vec::Vec<Redelivered>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Redelivered {
+    #[prost(uint64, tag = "1")]
+    pub offset: u64,
+    /// As in ReceivedMessage.
+    #[prost(uint32, tag = "2")]
+    pub delivery: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SeekRequest {

@@ -7,11 +7,13 @@ use bytes::Bytes;
 use clap::{Args, Subcommand, ValueEnum};
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use weir_client::consumer::{From, read_partition};
 use weir_client::producer::{Options, Producer};
+use weir_client::subscriber::{self, Subscriber};
 use weir_client::{Client, Compression, Record};
 
 #[derive(Subcommand)]
@@ -19,6 +21,7 @@ use weir_client::{Client, Compression, Record};
   weir bench produce --topic load --records 10000000 --size 100
   weir bench consume --topic load --records 10000000
   weir bench latency --topic load --records 10000
+  weir bench share --subscription work --members 100 --records 1000000
   weir bench verify --topic load --seconds 60         # and break something meanwhile")]
 pub(crate) enum Bench {
     /// Publishes as fast as it can, or at --rate.
@@ -27,6 +30,8 @@ pub(crate) enum Bench {
     Consume(Load),
     /// One message in flight at a time.
     Latency(Load),
+    /// Works off what a subscription has before it: many members, each message acknowledged by itself.
+    Share(Share),
     /// Publishes numbered records for a while, then reads back whether any acknowledged one is missing, twice there or out of order.
     Verify(crate::verify::Verify),
 }
@@ -51,6 +56,22 @@ pub(crate) struct Load {
     /// Compression of batches.
     #[arg(long, value_enum, default_value_t = Codec::None)]
     compression: Codec,
+}
+
+#[derive(Args, Clone)]
+pub(crate) struct Share {
+    /// The subscription, of mode shared or keyShared; its backlog is what is worked off.
+    #[arg(long)]
+    subscription: String,
+    /// Members.
+    #[arg(long, default_value_t = 100)]
+    members: usize,
+    /// Messages in all.
+    #[arg(long, default_value_t = 1_000_000)]
+    records: u64,
+    /// Messages a member has at one time, of each partition.
+    #[arg(long, default_value_t = 200)]
+    credit: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -95,6 +116,7 @@ pub(crate) async fn run(client: &Client, bench: Bench, output: Output) -> anyhow
         Bench::Produce(load) => produce(client, &load).await?,
         Bench::Consume(load) => consume(client, &load).await?,
         Bench::Latency(load) => latency(client, &load).await?,
+        Bench::Share(work) => share(client, &work).await?,
         Bench::Verify(verify) => return crate::verify::run(client, verify, output).await,
     };
     let Outcome { records, bytes, seconds, latency_us: l } = outcome;
@@ -210,6 +232,47 @@ async fn consume(client: &Client, load: &Load) -> anyhow::Result<Outcome> {
     progress.finish_and_clear();
     anyhow::ensure!(records >= load.records, "the topic holds {records} records, {} were asked for", load.records);
     Ok(Outcome { records, bytes, seconds: started.elapsed().as_secs_f64(), latency_us: histogram() })
+}
+
+async fn share(client: &Client, work: &Share) -> anyhow::Result<Outcome> {
+    let progress = bar(work.records);
+    let mut members = Vec::new();
+    for at in 0..work.members {
+        let options = subscriber::Options { member: format!("member-{at}"), credit: work.credit };
+        members.push(Subscriber::open(client, &work.subscription, options).await?);
+    }
+    let (done, bytes) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let started = Instant::now();
+    let mut tasks = tokio::task::JoinSet::new();
+    for mut member in members {
+        let (done, bytes, progress, records) = (done.clone(), bytes.clone(), progress.clone(), work.records);
+        tasks.spawn(async move {
+            while done.load(Ordering::Relaxed) < records {
+                let next = tokio::time::timeout(Duration::from_secs(2), member.next()).await;
+                let Ok(next) = next else { continue };
+                let delivered = next.context("the subscription ended")??;
+                let size = delivered.message.record.value.as_ref().map_or(0, Bytes::len);
+                bytes.fetch_add(size as u64, Ordering::Relaxed);
+                delivered.ack();
+                if done.fetch_add(1, Ordering::Relaxed).is_multiple_of(4_096) {
+                    progress.inc(4_096);
+                }
+            }
+            let ended = Instant::now();
+            member.close().await;
+            anyhow::Ok(ended)
+        });
+    }
+    let mut ended: Option<Instant> = None;
+    while let Some(task) = tasks.join_next().await {
+        // when the last message was taken: others may have waited longer, for nothing
+        let at = task??;
+        ended = Some(ended.map_or(at, |e| e.min(at)));
+    }
+    let seconds = (ended.unwrap_or(started) - started).as_secs_f64();
+    progress.finish_and_clear();
+    let (records, bytes) = (done.load(Ordering::Relaxed), bytes.load(Ordering::Relaxed));
+    Ok(Outcome { records, bytes, seconds, latency_us: histogram() })
 }
 
 async fn latency(client: &Client, load: &Load) -> anyhow::Result<Outcome> {

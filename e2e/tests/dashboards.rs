@@ -72,7 +72,7 @@ fn draw(server: &str, folder: &Path) {
         let picture = folder.join(format!("{file}.png"));
         let mut script = format!(
             "set terminal pngcairo size 1500,{} font 'sans,9'\nset output '{}'\nset multiplot layout {rows},3\n\
-             set xdata time\nset timefmt '%s'\nset format x '%M:%S'\nset yrange [0:*]\nset key bottom left samplen 1\n",
+             set xdata time\nset timefmt '%s'\nset format x '%M:%S'\nset yrange [0:*]\nset offsets 0,0,graph 0.1,0\nset key bottom left samplen 1\n",
             rows * 260,
             picture.display()
         );

@@ -87,7 +87,10 @@ async fn chart_is_valid(k: &Kubernetes) -> anyhow::Result<()> {
     let discovery = kube::Discovery::new(k.client.clone()).run().await?;
     let mut asked = 0;
     for document in rendered.split("\n---") {
-        let Ok(object) = serde_yaml_ng::from_str::<DynamicObject>(document) else { continue };
+        if !document.contains("\nkind: ") {
+            continue; // nothing but comments
+        }
+        let object: DynamicObject = serde_yaml_ng::from_str(document)?;
         let kind = kube::core::GroupVersionKind::try_from(object.types.as_ref().context("a kind")?)?;
         let Some((resource, capabilities)) = discovery.resolve_gvk(&kind) else {
             anyhow::ensure!(kind.group == "monitoring.coreos.com", "the API server knows no {kind:?}");
@@ -103,7 +106,7 @@ async fn chart_is_valid(k: &Kubernetes) -> anyhow::Result<()> {
         asked_for.with_context(|| format!("{} {name}", kind.kind))?;
         asked += 1;
     }
-    anyhow::ensure!(asked > 15, "only {asked} objects were rendered");
+    anyhow::ensure!(asked > 10, "only {asked} objects were rendered");
     println!("{asked} rendered objects are valid");
     Ok(())
 }

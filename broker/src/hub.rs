@@ -846,6 +846,7 @@ impl Hub {
                     value: record.value.clone().unwrap_or_default(),
                     headers: record.headers.iter().cloned().collect(),
                     timestamp_ms: record.timestamp_ms,
+                    ..Default::default()
                 }),
             });
         }

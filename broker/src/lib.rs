@@ -11,6 +11,7 @@ pub mod metrics;
 pub mod node_loop;
 pub mod outbox;
 pub mod peers;
+pub mod scheduler;
 pub mod service;
 pub mod shared;
 pub mod status;
@@ -120,7 +121,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         node_loop::run(core, clock, store, loop_shared, loop_metrics, for_loop, events, peer_streams);
     })?;
     let budget = Arc::new(Semaphore::new(service::IN_FLIGHT_BYTES_MAX / 1024));
-    let (hubs, turn, throttles, inboxes) = Default::default();
+    let (hubs, turn, throttles, inboxes, schedulers) = Default::default();
     let context = Context {
         shared: shared.clone(),
         node: node.clone(),
@@ -131,9 +132,11 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         turn,
         throttles,
         inboxes,
+        schedulers,
     };
     let _ = running.set(context.clone());
     serve_clients(context.clone(), clients, admins, config.connections_max)?;
+    tokio::spawn(scheduler::tend(context.clone()));
     tokio::spawn(keep_addresses(context, Broker { id: broker.0, ..me }));
     tracing::info!(%broker, %client, %admin, %peer, metrics = %metrics_at, "serving");
     Ok(Running { client, admin, peer, metrics: metrics_at, broker, shared, node })

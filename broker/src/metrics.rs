@@ -56,6 +56,7 @@ struct PartitionGauges {
     log_bytes: IntGaugeVec,
     lag_bytes: IntGaugeVec,
     backlog: IntGaugeVec,
+    backlog_bytes: IntGaugeVec,
     oldest_seconds: IntGaugeVec,
 }
 
@@ -93,6 +94,12 @@ impl PartitionGauges {
                 &["topic", "partition", "broker"],
             ),
             backlog: gauges(r, "weir_subscription_backlog_messages", "Messages not acknowledged", &subscription),
+            backlog_bytes: gauges(
+                r,
+                "weir_subscription_backlog_bytes",
+                "Bytes of log they take, by the partition's average",
+                &subscription,
+            ),
             oldest_seconds: gauges(
                 r,
                 "weir_subscription_oldest_unacked_seconds",
@@ -107,6 +114,7 @@ impl PartitionGauges {
             vec.reset();
         }
         self.backlog.reset();
+        self.backlog_bytes.reset();
         self.oldest_seconds.reset();
         let meta = context.shared.meta();
         let now_ms = std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_millis() as u64);
@@ -130,6 +138,7 @@ impl PartitionGauges {
                 let labels = [s.subscription.as_str(), status.topic.as_str(), &partition];
                 let age_ms = if s.oldest_ms == 0 { 0 } else { now_ms.saturating_sub(s.oldest_ms) };
                 self.backlog.with_label_values(&labels).set(s.backlog as i64);
+                self.backlog_bytes.with_label_values(&labels).set(s.backlog_bytes as i64);
                 self.oldest_seconds.with_label_values(&labels).set((age_ms / 1_000) as i64);
             }
         }

@@ -1,4 +1,4 @@
-//! What a broker publishes by itself: dead letters. Each message has a producer id of its own, made of where it came from, so that
+//! What a broker publishes by itself. A dead letter has a producer id of its own, made of where it came from, so that
 //! one moved again after a failover is known to be there already.
 
 use crate::node_loop::Event;
@@ -50,18 +50,23 @@ pub async fn publish(context: &Context, topic: &str, record: Record, origin: Ori
     let stamp = Stamp { id: origin.producer_id(), epoch: 0, sequence: 0 };
     let batch =
         records::encode(&[record], Compression::None, Some(stamp)).map_err(|e| Failure::invalid("RECORDS", e))?;
-    let sent = send(context, topic, partition, batch);
+    send(context, topic, partition, batch).await.map(drop)
+}
+
+/// Publishes a batch to a partition, wherever its leader is; gives its offset. Not repeated here.
+pub async fn send(context: &Context, topic: &str, partition: u32, batch: Bytes) -> Result<u64, Failure> {
     let late = || Failure::new(Code::DeadlineExceeded, "NO_ANSWER", "the partition's leader does not answer");
+    let sent = try_send(context, topic, partition, batch);
     tokio::time::timeout(ANSWER_MAX, sent).await.unwrap_or_else(|_| Err(late()))
 }
 
-async fn send(context: &Context, topic: &str, partition: u32, batch: Bytes) -> Result<(), Failure> {
+async fn try_send(context: &Context, topic: &str, partition: u32, batch: Bytes) -> Result<u64, Failure> {
     let Found { group, .. } = context.find(topic, partition)?;
     if context.shared.leads(group) {
         let header = BatchHeader::validate(&batch)?;
         let reply = context.node.call(|to| Event::Publish { group, data: batch, header, to }).await;
         return match reply.ok_or_else(Failure::stopping)? {
-            Reply::Published { .. } => Ok(()),
+            Reply::Published { base_offset, .. } => Ok(base_offset),
             Reply::Refused(refusal) => Err(context.failure(group, refusal)),
             other => Err(Failure::new(Code::Internal, "REPLY", format!("unexpected reply {other:?}"))),
         };
@@ -76,8 +81,12 @@ async fn send(context: &Context, topic: &str, partition: u32, batch: Bytes) -> R
     let answer = client.publish_stream(futures::stream::iter([batch])).await;
     let mut acks = answer.map_err(|s| unreachable(s.message().to_owned()))?.into_inner();
     match acks.message().await.ok().flatten().and_then(|ack| ack.outcome) {
-        Some(Outcome::BaseOffset(_)) => Ok(()),
-        Some(Outcome::Error(error)) => Err(unreachable(error.message)),
+        Some(Outcome::BaseOffset(offset)) => Ok(offset),
+        Some(Outcome::Error(error)) => {
+            let code = Code::from_i32(error.code);
+            let known = ["SEQUENCE", "TOO_LARGE", "NO_TOPIC", "NO_PARTITION"].into_iter().find(|r| *r == error.reason);
+            Err(Failure::new(code, known.unwrap_or("NOT_LEADER"), error.message))
+        }
         None => Err(unreachable(format!("{address} ended the stream"))),
     }
 }

@@ -4,6 +4,7 @@ use crate::Output;
 use clap::Subcommand;
 use std::path::PathBuf;
 use weir_client::Client;
+use weir_client::schedule::Scheduled;
 use weir_crds::{ValidatedSubscription, ValidatedTopic, manifest};
 use weir_proto::v1;
 
@@ -22,6 +23,8 @@ pub(crate) enum Topic {
     },
     /// Deletes a topic with its data.
     Delete { name: String },
+    /// Takes a message back that `weir publish --delay` has scheduled.
+    Unschedule { name: String, partition: u32, offset: u64 },
 }
 
 #[derive(Subcommand)]
@@ -194,6 +197,10 @@ pub(crate) async fn topic(client: &Client, command: Topic, output: Output) -> an
             }
         }
         Topic::Apply { file } => apply_files(client, &file).await?,
+        Topic::Unschedule { name, partition, offset } => {
+            weir_client::schedule::cancel(client, &Scheduled { topic: name, partition, offset }).await?;
+            println!("taken back");
+        }
         Topic::Delete { name } => {
             let request = v1::DeleteRequest { name: name.clone(), ..Default::default() };
             client.admin().await?.delete_topic(request).await.map_err(weir_client::Error::from)?;
@@ -245,16 +252,20 @@ async fn describe_subscription(client: &Client, name: &str, output: Output) -> a
     let age = |s: &v1::SubscriptionStatus| if s.oldest_ms == 0 { 0 } else { now_ms.saturating_sub(s.oldest_ms as i64) };
     let rows: Vec<_> = statuses.iter().filter_map(|p| Some((p.partition, p.high_watermark, mine(p)?))).collect();
     let backlog: u64 = rows.iter().map(|(_, _, s)| s.backlog).sum();
+    let bytes: u64 = rows.iter().map(|(_, _, s)| s.backlog_bytes).sum();
     if output == Output::Json {
         let row = |(partition, end, s): &(u32, u64, v1::SubscriptionStatus)| {
             serde_json::json!({"partition": partition, "position": s.position, "end": end, "backlog": s.backlog,
-                "ackedAbove": s.acked_above, "oldestUnackedMs": age(s)})
+                "backlogBytes": s.backlog_bytes, "ackedAbove": s.acked_above, "oldestUnackedMs": age(s)})
         };
         let partitions: Vec<_> = rows.iter().map(row).collect();
-        println!("{}", serde_json::json!({"name": full, "topic": topic, "backlog": backlog, "partitions": partitions}));
+        println!(
+            "{}",
+            serde_json::json!({"name": full, "topic": topic, "backlog": backlog, "backlogBytes": bytes, "partitions": partitions})
+        );
         return Ok(());
     }
-    println!("{full} reads {topic}, {backlog} messages behind");
+    println!("{full} reads {topic}, {backlog} messages behind, about {}", indicatif::HumanBytes(bytes));
     println!("{:>9} {:>12} {:>12} {:>10} {:>11} OLDEST", "PARTITION", "POSITION", "END", "BACKLOG", "ACKED ABOVE");
     for (partition, end, s) in &rows {
         let oldest = indicatif::HumanDuration(std::time::Duration::from_millis(age(s) as u64));

@@ -6,18 +6,20 @@ use bytes::Bytes;
 use clap::Args;
 use std::io::Write as _;
 use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::sync::mpsc;
 use weir_client::consumer::{self, From, Message};
 use weir_client::producer::{Options, Producer};
+use weir_client::schedule::{Scheduled, schedule};
 use weir_client::subscriber::Subscriber;
 use weir_client::{Client, Record};
 
 #[derive(Args)]
 #[command(after_help = "Examples:
   echo hello | weir publish orders --key alice --header kind=greeting
-  weir publish pictures --file cat.png")]
+  weir publish pictures --file cat.png
+  echo 'call back' | weir publish reminders --delay 1h30m -o json")]
 pub(crate) struct Publish {
     /// The topic.
     topic: String,
@@ -30,6 +32,9 @@ pub(crate) struct Publish {
     /// Publish this file as one message, not standard input's lines.
     #[arg(long)]
     file: Option<PathBuf>,
+    /// Have it published later: after this long, such as 90s or 7d. `-o json` prints what `weir topic unschedule` takes.
+    #[arg(long, value_parser = humantime::parse_duration)]
+    delay: Option<Duration>,
 }
 
 /// ms since the epoch.
@@ -49,6 +54,9 @@ pub(crate) async fn publish(client: &Client, args: Publish, output: Output) -> a
         headers: headers.clone(),
         timestamp_ms: now_ms(),
     };
+    if let Some(delay) = args.delay {
+        return publish_later(client, &args, record, SystemTime::now() + delay, output).await;
+    }
     let producer = Producer::open(client, &args.topic, Options::default()).await?;
     let (outcomes, mut waiting) = mpsc::channel(10_000);
     let sending = async {
@@ -83,6 +91,49 @@ pub(crate) async fn publish(client: &Client, args: Publish, output: Output) -> a
     sent?;
     if output == Output::Text {
         eprintln!("{count} messages published to {}", args.topic);
+    }
+    Ok(())
+}
+
+/// Lines scheduled in one call.
+const LATER_MAX: usize = 1_000;
+
+async fn publish_later(
+    client: &Client,
+    args: &Publish,
+    record: impl Fn(Bytes) -> Record,
+    at: SystemTime,
+    output: Output,
+) -> anyhow::Result<()> {
+    let mut lines = BufReader::new(tokio::io::stdin()).lines();
+    let mut count = 0;
+    loop {
+        let mut list = Vec::new();
+        if let Some(file) = &args.file {
+            let value = std::fs::read(file).with_context(|| file.display().to_string())?;
+            list.push((record(value.into()), at));
+        } else {
+            while list.len() < LATER_MAX
+                && let Some(line) = lines.next_line().await?
+            {
+                list.push((record(line.into()), at));
+            }
+        }
+        if list.is_empty() {
+            break;
+        }
+        for Scheduled { partition, offset, .. } in schedule(client, &args.topic, list).await? {
+            count += 1;
+            if output == Output::Json {
+                println!("{}", serde_json::json!({"partition": partition, "offset": offset, "scheduled": true}));
+            }
+        }
+        if args.file.is_some() {
+            break;
+        }
+    }
+    if output == Output::Text {
+        eprintln!("{count} messages scheduled for {}", args.topic);
     }
     Ok(())
 }

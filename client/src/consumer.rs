@@ -37,7 +37,7 @@ pub enum From {
 
 /// A plain message as a record.
 pub(crate) fn record_of(message: v1::Message) -> Record {
-    let v1::Message { key, value, headers, timestamp_ms } = message;
+    let v1::Message { key, value, headers, timestamp_ms, .. } = message;
     let key = (!key.is_empty()).then_some(key);
     Record { key, value: Some(value), headers: headers.into_iter().collect(), timestamp_ms }
 }

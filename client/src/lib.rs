@@ -4,6 +4,7 @@
 pub mod consumer;
 pub mod producer;
 pub mod requester;
+pub mod schedule;
 pub mod subscriber;
 
 use futures::StreamExt as _;

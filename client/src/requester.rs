@@ -146,6 +146,7 @@ pub async fn reply(client: &Client, request: &Record, mut answer: Record) -> Res
         value: answer.value.unwrap_or_default(),
         headers: answer.headers.into_iter().collect(),
         timestamp_ms: answer.timestamp_ms,
+        ..Default::default()
     };
     let request = v1::ReplyRequest { address: String::from_utf8_lossy(address).into_owned(), message: Some(message) };
     client

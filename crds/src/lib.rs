@@ -308,6 +308,8 @@ pub struct SubscriptionStatus {
     pub conditions: Vec<Condition>,
     /// Messages not acknowledged, over all partitions.
     pub backlog: Option<i64>,
+    /// About how much of the log they take, such as `1.5Mi`.
+    pub backlog_size: Option<String>,
     /// Age of the oldest of them, seconds.
     pub oldest_unacked_seconds: Option<i64>,
 }

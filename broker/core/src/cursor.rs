@@ -25,6 +25,21 @@ pub struct Failed {
     pub deliveries: u32,
 }
 
+/// What a scheduler is about to publish elsewhere: written before, so that the same is published again after a failover, under the
+/// same producer and sequence, and is known to be there where it was.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Plan {
+    /// Producer it is published as.
+    #[prost(uint64, tag = "1")]
+    pub producer: u64,
+    /// Sequence of the first.
+    #[prost(int32, tag = "2")]
+    pub sequence: i32,
+    /// The messages, by their offsets here, in the order they are published.
+    #[prost(uint64, repeated, tag = "3")]
+    pub offsets: Vec<u64>,
+}
+
 /// A change of one subscription's cursor, as it stands in a control entry.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct CursorUpdate {
@@ -43,6 +58,9 @@ pub struct CursorUpdate {
     /// Messages that were delivered and came back.
     #[prost(message, repeated, tag = "5")]
     pub failed: Vec<Failed>,
+    /// Replaces the plan.
+    #[prost(message, optional, tag = "6")]
+    pub plan: Option<Plan>,
 }
 
 /// The state of one subscription in one partition.
@@ -54,6 +72,7 @@ pub struct Cursor {
     acked: BTreeMap<u64, u64>,
     /// deliveries of unacked messages that came back
     failed: BTreeMap<u64, u32>,
+    plan: Option<Plan>,
 }
 
 /// A [`Cursor`] as it stands in a checkpoint.
@@ -71,6 +90,9 @@ pub struct CursorRecord {
     /// Deliveries of unacked messages that came back.
     #[prost(message, repeated, tag = "4")]
     pub failed: Vec<Failed>,
+    /// The newest plan.
+    #[prost(message, optional, tag = "5")]
+    pub plan: Option<Plan>,
 }
 
 impl Cursor {
@@ -128,6 +150,11 @@ impl Cursor {
         self.failed.get(&offset).copied().unwrap_or(0)
     }
 
+    /// What was last about to be published elsewhere; done where all of it is acked.
+    pub fn plan(&self) -> Option<&Plan> {
+        self.plan.as_ref()
+    }
+
     /// Acked ranges above the position.
     pub fn acked_ranges(&self) -> impl Iterator<Item = OffsetRange> + '_ {
         self.acked.iter().map(|(start, end)| OffsetRange { start: *start, end: *end })
@@ -156,6 +183,9 @@ impl Cursors {
         if let Some(cursor) = self.0.get_mut(&update.subscription) {
             update.acked.iter().for_each(|range| cursor.ack(*range));
             update.failed.iter().for_each(|failed| cursor.fail(*failed));
+            if update.plan.is_some() {
+                cursor.plan.clone_from(&update.plan);
+            }
         }
     }
 
@@ -181,6 +211,7 @@ impl Cursors {
                     .iter()
                     .map(|(offset, deliveries)| Failed { offset: *offset, deliveries: *deliveries })
                     .collect(),
+                plan: c.plan.clone(),
             })
             .collect()
     }
@@ -191,6 +222,7 @@ impl Cursors {
             let mut cursor = Cursor::at(r.position);
             r.acked.iter().for_each(|range| cursor.ack(*range));
             r.failed.iter().for_each(|failed| cursor.fail(*failed));
+            cursor.plan.clone_from(&r.plan);
             (r.subscription, cursor)
         };
         Self(records.iter().map(cursor).collect())

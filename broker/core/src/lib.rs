@@ -17,6 +17,7 @@ pub mod partition;
 pub mod producer;
 pub mod rate;
 pub mod retention;
+pub mod schedule;
 pub mod storage;
 pub mod tail;
 

@@ -39,6 +39,7 @@ fn topic_spec(spec: Option<v1::TopicSpec>) -> Result<core::TopicSpec, Failure> {
         retention_bytes: spec.retention_bytes,
         message_bytes_max: spec.message_bytes_max,
         quorum_memory: spec.quorum_memory,
+        schedule_for: String::new(),
     })
 }
 

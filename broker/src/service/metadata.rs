@@ -90,10 +90,14 @@ impl Context {
             let mut positions = Vec::new();
             for cursor in &status.cursors {
                 let Some(name) = subscriptions.get(&cursor.subscription) else { continue };
+                let backlog = status.high_watermark.saturating_sub(cursor.position + cursor.acked_above);
+                let kept = status.high_watermark.saturating_sub(status.start_offset).max(1);
+                let bytes = u128::from(status.log_bytes) * u128::from(backlog) / u128::from(kept);
                 positions.push(v1::SubscriptionStatus {
                     subscription: (*name).clone(),
                     position: cursor.position,
-                    backlog: status.high_watermark.saturating_sub(cursor.position + cursor.acked_above),
+                    backlog,
+                    backlog_bytes: u64::try_from(bytes).unwrap_or(u64::MAX),
                     acked_above: cursor.acked_above,
                     oldest_ms: self.append_time_ms(status.group, cursor.position).await,
                 });

@@ -45,6 +45,8 @@ pub struct Context {
     pub hubs: crate::hub::Hubs,
     /// Inboxes of askers.
     pub inboxes: requester::Inboxes,
+    /// Tasks that publish what has become due.
+    pub schedulers: crate::scheduler::Schedulers,
     /// Declared rates.
     pub throttles: crate::throttle::Throttles,
     /// Moves with each call for messages that names no partition.

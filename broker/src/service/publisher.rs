@@ -64,6 +64,18 @@ impl Publisher for Context {
             headers: m.headers.into_iter().collect(),
             timestamp_ms: if m.timestamp_ms == 0 { now_ms } else { m.timestamp_ms },
         };
+        let scheduled = request.messages.iter().filter(|m| m.deliver_at_ms > 0).count();
+        if scheduled > 0 {
+            if scheduled < request.messages.len() {
+                let text = "of one call's messages either all have a time to be delivered at, or none has";
+                return Err(self.rejected(Failure::invalid("DELIVER_AT", text)).into());
+            }
+            let topic = self.find(&request.topic, partition).map_err(|f| self.rejected(f))?.topic;
+            let timed = |m: v1::Message| (m.deliver_at_ms, record(m));
+            let list = request.messages.into_iter().map(timed).map(|(at, record)| (record, at)).collect();
+            let base_offset = self.schedule(&topic, partition, list).await?;
+            return Ok(Response::new(v1::PublishResponse { partition, base_offset, scheduled: true }));
+        }
         let list: Vec<Record> = request.messages.into_iter().map(record).collect();
         let batch = records::encode(&list, Compression::None, None).map_err(|e| Failure::invalid("RECORDS", e))?;
         let bytes = batch.len();
@@ -75,7 +87,7 @@ impl Publisher for Context {
         match reply.ok_or_else(Failure::stopping)? {
             Reply::Published { base_offset, .. } => {
                 self.metrics.published(&topic, header.count, bytes, started);
-                Ok(Response::new(v1::PublishResponse { partition, base_offset }))
+                Ok(Response::new(v1::PublishResponse { partition, base_offset, scheduled: false }))
             }
             Reply::Refused(refusal) => Err(self.failure(group, refusal).into()),
             other => Err(Failure::new(Code::Internal, "REPLY", format!("unexpected reply {other:?}")).into()),
@@ -96,6 +108,16 @@ impl Publisher for Context {
         self.metrics.open_streams.inc();
         let answers = answer(context, acks, refusals, under_way);
         Ok(Response::new(Box::pin(answers)))
+    }
+
+    async fn cancel_scheduled(
+        &self,
+        request: Request<v1::CancelScheduledRequest>,
+    ) -> Result<Response<v1::CancelScheduledResponse>, Status> {
+        let v1::CancelScheduledRequest { topic, partition, offset } = request.into_inner();
+        let topic = full_name(&topic).map_err(|f| self.rejected(f))?;
+        self.cancel_scheduled(&topic, partition, offset).await.map_err(|f| self.rejected(f))?;
+        Ok(Response::new(v1::CancelScheduledResponse {}))
     }
 
     async fn allocate_producer_ids(

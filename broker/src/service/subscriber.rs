@@ -45,7 +45,7 @@ fn resolve(context: &Context, name: &str, partition: u32) -> Result<Resolved, Fa
 }
 
 /// The cursor as applied here; a new subscription gets its own within moments.
-async fn cursor(context: &Context, group: GroupId, subscription: SubscriptionId) -> Result<Cursor, Failure> {
+pub(crate) async fn cursor(context: &Context, group: GroupId, subscription: SubscriptionId) -> Result<Cursor, Failure> {
     // everything an earlier hub wrote stands below the log's end as it is now
     let mut upto = None;
     for _ in 0..200 {

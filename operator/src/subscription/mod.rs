@@ -3,6 +3,7 @@
 use crate::apply;
 use crate::brokers::{BrokerError, Snapshot};
 use crate::cluster::LOOK_MAX;
+use crate::cluster::plan::people_bytes;
 use crate::conditions::{Said, merge};
 use crate::context::Context;
 use crate::locate::{Blocked, FORCE_DELETE, Located, locate};
@@ -127,6 +128,7 @@ fn status(wanted: &ValidatedSubscription, snapshot: &Snapshot) -> (SubscriptionS
     let oldest = mine.iter().filter(|s| s.oldest_ms > 0).map(|s| now_ms - s.oldest_ms as i64).max();
     let status = SubscriptionStatus {
         backlog: Some(mine.iter().map(|s| s.backlog as i64).sum()),
+        backlog_size: Some(people_bytes(mine.iter().map(|s| s.backlog_bytes).sum())),
         // to ten seconds, or a status would change with every look
         oldest_unacked_seconds: Some(oldest.unwrap_or(0).max(0) / 10_000 * 10),
         ..Default::default()

@@ -15,6 +15,10 @@ pub struct Message {
     /// When it happened, ms since the epoch; 0 for now.
     #[prost(int64, tag = "4")]
     pub timestamp_ms: i64,
+    /// Not to be published before, ms since the epoch; 0 for at once. Only in Publish; all messages of a call have one, or none has.
+    /// Until then it lies in the topic `NAME.scheduled`.
+    #[prost(uint64, tag = "5")]
+    pub deliver_at_ms: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PublishRequest {
@@ -34,7 +38,22 @@ pub struct PublishResponse {
     /// Offset of the first message; the others follow it.
     #[prost(uint64, tag = "2")]
     pub base_offset: u64,
+    /// They were scheduled: partition and offset are those of CancelScheduled, not of the topic.
+    #[prost(bool, tag = "3")]
+    pub scheduled: bool,
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CancelScheduledRequest {
+    /// The topic they are scheduled for.
+    #[prost(string, tag = "1")]
+    pub topic: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "2")]
+    pub partition: u32,
+    #[prost(uint64, tag = "3")]
+    pub offset: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CancelScheduledResponse {}
 /// A record batch in Kafka's format v2; its base offset is assigned by the broker.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PublishBatch {
@@ -422,6 +441,9 @@ pub struct SubscriptionStatus {
     /// When the record at the position was appended, ms since the epoch; 0 where all is acknowledged.
     #[prost(uint64, tag = "5")]
     pub oldest_ms: u64,
+    /// Bytes of log they take, by the partition's average.
+    #[prost(uint64, tag = "6")]
+    pub backlog_bytes: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetMetadataRequest {
@@ -986,6 +1008,31 @@ pub mod publisher_client {
                 .insert(GrpcMethod::new("weir.v1.Publisher", "PublishStream"));
             self.inner.streaming(req, path, codec).await
         }
+        /// Takes a scheduled message back. NOT_FOUND where it was published, or cancelled, before.
+        pub async fn cancel_scheduled(
+            &mut self,
+            request: impl tonic::IntoRequest<super::CancelScheduledRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CancelScheduledResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/weir.v1.Publisher/CancelScheduled",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("weir.v1.Publisher", "CancelScheduled"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Gives producer ids for idempotent publishing.
         pub async fn allocate_producer_ids(
             &mut self,
@@ -1043,6 +1090,14 @@ pub mod publisher_server {
             request: tonic::Request<tonic::Streaming<super::PublishBatch>>,
         ) -> std::result::Result<
             tonic::Response<Self::PublishStreamStream>,
+            tonic::Status,
+        >;
+        /// Takes a scheduled message back. NOT_FOUND where it was published, or cancelled, before.
+        async fn cancel_scheduled(
+            &self,
+            request: tonic::Request<super::CancelScheduledRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CancelScheduledResponse>,
             tonic::Status,
         >;
         /// Gives producer ids for idempotent publishing.
@@ -1218,6 +1273,51 @@ pub mod publisher_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weir.v1.Publisher/CancelScheduled" => {
+                    #[allow(non_camel_case_types)]
+                    struct CancelScheduledSvc<T: Publisher>(pub Arc<T>);
+                    impl<
+                        T: Publisher,
+                    > tonic::server::UnaryService<super::CancelScheduledRequest>
+                    for CancelScheduledSvc<T> {
+                        type Response = super::CancelScheduledResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::CancelScheduledRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Publisher>::cancel_scheduled(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = CancelScheduledSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

@@ -324,6 +324,11 @@ impl MetaState {
             self.deleted_groups.insert(group, true);
         }
         self.subscriptions.retain(|_, s| s.topic_id != topic.id);
+        // what was scheduled for it has nowhere to go
+        let scheduled = self.topics.values().find(|t| t.spec.schedule_for == change.name).map(|t| t.name.clone());
+        if let Some(name) = scheduled {
+            self.delete_topic(&Delete { name, ..Default::default() })?;
+        }
         Ok(Answer::Done)
     }
 

@@ -65,6 +65,9 @@ pub struct TopicSpec {
     /// Whether an ack waits for a majority's disk sync (default) or only for its memory.
     #[prost(bool, tag = "6")]
     pub quorum_memory: bool,
+    /// Full name of the topic that its messages go to when they are due; empty for an ordinary topic.
+    #[prost(string, tag = "7")]
+    pub schedule_for: String,
 }
 
 /// A topic.

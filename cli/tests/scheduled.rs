@@ -1,0 +1,154 @@
+//! Messages that are due later, over real processes: each once, none before its time, whatever becomes of the leaders.
+
+mod cluster;
+
+use cluster::{Cluster, make_topic};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use weir_client::consumer::{From, Message, read_partition};
+use weir_client::schedule::{cancel, schedule};
+use weir_client::{Client, Error, Record};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn ms(at: SystemTime) -> u64 {
+    at.duration_since(UNIX_EPOCH).unwrap().as_millis() as u64
+}
+
+fn numbered(number: u64) -> Record {
+    Record {
+        key: Some(format!("k{}", number % 13).into()),
+        value: Some(number.to_string().into()),
+        ..Default::default()
+    }
+}
+
+async fn read_all(client: &Client, topic: &str, partitions: u32) -> Vec<Message> {
+    let mut out = Vec::new();
+    for partition in 0..partitions {
+        let (sender, mut receiver) = tokio::sync::mpsc::channel(16);
+        tokio::spawn(read_partition(client.clone(), topic.to_owned(), partition, From::Earliest, true, sender));
+        while let Some(messages) = receiver.recv().await {
+            out.extend(messages.unwrap());
+        }
+    }
+    out
+}
+
+fn number(message: &Message) -> u64 {
+    std::str::from_utf8(message.record.value.as_ref().unwrap()).unwrap().parse().unwrap()
+}
+
+/// How late the messages came, ms, sorted; none may come early.
+fn lateness(messages: &[Message], due: &BTreeMap<u64, u64>) -> Vec<u64> {
+    let mut late: Vec<u64> = Vec::new();
+    for message in messages {
+        let due = due[&number(message)];
+        assert!(message.append_time_ms >= due, "{} came {} ms early", number(message), due - message.append_time_ms);
+        late.push(message.append_time_ms - due);
+    }
+    late.sort_unstable();
+    late
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn scheduled_messages_come_once_when_they_are_due_and_not_once_cancelled_while_leaders_are_killed() {
+    const COUNT: u64 = 3_000;
+    let cluster = Cluster::start(3);
+    let client = Client::new(&cluster.servers).unwrap();
+    make_topic(&client, "t", 2, 3).await;
+    let begun = SystemTime::now();
+    let (mut due, mut handles) = (BTreeMap::new(), BTreeMap::new());
+    for call in 0..10 {
+        let numbers = call * COUNT / 10..(call + 1) * COUNT / 10;
+        // from long ago to twelve seconds ahead, in no order
+        let at = |number: u64| begun + Duration::from_millis(number * 7_919 % 13_000) - Duration::from_secs(1);
+        let list = numbers.clone().map(|number| (numbered(number), at(number))).collect();
+        let scheduled = schedule(&client, "t", list).await.unwrap();
+        due.extend(numbers.clone().map(|number| (number, ms(at(number)))));
+        handles.extend(numbers.zip(scheduled));
+    }
+    // those due last, every third
+    let late = |number: &u64| due[number] > ms(SystemTime::now() + Duration::from_secs(4)) && number.is_multiple_of(3);
+    let cancelled: Vec<u64> = due.keys().copied().filter(late).collect();
+    assert!(cancelled.len() > 100, "{}", cancelled.len());
+    for number in &cancelled {
+        cancel(&client, &handles[number]).await.unwrap();
+    }
+    let Err(Error::Refused { reason, .. }) = cancel(&client, &handles[&cancelled[0]]).await else { panic!("twice") };
+    assert_eq!(reason, "NOT_SCHEDULED");
+    for name in ["weir-0", "weir-1", "weir-2"] {
+        cluster.kill(name);
+        tokio::time::sleep(Duration::from_millis(3_500)).await;
+    }
+    due.retain(|number, _| !cancelled.contains(number));
+    let end = Instant::now() + PATIENCE;
+    let messages = loop {
+        let messages = read_all(&client, "t", 2).await;
+        if messages.len() >= due.len() {
+            break messages;
+        }
+        assert!(Instant::now() < end, "{} of {}", messages.len(), due.len());
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    };
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(read_all(&client, "t", 2).await.len(), due.len(), "each once");
+    let mut seen: Vec<u64> = messages.iter().map(number).collect();
+    seen.sort_unstable();
+    assert_eq!(seen, due.keys().copied().collect::<Vec<_>>());
+    let late = lateness(&messages, &due);
+    println!(
+        "{} scheduled messages, each once over 3 killed brokers; late: median {} ms, worst {} ms",
+        seen.len(),
+        late[late.len() / 2],
+        late[late.len() - 1]
+    );
+    let Err(Error::Refused { reason, .. }) = cancel(&client, &handles[&seen[0]]).await else { panic!("too late") };
+    assert_eq!(reason, "NOT_SCHEDULED");
+}
+
+/// `SCHEDULED=1000000` for the figure in the README.
+#[tokio::test(flavor = "multi_thread")]
+async fn very_many_due_in_the_same_minute_are_delivered_with_bounded_memory() {
+    let count: u64 = std::env::var("SCHEDULED").ok().and_then(|v| v.parse().ok()).unwrap_or(30_000);
+    let minute = Duration::from_millis(if count > 100_000 { 60_000 } else { 5_000 });
+    let cluster = Cluster::start(1);
+    let client = Client::new(&cluster.servers).unwrap();
+    make_topic(&client, "t", 1, 1).await;
+    // time to schedule them all
+    let first = SystemTime::now() + Duration::from_micros(40 * count) + Duration::from_secs(2);
+    let span = minute.as_millis() as u64;
+    let at = |number: u64| first + Duration::from_millis(number.wrapping_mul(2_654_435_761) % span);
+    for from in (0..count).step_by(5_000) {
+        let list = (from..(from + 5_000).min(count)).map(|number| (numbered(number), at(number))).collect();
+        schedule(&client, "t", list).await.unwrap();
+    }
+    assert!(SystemTime::now() < first, "this machine is too slow to schedule them in time");
+    let end = Instant::now() + minute + first.duration_since(SystemTime::now()).unwrap_or_default() + PATIENCE;
+    let metric = |text: &str, name: &str| -> u64 {
+        let line = text.lines().find(|l| l.starts_with(name)).unwrap_or_else(|| panic!("no {name}"));
+        line.rsplit(' ').next().unwrap().parse::<f64>().unwrap() as u64
+    };
+    let mut memory = 0;
+    loop {
+        let text = cluster.metrics(0).await;
+        memory = memory.max(metric(&text, "process_resident_memory_bytes"));
+        if metric(&text, "weir_partition_high_watermark{partition=\"0\",topic=\"default/t\"}") >= count {
+            break;
+        }
+        assert!(Instant::now() < end, "not all came");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    let messages = read_all(&client, "t", 1).await;
+    let due: BTreeMap<u64, u64> = (0..count).map(|number| (number, ms(at(number)))).collect();
+    assert_eq!(messages.len() as u64, count);
+    let late = lateness(&messages, &due);
+    println!(
+        "{count} due within {minute:?}: late by {} ms (median), {} ms (p99), {} ms (worst); the broker held {} MiB at most",
+        late[late.len() / 2],
+        late[late.len() * 99 / 100],
+        late[late.len() - 1],
+        memory >> 20
+    );
+    assert!(memory < 1 << 30, "memory is bounded");
+}

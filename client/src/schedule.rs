@@ -1,0 +1,86 @@
+//! Messages that are published later, and taking them back.
+
+use crate::{Client, Error};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use weir_proto::records::{self, Record};
+use weir_proto::v1;
+
+/// A call is tried for this long.
+const ANSWER_WITHIN: Duration = Duration::from_secs(15);
+
+/// A scheduled message: what is needed to take it back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scheduled {
+    /// The topic it is scheduled for.
+    pub topic: String,
+    /// Partition.
+    pub partition: u32,
+    /// Its place among what is scheduled there.
+    pub offset: u64,
+}
+
+fn message(record: Record, at: SystemTime) -> v1::Message {
+    let ms = at.duration_since(UNIX_EPOCH).map_or(1, |d| d.as_millis() as u64).max(1);
+    v1::Message {
+        key: record.key.unwrap_or_default(),
+        value: record.value.unwrap_or_default(),
+        headers: record.headers.into_iter().collect(),
+        timestamp_ms: record.timestamp_ms,
+        deliver_at_ms: ms,
+    }
+}
+
+/// Has records published to a topic, each at its time or (where that is past) at once. Those of one key keep their order where their
+/// times do. Stored when this returns. Should it fail they may be stored all the same: a call that is repeated may schedule twice.
+pub async fn schedule(client: &Client, topic: &str, list: Vec<(Record, SystemTime)>) -> Result<Vec<Scheduled>, Error> {
+    let cluster = client.connect(ANSWER_WITHIN).await?;
+    let missing = || Error::Refused {
+        code: tonic::Code::NotFound,
+        reason: "NO_TOPIC".into(),
+        message: format!("topic {topic} does not exist"),
+    };
+    let partitions = cluster.topic(topic).ok_or_else(missing)?.partitions.len() as u32;
+    let mut calls: std::collections::BTreeMap<u32, Vec<(usize, v1::Message)>> = Default::default();
+    for (at, (record, when)) in list.into_iter().enumerate() {
+        let partition = record.key.as_ref().map_or(0, |key| records::partition_of(key, partitions));
+        calls.entry(partition).or_default().push((at, message(record, when)));
+    }
+    let mut out = Vec::new();
+    for (partition, messages) in calls {
+        let (places, messages): (Vec<usize>, Vec<v1::Message>) = messages.into_iter().unzip();
+        let request = v1::PublishRequest { topic: topic.to_owned(), partition: Some(partition), messages };
+        // any broker takes it and passes it on
+        let answer = client
+            .anywhere(|address| {
+                let request = request.clone();
+                async move {
+                    let channel = client.channel(&address).map_err(|e| tonic::Status::internal(e.to_string()))?;
+                    let publisher = v1::publisher_client::PublisherClient::new(channel);
+                    let mut publisher = publisher.max_encoding_message_size(weir_proto::MESSAGE_BYTES_MAX);
+                    Ok(publisher.publish(request).await?.into_inner())
+                }
+            })
+            .await?;
+        for (at, place) in places.into_iter().enumerate() {
+            let offset = answer.base_offset + at as u64;
+            out.push((place, Scheduled { topic: topic.to_owned(), partition, offset }));
+        }
+    }
+    out.sort_by_key(|(place, _)| *place);
+    Ok(out.into_iter().map(|(_, scheduled)| scheduled).collect())
+}
+
+/// Takes a scheduled message back. Refused with NOT_FOUND where it was published, or cancelled, before.
+pub async fn cancel(client: &Client, scheduled: &Scheduled) -> Result<(), Error> {
+    let Scheduled { topic, partition, offset } = scheduled.clone();
+    let request = v1::CancelScheduledRequest { topic: topic.clone(), partition, offset };
+    let call = |address: String| {
+        let request = request.clone();
+        async move {
+            let channel = client.channel(&address).map_err(|e| tonic::Status::internal(e.to_string()))?;
+            Ok(v1::publisher_client::PublisherClient::new(channel).cancel_scheduled(request).await?.into_inner())
+        }
+    };
+    client.refresh().await?;
+    client.at_leader(&format!("{topic}.scheduled"), partition, ANSWER_WITHIN, call).await.map(drop)
+}

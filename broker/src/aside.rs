@@ -44,9 +44,9 @@ pub fn leave(data: &Path, broker: u64) -> ! {
     std::process::exit(START_AGAIN);
 }
 
-/// Opens the store of a folder. One of a broker that was removed is set aside first, and so is one whose files are damaged, where
-/// there are others (`has_peers`) that may have what it held.
-pub fn open(data: &Path, has_peers: bool) -> anyhow::Result<Arc<RocksStore>> {
+/// Opens the store of a folder; that of a broker that was removed is set aside first. One whose files are damaged is left alone,
+/// unless `others_live`: a member of its cluster answers, that may have what it held.
+pub fn open(data: &Path, others_live: bool) -> anyhow::Result<Arc<RocksStore>> {
     let path = database(data);
     if std::fs::read_to_string(data.join("removed")).is_ok() {
         set_aside(data)?;
@@ -55,15 +55,15 @@ pub fn open(data: &Path, has_peers: bool) -> anyhow::Result<Arc<RocksStore>> {
     let cannot = || format!("cannot open the data in {}", data.display());
     match RocksStore::open(&path) {
         Ok(store) => Ok(Arc::new(store)),
-        Err(error @ StoreError::Corrupt(_)) if has_peers && !cluster(data).is_empty() => {
+        Err(error @ StoreError::Corrupt(_)) if others_live => {
             tracing::error!(%error, "this broker's store is damaged: it is set aside, and rebuilt from the others");
             set_aside(data)?;
             Ok(Arc::new(RocksStore::open(&path).with_context(cannot)?))
         }
         Err(error @ StoreError::Corrupt(_)) => Err(error).with_context(|| {
             format!(
-                "the data in {} is damaged, and there is no other broker to have it from; restore the folder from a copy, or move \
-                 it away to begin with nothing",
+                "the data in {} is damaged, and no other broker of its cluster answers to have it from: start again once one does, \
+                 restore the folder from a copy, or move it away to begin with nothing",
                 data.display()
             )
         }),
@@ -72,14 +72,12 @@ pub fn open(data: &Path, has_peers: bool) -> anyhow::Result<Arc<RocksStore>> {
 }
 
 fn set_aside(data: &Path) -> anyhow::Result<()> {
-    let (path, aside) = (database(data), data.join("db.aside"));
+    let path = database(data);
     if !path.exists() {
         return Ok(());
     }
-    // what was set aside before is of an even older broker
-    if aside.exists() {
-        std::fs::remove_dir_all(&aside).with_context(|| format!("cannot remove {}", aside.display()))?;
-    }
+    let free = (1..).map(|n| data.join(format!("db.aside-{n}"))).find(|p| !p.exists());
+    let aside = free.context("no name is free")?;
     std::fs::rename(&path, &aside).with_context(|| format!("cannot move {} aside", path.display()))?;
     tracing::warn!(at = %aside.display(), "data set aside; delete it when nobody needs to look into it");
     Ok(())

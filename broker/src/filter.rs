@@ -1,15 +1,32 @@
 //! Filters of subscriptions: CEL, compiled once, over what a message carries beside its value.
 
 use crate::status::Failure;
-use cel::{Context, Env, Program, Value};
+use cel::common::ast::{EntryExpr, Expr};
+use cel::{Context, Env, IdedExpr, Program, Value};
 use std::collections::HashMap;
 use std::sync::Arc;
 use weir_proto::records::Record;
 
-/// Longest expression, bytes. An expression has no loop but over the headers of one message: its length bounds what it costs.
+/// Longest expression, bytes. An expression has no loops: its length bounds what it costs.
 pub const FILTER_BYTES_MAX: usize = 2_048;
 /// Brackets within brackets.
 const DEPTH_MAX: usize = 32;
+
+fn has_loop(e: &IdedExpr) -> bool {
+    let entry = |e: &EntryExpr| match e {
+        EntryExpr::StructField(field) => has_loop(&field.value),
+        EntryExpr::MapEntry(entry) => has_loop(&entry.key) || has_loop(&entry.value),
+    };
+    match &e.expr {
+        Expr::Comprehension(_) => true,
+        Expr::Call(call) => call.target.iter().any(|t| has_loop(t)) || call.args.iter().any(has_loop),
+        Expr::List(list) => list.elements.iter().any(has_loop),
+        Expr::Map(map) => map.entries.iter().any(|e| entry(&e.expr)),
+        Expr::Struct(fields) => fields.entries.iter().any(|e| entry(&e.expr)),
+        Expr::Select(select) => has_loop(&select.operand),
+        Expr::Ident(_) | Expr::Literal(_) | Expr::Unspecified => false,
+    }
+}
 
 /// A compiled filter.
 pub struct Filter {
@@ -43,6 +60,10 @@ impl Filter {
             Some(first) => wrong(first.pos.1, &first.msg),
             None => wrong(1, "is not an expression"),
         })?;
+        if has_loop(program.expression()) {
+            let message = "filter: all, exists, exists_one, map and filter are not taken: a filter has no loops, so that its cost is bounded";
+            return Err(Failure::invalid("FILTER", message));
+        }
         const KNOWN: [&str; 4] = ["key", "headers", "timestamp", "size"];
         let asked = program.references();
         if let Some(unknown) = asked.variables().into_iter().find(|v| !KNOWN.contains(v)) {
@@ -114,6 +135,11 @@ mod tests {
         );
         let said = refused("key == ");
         assert!(said.starts_with("filter, column "), "{said}");
+        for nested in
+            ["[0, 0].all(a, [0, 0].all(b, true))", "size > 0 && {'a': [1].map(x, x)} != {}", "headers.exists(h, true)"]
+        {
+            assert!(refused(nested).contains("no loops"), "{nested}");
+        }
         assert!(refused(&"(".repeat(2_000)).contains("brackets"));
         assert!(refused(&format!("key == '{}'", "x".repeat(3_000))).contains("longer"));
     }

@@ -45,6 +45,26 @@ pub struct Formation {
     changed: Notify,
 }
 
+/// Whether a member of a cluster, other than the broker called `name`, answers.
+pub async fn a_member_answers(peers: &[(String, String)], name: &str, cluster_id: &str) -> bool {
+    if cluster_id.is_empty() {
+        return false;
+    }
+    for (_, address) in peers.iter().filter(|(n, _)| n != name) {
+        let ask = async {
+            let request = v1::HelloRequest { name: name.to_owned(), cluster_id: cluster_id.to_owned() };
+            anyhow::Ok(peers::connect(address).await?.hello(request).await?.into_inner())
+        };
+        if let Ok(Ok(hello)) = tokio::time::timeout(Duration::from_secs(1), ask).await
+            && hello.active
+            && hello.cluster_id == cluster_id
+        {
+            return true;
+        }
+    }
+    false
+}
+
 impl Formation {
     /// Reads the disk.
     pub fn open(

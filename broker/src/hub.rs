@@ -41,6 +41,8 @@ const COMMANDS_MAX: usize = 1_024;
 const TURN_COMMANDS: usize = 1_024;
 /// Bytes read ahead of the members and not given out.
 const AHEAD_BYTES_MAX: usize = 4 << 20;
+/// Bytes of unpacked records beyond which no further batch is unpacked.
+const UNPACKED_BYTES_MAX: usize = 64 << 20;
 /// Bytes of one call's messages: what clients take without being told to.
 const CALL_BYTES_MAX: usize = 3 << 20;
 /// Between two looks at deadlines, leadership and the subscription.
@@ -161,6 +163,23 @@ struct Member {
 struct Ahead {
     batch: LogBatch,
     records: Option<Vec<Record>>,
+    /// bytes of the records, once they are unpacked
+    unpacked: usize,
+}
+
+impl Ahead {
+    fn of(batch: LogBatch) -> Self {
+        Self { batch, records: None, unpacked: 0 }
+    }
+
+    fn unpack(&mut self) -> &mut Vec<Record> {
+        self.records.get_or_insert_with(|| {
+            let records = records::decode(&self.batch.data).unwrap_or_default();
+            let length = |b: &Option<Bytes>| b.as_ref().map_or(0, |b| b.len());
+            self.unpacked = records.iter().map(|r| length(&r.key) + length(&r.value) + 64).sum();
+            records
+        })
+    }
 }
 
 type Confirm = (u64, oneshot::Sender<Result<u64, Failure>>);
@@ -519,12 +538,13 @@ impl Hub {
             }
             self.hold(failed.offset, partition).await?;
             let (context, to) = (self.context.clone(), self.spec.dead_letter_topic.clone());
-            let origin = Origin { subscription: self.subscription, group: self.group, offset: failed.offset };
+            let seeks = self.delivery.cursor().seeks();
+            let origin = Origin { subscription: self.subscription, group: self.group, offset: failed.offset, seeks };
             let Some(record) = self.dead_letter(failed) else {
                 self.unwritten.extend(self.delivery.bury(failed.offset)); // retention was faster
                 continue;
             };
-            self.burials.spawn(async move { (failed, outbox::publish(&context, &to, record, origin).await) });
+            self.burials.spawn(async move { (failed, outbox::bury(&context, &to, record, origin).await) });
         }
         self.write_acks();
         Ok(())
@@ -535,6 +555,14 @@ impl Hub {
         match outcome {
             Ok(()) => {
                 self.context.metrics.dead_letters.with_label_values(&[&self.topic, "moved"]).inc();
+                self.unwritten.extend(self.delivery.bury(failed.offset));
+                self.write_acks();
+            }
+            Err(failure) if failure.reason == "TOO_LARGE" => {
+                // not even its key and headers fit: nothing may hold up the partition for ever
+                let (to, why) = (&self.spec.dead_letter_topic, failure.message);
+                tracing::warn!(topic = self.topic, offset = failed.offset, to, why, "a dead letter is dropped");
+                self.context.metrics.dead_letters.with_label_values(&[&self.topic, "dropped"]).inc();
                 self.unwritten.extend(self.delivery.bury(failed.offset));
                 self.write_acks();
             }
@@ -557,8 +585,9 @@ impl Hub {
     fn dead_letter(&mut self, failed: Failed) -> Option<Record> {
         let at = self.find(failed.offset)?;
         let ahead = &mut self.ahead[at];
-        let records = ahead.records.get_or_insert_with(|| unpack(&ahead.batch));
-        let mut record = records.get((failed.offset - ahead.batch.base_offset) as usize)?.clone();
+        let base_offset = ahead.batch.base_offset;
+        let records = ahead.unpack();
+        let mut record = records.get((failed.offset - base_offset) as usize)?.clone();
         let meta = self.context.shared.meta();
         let partition = meta.assignment(self.group).map_or(0, |a| a.partition);
         record.headers.retain(|(header, _)| !header.starts_with("weir-dead-"));
@@ -592,7 +621,7 @@ impl Hub {
                     continue;
                 }
                 bytes += batches.iter().map(|b| b.data.len()).sum::<usize>();
-                self.ahead.extend(batches.into_iter().map(|batch| Ahead { batch, records: None }));
+                self.ahead.extend(batches.into_iter().map(Ahead::of));
             }
             self.feed();
             if self.delivery.next() == next {
@@ -608,6 +637,7 @@ impl Hub {
         let mut next = self.delivery.next();
         let mut wants = self.delivery.wants();
         let (name, filter) = (&self.name, self.filter.as_ref());
+        let mut unpacked: usize = self.ahead.iter().map(|a| a.unpacked).sum();
         for ahead in &mut self.ahead {
             if ahead.batch.end_offset() <= next {
                 continue;
@@ -616,7 +646,11 @@ impl Hub {
                 return;
             }
             if singly && ahead.records.is_none() {
-                ahead.records = Some(unpack(&ahead.batch));
+                if unpacked > UNPACKED_BYTES_MAX {
+                    return; // small batches may hold much: what is here is given out first
+                }
+                ahead.unpack();
+                unpacked += ahead.unpacked;
             }
             while next < ahead.batch.end_offset() && wants > 0 {
                 let at = (next - ahead.batch.base_offset) as usize;
@@ -651,8 +685,10 @@ impl Hub {
         }
         // what lies behind the window's beginning is not needed again; of the rest a little is kept, and read anew where it is
         let (position, next) = (self.delivery.cursor().position(), self.delivery.next());
+        let much = self.ahead.iter().map(|a| a.unpacked).sum::<usize>() > UNPACKED_BYTES_MAX / 2;
         while self.ahead.front().is_some_and(|a| {
-            a.batch.end_offset() <= position || (a.batch.end_offset() <= next && self.ahead.len() > UNREAD_MAX)
+            let end = a.batch.end_offset();
+            end <= position || (end <= next && (much || self.ahead.len() > UNREAD_MAX))
         }) {
             self.ahead.pop_front();
         }
@@ -761,8 +797,9 @@ impl Hub {
             for grant in grants {
                 let Some(at) = self.find(grant.offset) else { continue };
                 let ahead = &mut self.ahead[at];
-                let records = ahead.records.get_or_insert_with(|| unpack(&ahead.batch));
-                let record = records.get((grant.offset - ahead.batch.base_offset) as usize);
+                let base_offset = ahead.batch.base_offset;
+                let records = ahead.unpack();
+                let record = records.get((grant.offset - base_offset) as usize);
                 let length = |b: &Option<Bytes>| b.as_ref().map_or(0, |b| b.len() as u64);
                 bytes += record.map_or(0, |r| length(&r.key) + length(&r.value));
             }
@@ -778,7 +815,7 @@ impl Hub {
         let batches = partition.read(offset, 1).await?;
         if let Some(batch) = batches.into_iter().next().filter(|b| b.base_offset <= offset) {
             let at = self.ahead.partition_point(|a| a.batch.base_offset < batch.base_offset);
-            self.ahead.insert(at, Ahead { batch, records: None });
+            self.ahead.insert(at, Ahead::of(batch));
         }
         Ok(())
     }
@@ -831,8 +868,10 @@ impl Hub {
         for grant in grants {
             let Some(at) = self.find(grant.offset) else { continue };
             let ahead = &mut self.ahead[at];
-            let records = ahead.records.get_or_insert_with(|| unpack(&ahead.batch));
-            let Some(record) = records.get((grant.offset - ahead.batch.base_offset) as usize) else {
+            let append_time_ms = ahead.batch.append_time_ms;
+            let base_offset = ahead.batch.base_offset;
+            let records = ahead.unpack();
+            let Some(record) = records.get((grant.offset - base_offset) as usize) else {
                 unreadable.push(grant.offset);
                 continue;
             };
@@ -840,7 +879,7 @@ impl Hub {
                 partition,
                 offset: grant.offset,
                 delivery: grant.delivery,
-                append_time_ms: ahead.batch.append_time_ms,
+                append_time_ms,
                 message: Some(v1::Message {
                     key: record.key.clone().unwrap_or_default(),
                     value: record.value.clone().unwrap_or_default(),
@@ -871,10 +910,6 @@ fn push_range(ranges: &mut Vec<OffsetRange>, next: OffsetRange) {
         Some(last) => last.end = next.end,
         None => ranges.push(next),
     }
-}
-
-fn unpack(batch: &LogBatch) -> Vec<Record> {
-    records::decode(&batch.data).unwrap_or_default()
 }
 
 fn size(message: &v1::ReceivedMessage) -> usize {

@@ -77,8 +77,15 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let scrapers = bind(config.metrics_listen, "metrics").await?;
     let (client, peer, admin, metrics_at) =
         (clients.local_addr()?, peer_listener.local_addr()?, admins.local_addr()?, scrapers.local_addr()?);
-    let (data, has_peers) = (config.data.clone(), peers.len() > 1);
-    let store = tokio::task::spawn_blocking(move || aside::open(&data, has_peers)).await??;
+    let data = config.data.clone();
+    let opened = tokio::task::spawn_blocking(move || aside::open(&data, false)).await?;
+    let store = match opened {
+        Err(_) if formation::a_member_answers(&peers, &config.name, &aside::cluster(&config.data)).await => {
+            let data = config.data.clone();
+            tokio::task::spawn_blocking(move || aside::open(&data, true)).await??
+        }
+        opened => opened?,
+    };
     let expected = if config.cluster_id.is_empty() { aside::cluster(&config.data) } else { config.cluster_id.clone() };
     let me = Broker {
         name: config.name.clone(),
@@ -202,7 +209,7 @@ async fn keep_addresses(context: Context, me: Broker) {
 impl Running {
     /// Waits until every group held here has a leader.
     pub async fn ready(&self) {
-        while !metrics::is_ready(&self.shared) {
+        while metrics::why_not_ready(&self.shared).is_some() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }

@@ -260,7 +260,7 @@ impl Metrics {
     }
 }
 
-/// Serves `/metrics`, `/livez` and `/readyz` (ready: the broker has joined, knows the metadata, and its groups have leaders).
+/// Serves `/metrics`, `/livez` and `/readyz` (ready: the broker has joined, its groups have leaders, and what it tries gets done).
 /// Alive, and not ready, from before the broker has an identity.
 pub async fn serve(listener: TcpListener, running: Arc<OnceLock<Context>>) {
     let text = |status, body: String| (status, [("content-type", "text/plain; version=0.0.4")], body);
@@ -271,8 +271,10 @@ pub async fn serve(listener: TcpListener, running: Arc<OnceLock<Context>>) {
     };
     let ready = async move || match for_ready.get() {
         None => text(StatusCode::SERVICE_UNAVAILABLE, "not ready: waiting to form or join a cluster\n".to_owned()),
-        Some(c) if is_ready(&c.shared) => text(StatusCode::OK, "ready\n".to_owned()),
-        Some(_) => text(StatusCode::SERVICE_UNAVAILABLE, "not ready: a partition held here has no leader\n".to_owned()),
+        Some(c) => match why_not_ready(&c.shared) {
+            None => text(StatusCode::OK, "ready\n".to_owned()),
+            Some(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n")),
+        },
     };
     let routes = Router::new()
         .route("/metrics", get(metrics))
@@ -284,8 +286,20 @@ pub async fn serve(listener: TcpListener, running: Arc<OnceLock<Context>>) {
     }
 }
 
-/// Whether the broker can serve: every group it holds has a leader.
-pub fn is_ready(shared: &Shared) -> bool {
+/// Nothing has come of what a broker tries for this long, ms: it commits nothing.
+const STALLED_MS_MAX: u64 = 5_000;
+
+/// Why the broker cannot serve; ready means that it commits, not that the process is there.
+pub fn why_not_ready(shared: &Shared) -> Option<String> {
+    let stalled = shared.stalled_ms.load(std::sync::atomic::Ordering::Relaxed);
+    if stalled >= STALLED_MS_MAX {
+        return Some(format!("nothing was committed or synced for {} s, and something is to be", stalled / 1_000));
+    }
+    (!is_led(shared)).then(|| "a partition held here has no leader".to_owned())
+}
+
+/// Whether every group held here has a leader.
+fn is_led(shared: &Shared) -> bool {
     let meta = shared.meta();
     let mine = meta.groups.iter().filter(|(_, a)| a.replica_on(shared.broker).is_some());
     meta.broker(shared.broker).is_some()

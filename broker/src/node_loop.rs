@@ -5,6 +5,7 @@ use crate::metrics::Metrics;
 use crate::shared::Shared;
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
@@ -20,8 +21,14 @@ use weir_core::storage::{Store, StoreError};
 pub enum ReplyTo {
     /// To one waiting call.
     Call(oneshot::Sender<Reply>),
-    /// To a publish stream, with the request's id and what it held of the stream's budget.
-    Stream(mpsc::UnboundedSender<(u64, Reply)>, u64, OwnedSemaphorePermit),
+    /// To a publish stream, with the request's id, and what the batch holds of the broker's budget until it is answered, and of the
+    /// stream's until the answer was taken.
+    Stream {
+        to: mpsc::UnboundedSender<(u64, Reply, OwnedSemaphorePermit)>,
+        id: u64,
+        budget: OwnedSemaphorePermit,
+        unread: OwnedSemaphorePermit,
+    },
 }
 
 impl ReplyTo {
@@ -29,7 +36,10 @@ impl ReplyTo {
         match self {
             // a caller that is gone needs no answer
             Self::Call(to) => drop(to.send(reply)),
-            Self::Stream(to, id, _permit) => drop(to.send((id, reply))),
+            Self::Stream { to, id, budget, unread } => {
+                drop(budget);
+                drop(to.send((id, reply, unread)));
+            }
         }
     }
 }
@@ -158,6 +168,7 @@ pub fn run(
             event = events.try_recv().ok();
         }
         let effects = node.drain();
+        shared.stalled_ms.store(node.stalled(), Ordering::Relaxed);
         carry_out(&node, effects, &shared, &metrics, &to_disk, &mut waiting, &mut peers);
     }
     node.checkpoint_all();

@@ -25,15 +25,29 @@ pub struct Origin {
     pub subscription: SubscriptionId,
     /// out of this group,
     pub group: GroupId,
-    /// from this offset.
+    /// from this offset,
     pub offset: u64,
+    /// after so many seeks: what dies again after a seek back is another dead letter.
+    pub seeks: u64,
 }
 
 impl Origin {
     /// Far beyond the ids the metadata group gives, which count up from 1.
     fn producer_id(&self) -> i64 {
-        let mixed = mix(self.subscription.0 ^ mix(self.group.0 ^ mix(self.offset)));
+        let mixed = mix(self.subscription.0 ^ mix(self.group.0 ^ mix(self.offset ^ mix(self.seeks))));
         ((1 << 62) | (mixed >> 2)) as i64
+    }
+}
+
+/// Publishes a dead letter. One that is too large for its topic goes without its value, which a header then says.
+pub async fn bury(context: &Context, topic: &str, mut record: Record, origin: Origin) -> Result<(), Failure> {
+    match publish(context, topic, record.clone(), origin).await {
+        Err(failure) if failure.reason == "TOO_LARGE" => {
+            let bytes = record.value.take().map_or(0, |v| v.len());
+            record.headers.push(("weir-dead-value-bytes".to_owned(), bytes.to_string().into()));
+            publish(context, topic, record, origin).await
+        }
+        other => other,
     }
 }
 
@@ -61,7 +75,11 @@ pub async fn send(context: &Context, topic: &str, partition: u32, batch: Bytes) 
 }
 
 async fn try_send(context: &Context, topic: &str, partition: u32, batch: Bytes) -> Result<u64, Failure> {
-    let Found { group, .. } = context.find(topic, partition)?;
+    let Found { group, batch_bytes_max, .. } = context.find(topic, partition)?;
+    if batch.len() > batch_bytes_max as usize {
+        let text = format!("the batch has {} bytes, topic {topic} takes at most {batch_bytes_max}", batch.len());
+        return Err(Failure::invalid("TOO_LARGE", text));
+    }
     if context.shared.leads(group) {
         let header = BatchHeader::validate(&batch)?;
         let reply = context.node.call(|to| Event::Publish { group, data: batch, header, to }).await;

@@ -2,6 +2,7 @@
 
 use crate::node_loop::{Event, NodeHandle};
 use std::collections::HashMap;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, PoisonError, RwLock};
 use tokio::sync::watch;
 use weir_core::ids::{BrokerId, GroupId, META_GROUP};
@@ -68,6 +69,8 @@ struct Slot {
 pub struct Shared {
     /// This broker; 0 before it has joined.
     pub broker: BrokerId,
+    /// For how long nothing has come of what this broker tries, ms; see [`weir_core::node::Node::stalled`].
+    pub stalled_ms: AtomicU64,
     /// The metadata as applied here.
     pub meta: watch::Sender<Arc<MetaState>>,
     leaders: RwLock<HashMap<GroupId, (u64, BrokerId)>>,
@@ -80,7 +83,15 @@ impl Shared {
     /// Of a broker.
     pub fn new(broker: BrokerId, store: Arc<RocksStore>, node: NodeHandle) -> Self {
         let (meta, _) = watch::channel(Arc::default());
-        Self { broker, meta, leaders: RwLock::default(), partitions: RwLock::default(), store, node }
+        Self {
+            broker,
+            stalled_ms: AtomicU64::new(0),
+            meta,
+            leaders: RwLock::default(),
+            partitions: RwLock::default(),
+            store,
+            node,
+        }
     }
 
     /// The metadata.

@@ -27,9 +27,9 @@ pub(crate) enum Bench {
     /// Publishes as fast as it can, or at --rate.
     Produce(Load),
     /// Reads a topic from its beginning.
-    Consume(Load),
-    /// One message in flight at a time.
-    Latency(Load),
+    Consume(Reading),
+    /// One message in flight at a time; with --rate, counted from when each was due.
+    Latency(Single),
     /// Works off what a subscription has before it: many members, each message acknowledged by itself.
     Share(Share),
     /// Publishes numbered records for a while, then reads back whether any acknowledged one is missing, twice there or out of order.
@@ -48,14 +48,40 @@ pub(crate) struct Load {
     #[arg(long, default_value_t = 100)]
     size: usize,
     /// Records a second in all; 0 for as many as possible. Latency is then counted from when a record was due.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1_000_000_000))]
     rate: u64,
     /// Producers, each with its own stream to each partition.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     producers: u64,
     /// Compression of batches.
     #[arg(long, value_enum, default_value_t = Codec::None)]
     compression: Codec,
+}
+
+#[derive(Args, Clone)]
+pub(crate) struct Reading {
+    /// The topic.
+    #[arg(long)]
+    topic: String,
+    /// Records to read.
+    #[arg(long, default_value_t = 1_000_000)]
+    records: u64,
+}
+
+#[derive(Args, Clone)]
+pub(crate) struct Single {
+    /// The topic.
+    #[arg(long)]
+    topic: String,
+    /// Records in all.
+    #[arg(long, default_value_t = 10_000)]
+    records: u64,
+    /// Bytes of a record's value.
+    #[arg(long, default_value_t = 100)]
+    size: usize,
+    /// Records a second; 0 for one as soon as the last is answered.
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1_000_000_000))]
+    rate: u64,
 }
 
 #[derive(Args, Clone)]
@@ -182,11 +208,8 @@ async fn produce_share(
         }
         latencies.lock().unwrap_or_else(PoisonError::into_inner).add(local).context("adding histograms")
     });
-    let interval = if load.rate == 0 {
-        Duration::ZERO
-    } else {
-        Duration::from_secs(1) * load.producers as u32 / load.rate.max(1) as u32
-    };
+    let interval =
+        if load.rate == 0 { Duration::ZERO } else { Duration::from_secs_f64(load.producers as f64 / load.rate as f64) };
     let started = Instant::now();
     for at in 0..share {
         // counted from when it was due: a stall is charged to all that it delayed
@@ -204,7 +227,7 @@ async fn produce_share(
     receiving.await?
 }
 
-async fn consume(client: &Client, load: &Load) -> anyhow::Result<Outcome> {
+async fn consume(client: &Client, load: &Reading) -> anyhow::Result<Outcome> {
     let progress = bar(load.records);
     let cluster = client.cluster();
     let topic = cluster.topic(&load.topic).with_context(|| format!("topic {} does not exist", load.topic))?;
@@ -275,7 +298,7 @@ async fn share(client: &Client, work: &Share) -> anyhow::Result<Outcome> {
     Ok(Outcome { records, bytes, seconds, latency_us: histogram() })
 }
 
-async fn latency(client: &Client, load: &Load) -> anyhow::Result<Outcome> {
+async fn latency(client: &Client, load: &Single) -> anyhow::Result<Outcome> {
     let options = Options { linger: Duration::ZERO, ..Default::default() };
     let producer = Producer::open(client, &load.topic, options).await?;
     let value = Bytes::from(vec![b'x'; load.size]);
@@ -284,10 +307,17 @@ async fn latency(client: &Client, load: &Load) -> anyhow::Result<Outcome> {
     let mut latency_us = histogram();
     let progress = bar(load.records);
     let started = Instant::now();
-    for _ in 0..load.records {
-        let sent = Instant::now();
+    for at in 0..load.records {
+        let due = if load.rate == 0 {
+            Instant::now()
+        } else {
+            started + Duration::from_secs_f64(at as f64 / load.rate as f64)
+        };
+        if due > Instant::now() {
+            tokio::time::sleep_until(due.into()).await;
+        }
         producer.send_to(0, record()).await?.await??;
-        latency_us.saturating_record((sent.elapsed().as_micros() as u64).max(1));
+        latency_us.saturating_record((due.elapsed().as_micros() as u64).max(1));
         progress.inc(1);
     }
     progress.finish_and_clear();

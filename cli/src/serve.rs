@@ -4,15 +4,15 @@ use crate::Output;
 use crate::admin::{apply_subscription, apply_topic};
 use anyhow::Context as _;
 use clap::Args;
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashMap};
 use std::net::{SocketAddr, TcpListener};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use weir_broker::config::Config;
 use weir_client::Client;
-use weir_crds::manifest;
+use weir_crds::manifest::{self, Declared};
 
 #[derive(Args)]
 #[command(after_help = "Examples:
@@ -93,7 +93,7 @@ pub(crate) async fn run(serve: Serve, output: Output) -> anyhow::Result<()> {
     if serve.brokers == 1 {
         let running = weir_broker::start(config(&serve, &list, 0)).await?;
         running.ready().await;
-        print(output, &list, &[std::process::id()]);
+        print(output, &list, &[std::process::id()], &[(list[0].name.clone(), running.broker.0)]);
         tokio::spawn(feed(server, manifests, brokers));
         stop.await;
         running.stop().await;
@@ -104,9 +104,10 @@ pub(crate) async fn run(serve: Serve, output: Output) -> anyhow::Result<()> {
         children.push(spawn(&config(&serve, &list, at))?);
     }
     let client = Client::new(&server)?;
-    client.connect(Duration::from_secs(30)).await.context("the brokers did not come up")?;
-    let ids: Vec<u32> = children.iter().filter_map(Child::id).collect();
-    print(output, &list, &ids);
+    let cluster = client.connect(Duration::from_secs(30)).await.context("the brokers did not come up")?;
+    let pids: Vec<u32> = children.iter().filter_map(Child::id).collect();
+    let ids: Vec<(String, u64)> = cluster.metadata.brokers.iter().map(|b| (b.name.clone(), b.id)).collect();
+    print(output, &list, &pids, &ids);
     tokio::spawn(feed(server, manifests, brokers));
     tokio::select! {
         () = stop => {}
@@ -180,16 +181,19 @@ async fn supervise(serve: &Serve, list: &[Addresses], children: &mut [Child]) ->
             eprintln!("weir: broker {} ended ({status}); starting it again", list[at].name);
             tokio::time::sleep(Duration::from_secs(1)).await;
             *child = spawn(&config(serve, list, at))?;
+            eprintln!("weir: broker {} has pid {}", list[at].name, child.id().unwrap_or(0));
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
 
-fn print(output: Output, list: &[Addresses], pids: &[u32]) {
+fn print(output: Output, list: &[Addresses], pids: &[u32], ids: &[(String, u64)]) {
     let pid = |at: usize| pids.get(at).or(pids.first()).copied().unwrap_or(0);
+    // 0 for one that has not joined yet
+    let id = |name: &str| ids.iter().find(|(n, _)| n == name).map_or(0, |(_, id)| *id);
     if output == Output::Json {
         let broker = |(at, a): (usize, &Addresses)| {
-            serde_json::json!({"id": at + 1, "name": a.name, "pid": pid(at), "client": a.client.to_string(),
+            serde_json::json!({"id": id(&a.name), "name": a.name, "pid": pid(at), "client": a.client.to_string(),
                 "peer": a.peer.to_string(), "admin": a.admin.to_string(), "metrics": a.metrics.to_string()})
         };
         let brokers: Vec<_> = list.iter().enumerate().map(broker).collect();
@@ -200,7 +204,7 @@ fn print(output: Output, list: &[Addresses], pids: &[u32]) {
         let Addresses { name, client, admin, metrics, .. } = a;
         println!(
             "broker {} ({name}, pid {}): clients {client}, admin {admin}, metrics http://{metrics}/metrics",
-            at + 1,
+            id(name),
             pid(at)
         );
     }
@@ -209,49 +213,73 @@ fn print(output: Output, list: &[Addresses], pids: &[u32]) {
 /// Applies the manifests, and again whenever their text changes.
 async fn feed(server: String, folder: Option<PathBuf>, brokers: u16) {
     let Some(folder) = folder else { return };
-    let mut applied: HashSet<String> = HashSet::new();
-    let mut said = Vec::new();
-    let mut failed = String::new();
+    let mut feed = Feed { folder, brokers, applied: HashMap::new(), said: BTreeSet::new() };
     loop {
-        let outcome = apply_folder(&server, &folder, brokers, &mut applied, &mut said).await;
-        let now_failed = outcome.err().map_or(String::new(), |error| format!("{error:#}"));
-        // told once it is so for two looks: brokers that have just started need a moment
-        if !now_failed.is_empty() && now_failed == failed {
-            eprintln!("weir: {}: {now_failed}", folder.display());
-        }
-        failed = now_failed;
+        feed.look(&server).await;
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
 }
 
-async fn apply_folder(
-    server: &str,
-    folder: &Path,
+/// What was made of a folder of manifests.
+struct Feed {
+    folder: PathBuf,
     brokers: u16,
-    applied: &mut HashSet<String>,
-    said: &mut Vec<manifest::ManifestError>,
-) -> anyhow::Result<()> {
-    let (declared, errors) = manifest::read_folder(folder)?;
-    if errors != *said {
-        errors.iter().for_each(|e| eprintln!("weir: {e}"));
-        *said = errors;
+    /// by kind and name: what was last applied
+    applied: HashMap<String, String>,
+    /// what was wrong at the last look, and told
+    said: BTreeSet<String>,
+}
+
+impl Feed {
+    /// Applies what has changed; what is wrong with one resource leaves the others alone, and is told once.
+    async fn look(&mut self, server: &str) {
+        let wrong = match manifest::read_folder(&self.folder) {
+            Ok((declared, errors)) => {
+                let mut wrong: BTreeSet<String> = errors.iter().map(ToString::to_string).collect();
+                match Client::new(server) {
+                    Ok(client) => self.apply(&client, declared, &mut wrong).await,
+                    Err(error) => drop(wrong.insert(error.to_string())),
+                }
+                wrong
+            }
+            Err(error) => BTreeSet::from([format!("{}: {error}", self.folder.display())]),
+        };
+        wrong.difference(&self.said).for_each(|text| eprintln!("weir: {text}"));
+        self.said = wrong;
     }
-    let client = Client::new(server)?;
-    for mut topic in declared.topics {
-        // fewer brokers than replicas: as many as there are, or nothing could be tried on a laptop
-        topic.replicas = topic.replicas.min(brokers.into());
-        if !applied.contains(&format!("{topic:?}")) {
-            apply_topic(&client, &topic).await.with_context(|| format!("topic {}", topic.name))?;
-            applied.insert(format!("{topic:?}"));
+
+    async fn apply(&mut self, client: &Client, declared: Declared, wrong: &mut BTreeSet<String>) {
+        let Declared { topics, subscriptions, origins } = declared;
+        let mut refused = |what: &str, error: anyhow::Error| {
+            // brokers that have just started have no leader for a moment: the next look tries again
+            if !is_passing(&error) {
+                let at = origins.get(what).map_or(String::new(), |(file, line)| format!("{}:{line}: ", file.display()));
+                wrong.insert(format!("{at}{what}: {error:#}"));
+            }
+        };
+        for mut topic in topics {
+            // fewer brokers than replicas: as many as there are, or nothing could be tried on a laptop
+            topic.replicas = topic.replicas.min(self.brokers.into());
+            let (what, text) = (format!("topic {}", topic.name), format!("{topic:?}"));
+            if self.applied.get(&what) != Some(&text) {
+                match apply_topic(client, &topic).await {
+                    Ok(()) => drop(self.applied.insert(what, text)),
+                    Err(error) => refused(&what, error),
+                }
+            }
+        }
+        for subscription in subscriptions {
+            let (what, text) = (format!("subscription {}", subscription.name), format!("{subscription:?}"));
+            if self.applied.get(&what) != Some(&text) {
+                match apply_subscription(client, &subscription).await {
+                    Ok(()) => drop(self.applied.insert(what, text)),
+                    Err(error) => refused(&what, error),
+                }
+            }
         }
     }
-    for subscription in declared.subscriptions {
-        if !applied.contains(&format!("{subscription:?}")) {
-            apply_subscription(&client, &subscription)
-                .await
-                .with_context(|| format!("subscription {}", subscription.name))?;
-            applied.insert(format!("{subscription:?}"));
-        }
-    }
-    Ok(())
+}
+
+fn is_passing(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<weir_client::Error>().is_some_and(weir_client::Error::is_unavailable)
 }

@@ -162,7 +162,7 @@ async fn a_store_that_is_damaged_as_a_whole_is_set_aside_and_rebuilt_from_the_ot
     })
     .await;
     in_sync(&client, "t", 3).await;
-    assert!(cluster.data.path().join("weir-1/db.aside").exists());
+    assert!(cluster.data.path().join("weir-1/db.aside-1").exists());
     cluster.kill("weir-0"); // the rebuilt one and another are a majority
     until("everything is read", async || match read(&client, "t").await {
         Ok(seen) if seen == once_each(200) => Ok(()),

@@ -217,27 +217,30 @@ impl Pull {
     /// Acks these messages, and gives credit for as many more.
     pub async fn ack_all(&self, messages: &[Message]) -> Result<(), Error> {
         let offsets: Vec<u64> = messages.iter().map(|m| m.offset).collect();
-        self.answer(&offsets, &[], &[]).await
+        self.answer(&offsets, &[], &[], 0).await
     }
 
     /// Gives a message back: it comes again after `delay`, or by the subscription's back-off.
     pub async fn nack(&self, offset: u64, delay: Option<Duration>) -> Result<(), Error> {
-        self.answer(&[], &[(offset, delay)], &[]).await
+        self.answer(&[], &[(offset, delay)], &[], 0).await
     }
 
     /// Keeps a message for longer, from now.
     pub async fn extend(&self, offset: u64, deadline: Duration) -> Result<(), Error> {
-        self.answer(&[], &[], &[(offset, deadline)]).await
+        self.answer(&[], &[], &[(offset, deadline)], 0).await
     }
 
-    /// Acks, gives back and keeps for longer in one request; what was acked or given back is credit for as many more.
+    /// Acks, gives back and keeps for longer in one request; what was acked or given back is credit for as many more, and `credit`
+    /// for so many beside.
     pub async fn answer(
         &self,
         acks: &[u64],
         nacks: &[(u64, Option<Duration>)],
         extensions: &[(u64, Duration)],
+        credit: u32,
     ) -> Result<(), Error> {
-        let mut request = v1::PullRequest { credit_messages: (acks.len() + nacks.len()) as u32, ..Default::default() };
+        let mut request =
+            v1::PullRequest { credit_messages: (acks.len() + nacks.len()) as u32 + credit, ..Default::default() };
         for &offset in acks {
             match request.acks.last_mut().filter(|last| last.end == offset) {
                 Some(last) => last.end += 1,

@@ -41,6 +41,13 @@ pub enum Error {
     Closed,
 }
 
+impl Error {
+    /// Whether a broker said that it cannot do it just now.
+    pub fn is_unavailable(&self) -> bool {
+        matches!(self, Self::Refused { code: tonic::Code::Unavailable, .. })
+    }
+}
+
 impl From<tonic::Status> for Error {
     fn from(status: tonic::Status) -> Self {
         let reason = status.get_details_error_info().map_or(String::new(), |i| i.reason);
@@ -52,6 +59,9 @@ impl From<tonic::Status> for Error {
 pub fn is_transient(status: &tonic::Status) -> bool {
     use tonic::Code::*;
     let reason = status.get_details_error_info().map_or(String::new(), |i| i.reason);
+    if reason == "REPLACED" {
+        return false; // another has this member's name: taking it back would go on for ever
+    }
     matches!(status.code(), Unavailable | Unknown | Cancelled | Aborted | ResourceExhausted | DeadlineExceeded)
         || reason == "NOT_LEADER"
 }

@@ -121,6 +121,10 @@ impl Producer {
 
     /// As [`Self::send`], to a partition of the caller's choice.
     pub async fn send_to(&self, partition: u32, record: Record) -> Result<oneshot::Receiver<Outcome>, Error> {
+        if let Some(name) = records::repeated_header(&record) {
+            let message = format!("header {name} stands twice in a record");
+            return Err(Error::Refused { code: tonic::Code::InvalidArgument, reason: "RECORDS".into(), message });
+        }
         let bytes = size(&record);
         let units = (bytes.div_ceil(64)).min(self.0.options.memory_bytes / 64).max(1) as u32;
         let _memory = self.0.memory.clone().acquire_many_owned(units).await.map_err(|_| Error::Closed)?;

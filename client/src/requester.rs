@@ -148,7 +148,11 @@ pub async fn reply(client: &Client, request: &Record, mut answer: Record) -> Res
         timestamp_ms: answer.timestamp_ms,
         ..Default::default()
     };
-    let request = v1::ReplyRequest { address: String::from_utf8_lossy(address).into_owned(), message: Some(message) };
+    let request = v1::ReplyRequest {
+        address: String::from_utf8_lossy(address).into_owned(),
+        message: Some(message),
+        ..Default::default()
+    };
     client
         .anywhere(|address| {
             let request = request.clone();

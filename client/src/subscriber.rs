@@ -1,7 +1,7 @@
 //! Reading a subscription: all its partitions at once, opened again after failovers, new partitions as they appear.
 
 use crate::consumer::{From, Message, Pull};
-use crate::{Client, Error};
+use crate::{Client, Error, waits};
 use std::collections::VecDeque;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -30,6 +30,7 @@ impl Default for Options {
 /// What is to become of a message.
 #[derive(Debug)]
 enum Action {
+    Drop,
     Ack(u64),
     Nack(u64, Option<Duration>),
     Extend(u64, Duration),
@@ -41,16 +42,27 @@ pub struct Delivered {
     /// The message.
     pub message: Message,
     actions: mpsc::UnboundedSender<Action>,
+    answered: bool,
+}
+
+impl Drop for Delivered {
+    fn drop(&mut self) {
+        if !self.answered {
+            let _ = self.actions.send(Action::Drop); // another may come in its place
+        }
+    }
 }
 
 impl Delivered {
     /// It is done with. Should the broker fail before it has heard, the message comes again.
-    pub fn ack(self) {
+    pub fn ack(mut self) {
+        self.answered = true;
         let _ = self.actions.send(Action::Ack(self.message.offset));
     }
 
     /// It failed: it comes again after `delay`, or by the subscription's back-off.
-    pub fn nack(self, delay: Option<Duration>) {
+    pub fn nack(mut self, delay: Option<Duration>) {
+        self.answered = true;
         let _ = self.actions.send(Action::Nack(self.message.offset, delay));
     }
 
@@ -171,11 +183,20 @@ async fn follow_growth(mut next: Partition) {
         while (next.partition as usize) < topic.partitions.len() {
             match next.open().await {
                 Ok(pull) => drop(tokio::spawn(next.clone().run(pull))),
+                Err(Error::Deadline { .. }) => break, // it has no leader yet: the next look tries again
                 Err(error) => return drop(next.lists.send(Err(error)).await),
             }
             next.partition += 1;
         }
     }
+}
+
+/// How a stream ended.
+enum Ended {
+    /// Open it again; whether it brought anything.
+    Again { served: bool },
+    /// It will fail again.
+    Failed(Error),
 }
 
 #[derive(Clone)]
@@ -197,13 +218,20 @@ impl Partition {
 
     /// Delivers and answers until the subscriber is dropped; opens again after a failover.
     async fn run(self, mut pull: Pull) {
+        let mut waits = waits();
         loop {
             // answers to messages of a stream that ended say nothing to the next: those come again
             let (actions, receiver) = mpsc::unbounded_channel();
-            self.serve(&mut pull, actions, receiver).await;
+            let ended = self.serve(&mut pull, actions, receiver).await;
             if self.lists.is_closed() {
                 return pull.close().await;
             }
+            match ended {
+                Ended::Failed(error) => return drop(self.lists.send(Err(error)).await),
+                Ended::Again { served: true } => waits = crate::waits(),
+                Ended::Again { served: false } => {}
+            }
+            tokio::time::sleep(waits.next().unwrap_or(Duration::from_millis(200))).await;
             let _ = self.client.refresh().await;
             match self.open().await {
                 Ok(again) => pull = again,
@@ -220,32 +248,38 @@ impl Partition {
         pull: &mut Pull,
         actions: mpsc::UnboundedSender<Action>,
         mut receiver: mpsc::UnboundedReceiver<Action>,
-    ) {
+    ) -> Ended {
+        let mut served = false;
         let mut waiting: VecDeque<Vec<Message>> = VecDeque::new();
         loop {
             tokio::select! {
-                next = pull.next() => match next {
-                    Ok(Some(messages)) if messages.is_empty() => {}
-                    Ok(Some(messages)) => waiting.push_back(messages), // as many as there is credit for
-                    Ok(None) | Err(_) => return,
-                },
-                action = receiver.recv() => {
-                    let Some(action) = action else { return };
-                    if self.answer(pull, action, &mut receiver).await.is_err() {
-                        return;
-                    }
-                }
-                room = self.lists.reserve(), if !waiting.is_empty() => {
-                    let (Ok(room), Some(messages)) = (room, waiting.pop_front()) else { return };
-                    let deliver = |message| Delivered { message, actions: actions.clone() };
-                    room.send(Ok(messages.into_iter().map(deliver).collect()));
-                }
+                biased;
                 () = self.lists.closed() => {
                     // what was answered already is still told
                     while let Ok(action) = receiver.try_recv() {
                         let _ = self.answer(pull, action, &mut receiver).await;
                     }
-                    return;
+                    return Ended::Again { served };
+                }
+                action = receiver.recv() => {
+                    let Some(action) = action else { return Ended::Again { served } };
+                    if self.answer(pull, action, &mut receiver).await.is_err() {
+                        return Ended::Again { served };
+                    }
+                }
+                next = pull.next() => match next {
+                    Ok(Some(messages)) if messages.is_empty() => {}
+                    Ok(Some(messages)) => {
+                        served = true;
+                        waiting.push_back(messages); // as many as there is credit for
+                    }
+                    Ok(None) => return Ended::Again { served },
+                    Err(error) => return Ended::Failed(error),
+                },
+                room = self.lists.reserve(), if !waiting.is_empty() => {
+                    let (Ok(room), Some(messages)) = (room, waiting.pop_front()) else { continue };
+                    let deliver = |message| Delivered { message, actions: actions.clone(), answered: false };
+                    room.send(Ok(messages.into_iter().map(deliver).collect()));
                 }
             }
         }
@@ -259,16 +293,18 @@ impl Partition {
         receiver: &mut mpsc::UnboundedReceiver<Action>,
     ) -> Result<(), Error> {
         let (mut acks, mut nacks, mut extensions) = (Vec::new(), Vec::new(), Vec::new());
+        let mut dropped = 0;
         let mut action = Some(first);
         while let Some(next) = action {
             match next {
+                Action::Drop => dropped += 1,
                 Action::Ack(offset) => acks.push(offset),
                 Action::Nack(offset, delay) => nacks.push((offset, delay)),
                 Action::Extend(offset, deadline) => extensions.push((offset, deadline)),
             }
-            action = (acks.len() < self.options.credit as usize).then(|| receiver.try_recv().ok()).flatten();
+            action = (acks.len() + dropped < self.options.credit as usize).then(|| receiver.try_recv().ok()).flatten();
         }
         acks.sort_unstable();
-        pull.answer(&acks, &nacks, &extensions).await
+        pull.answer(&acks, &nacks, &extensions, dropped as u32).await
     }
 }

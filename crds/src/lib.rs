@@ -388,8 +388,25 @@ fn invalid(field: &'static str, message: impl Into<String>) -> Invalid {
     Invalid { field, message: message.into() }
 }
 
+/// The bounds the schema has, for those that no API server checks.
+fn within(field: &'static str, value: Option<u64>, most: u64) -> Result<(), Invalid> {
+    match value {
+        Some(value) if !(1..=most).contains(&value) => Err(invalid(field, format!("must be 1 to {most}, not {value}"))),
+        _ => Ok(()),
+    }
+}
+
 fn full_name(meta: &kube::core::ObjectMeta) -> Result<String, Invalid> {
     let name = meta.name.as_deref().filter(|n| !n.is_empty()).ok_or_else(|| invalid("metadata.name", "is missing"))?;
+    let letter = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let right = name.len() <= 253
+        && name.chars().all(|c| letter(c) || c == '-' || c == '.')
+        && name.starts_with(letter)
+        && name.ends_with(letter);
+    if !right {
+        let rule = "is a-z, 0-9, '-' and '.', begins and ends with a letter or digit, and has 253 characters at most";
+        return Err(invalid("metadata.name", rule));
+    }
     Ok(format!("{}/{name}", meta.namespace.as_deref().unwrap_or("default")))
 }
 
@@ -440,6 +457,13 @@ impl Subscription {
             return Err(invalid("spec.deadLetter.topic", "a topic cannot take its own dead letters"));
         }
         let rate = self.spec.rate.clone().unwrap_or_default();
+        within("spec.maxInFlight", self.spec.max_in_flight.map(u64::from), 1_000_000)?;
+        within("spec.deadLetter.maxDeliveries", dead_letter.map(|d| d.max_deliveries.into()), 1_000)?;
+        within("spec.rate.messagesPerSecond", rate.messages_per_second, 1_000_000_000)?;
+        within("spec.rate.burst", rate.burst, 1_000_000_000)?;
+        if self.spec.filter.as_ref().is_some_and(|f| f.is_empty() || f.len() > 2_048) {
+            return Err(invalid("spec.filter", "has 1 to 2048 characters"));
+        }
         let bytes_per_second = rate.bytes_per_second.as_deref().map_or(Ok(0), quantity::bytes);
         let redelivery = self.spec.redelivery.clone().unwrap_or_default();
         Ok(ValidatedSubscription {

@@ -3,6 +3,7 @@
 use crate::{Subscription, Topic, ValidatedSubscription, ValidatedTopic};
 use serde::de::DeserializeOwned;
 use serde_yaml_ng::Value;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// What a folder of manifests declares.
@@ -12,6 +13,19 @@ pub struct Declared {
     pub topics: Vec<ValidatedTopic>,
     /// Subscriptions.
     pub subscriptions: Vec<ValidatedSubscription>,
+    /// Where each stands, file and line, by kind and name: `topic default/orders`.
+    pub origins: BTreeMap<String, (PathBuf, usize)>,
+}
+
+impl Declared {
+    /// Takes up a resource; one that was declared before is an error.
+    fn claim(&mut self, what: String, file: &Path, line: usize) -> Result<(), String> {
+        if let Some((before, at)) = self.origins.get(&what) {
+            return Err(format!("{what} is declared in {}:{at} already", before.display()));
+        }
+        self.origins.insert(what, (file.to_owned(), line));
+        Ok(())
+    }
 }
 
 /// One thing wrong in one file; the rest of the file and the others still count.
@@ -50,29 +64,51 @@ pub fn read_text(file: &Path, text: &str, declared: &mut Declared, errors: &mut 
         }
         let mut fail =
             |line: usize, message: String| errors.push(ManifestError { file: file.to_owned(), line, message });
-        read_document(&document, start, declared, &mut fail);
+        read_document(file, &document, start, declared, &mut fail);
         document.clear();
         start = at + 1;
     }
 }
 
-fn read_document(text: &str, start: usize, declared: &mut Declared, fail: &mut dyn FnMut(usize, String)) {
+fn read_document(file: &Path, text: &str, start: usize, declared: &mut Declared, fail: &mut dyn FnMut(usize, String)) {
     let value: Value = match serde_yaml_ng::from_str(text) {
         Ok(Value::Null) => return,
         Ok(value) => value,
         Err(error) => return fail(start + line_of(&error), error.to_string()),
     };
     if value.get("kind").and_then(Value::as_str) == Some("List") {
-        for item in value.get("items").and_then(Value::as_sequence).into_iter().flatten() {
-            let text = serde_yaml_ng::to_string(item).unwrap_or_default();
-            read_object(item, &text, declared, &mut |_, message| fail(start + 1, format!("in the list: {message}")));
+        let begins = items(text);
+        let list = value.get("items").and_then(Value::as_sequence).into_iter().flatten();
+        for (at, item) in list.enumerate() {
+            let first = begins.get(at).copied().unwrap_or(0);
+            let lines = begins.get(at + 1).map_or(usize::MAX, |next| next - first);
+            // its own lines, for finding fields in; what it says was read with the rest
+            let text: String = text.lines().skip(first).take(lines).flat_map(|l| [l, "\n"]).collect();
+            let begin = start + first;
+            read_object(file, begin, item, &text, declared, &mut |line, message| fail(begin + line, message));
         }
         return;
     }
-    read_object(&value, text, declared, &mut |line, message| fail(start + line, message));
+    read_object(file, start, &value, text, declared, &mut |line, message| fail(start + line, message));
 }
 
-fn read_object(value: &Value, text: &str, declared: &mut Declared, fail: &mut dyn FnMut(usize, String)) {
+/// Lines, counted from 0, at which the items of a list in block style begin.
+fn items(text: &str) -> Vec<usize> {
+    let indent = |l: &str| l.len() - l.trim_start().len();
+    let all = || text.lines().enumerate().skip_while(|(_, l)| !l.starts_with("items:")).skip(1);
+    let dashed = |l: &str| l.trim_start().starts_with("- ") || l.trim() == "-";
+    let Some(depth) = all().find(|(_, l)| dashed(l)).map(|(_, l)| indent(l)) else { return Vec::new() };
+    all().filter(|(_, l)| dashed(l) && indent(l) == depth).map(|(at, _)| at).collect()
+}
+
+fn read_object(
+    file: &Path,
+    start: usize,
+    value: &Value,
+    text: &str,
+    declared: &mut Declared,
+    fail: &mut dyn FnMut(usize, String),
+) {
     let field = |name: &str| value.get(name).and_then(Value::as_str).unwrap_or_default();
     let (api, kind) = (field("apiVersion"), field("kind"));
     let kind_line = line_with(text, "kind:");
@@ -81,17 +117,23 @@ fn read_object(value: &Value, text: &str, declared: &mut Declared, fail: &mut dy
     }
     match kind {
         "Topic" => {
-            if let Some(topic) = parse::<Topic>(text, fail) {
+            if let Some(topic) = parse::<Topic>(value, text, fail) {
                 match topic.validate() {
-                    Ok(topic) => declared.topics.push(topic),
+                    Ok(topic) => match declared.claim(format!("topic {}", topic.name), file, start + kind_line) {
+                        Ok(()) => declared.topics.push(topic),
+                        Err(message) => fail(kind_line, message),
+                    },
                     Err(e) => fail(line_of_field(text, e.field), e.to_string()),
                 }
             }
         }
         "Subscription" => {
-            if let Some(subscription) = parse::<Subscription>(text, fail) {
+            if let Some(subscription) = parse::<Subscription>(value, text, fail) {
                 match subscription.validate() {
-                    Ok(subscription) => declared.subscriptions.push(subscription),
+                    Ok(read) => match declared.claim(format!("subscription {}", read.name), file, start + kind_line) {
+                        Ok(()) => declared.subscriptions.push(read),
+                        Err(message) => fail(kind_line, message),
+                    },
                     Err(e) => fail(line_of_field(text, e.field), e.to_string()),
                 }
             }
@@ -101,8 +143,18 @@ fn read_object(value: &Value, text: &str, declared: &mut Declared, fail: &mut dy
     }
 }
 
-fn parse<T: DeserializeOwned>(text: &str, fail: &mut dyn FnMut(usize, String)) -> Option<T> {
-    serde_yaml_ng::from_str(text).map_err(|e| fail(line_of(&e), e.to_string())).ok()
+fn parse<T: DeserializeOwned>(value: &Value, text: &str, fail: &mut dyn FnMut(usize, String)) -> Option<T> {
+    let wrong = match serde_yaml_ng::from_value(value.clone()) {
+        Ok(read) => return Some(read),
+        Err(wrong) => wrong,
+    };
+    // read from its own text the error has a place; an item of a list has none of its own, but for the name it complains of
+    let placed = serde_yaml_ng::from_str::<T>(text).err().filter(|e| e.to_string().contains(&wrong.to_string()));
+    let message = wrong.to_string();
+    let named = message.split('`').nth(1).map_or(1, |field| line_with(text, &format!("{field}:")));
+    let line = placed.as_ref().map_or(named, line_of);
+    fail(line, placed.map_or(message, |e| e.to_string()));
+    None
 }
 
 fn line_of(error: &serde_yaml_ng::Error) -> usize {
@@ -110,11 +162,22 @@ fn line_of(error: &serde_yaml_ng::Error) -> usize {
 }
 
 fn line_with(text: &str, start: &str) -> usize {
-    text.lines().position(|l| l.trim_start().starts_with(start)).map_or(1, |at| at + 1)
+    line_from(text, 0, start).map_or(1, |at| at + 1)
 }
 
+/// The line, from `first` on, that has a field, whether in block style or within braces.
+fn line_from(text: &str, first: usize, field: &str) -> Option<usize> {
+    let has = |l: &str| l.match_indices(field).any(|(at, _)| at == 0 || l[..at].ends_with([' ', '{', ',', '-']));
+    text.lines().enumerate().skip(first).find(|(_, l)| has(l)).map(|(at, _)| at)
+}
+
+/// The line of `spec.deadLetter.topic`: each part is looked for behind the one before it.
 fn line_of_field(text: &str, path: &str) -> usize {
-    line_with(text, &format!("{}:", path.rsplit('.').next().unwrap_or(path)))
+    let mut at = 0;
+    for part in path.split('.') {
+        at = line_from(text, at, &format!("{part}:")).unwrap_or(at);
+    }
+    at + 1
 }
 
 #[cfg(test)]
@@ -151,7 +214,37 @@ mod tests {
         assert!(errors[0].starts_with("a.yaml:2: kind: 'Queue'"), "{errors:?}");
         let (_, errors) = read("kind: [\n");
         assert!(errors[0].starts_with("a.yaml:"), "{errors:?}");
+        let (declared, errors) = read(&format!("{GOOD}---\n{GOOD}"));
+        assert_eq!(
+            (declared.topics.len(), errors),
+            (1, vec!["a.yaml:12: topic default/orders is declared in a.yaml:2 already".to_owned()])
+        );
         let (_, errors) = read(&GOOD.replace("partitions: 6", "partitions: 0"));
         assert!(errors[0].starts_with("a.yaml:6: spec.partitions: must be 1"), "{errors:?}");
+    }
+
+    #[test]
+    fn errors_within_lists_and_braces_name_their_line_and_what_kubernetes_refuses_is_refused() {
+        let list = "apiVersion: v1\nkind: List\nitems:\n  - apiVersion: weir.dev/v1alpha1\n    kind: Topic\n    metadata: {name: a}\n    spec: {partitions: 1}\n  - apiVersion: weir.dev/v1alpha1\n    kind: Subscription\n    metadata: {name: s}\n    spec:\n      topic: a\n      deadLetter:\n        maxDeliveries: 3\n        topic: a\n";
+        let (declared, errors) = read(list);
+        assert_eq!(declared.topics.len(), 1);
+        assert_eq!(errors, ["a.yaml:15: spec.deadLetter.topic: a topic cannot take its own dead letters"]);
+        let (_, errors) = read(&list.replace("partitions: 1}", "partitons: 1}"));
+        assert!(errors[0].starts_with("a.yaml:7: ") && errors[0].contains("partitons"), "{errors:?}");
+        for (field, bad) in [
+            ("spec.maxInFlight", "maxInFlight: 0"),
+            ("spec.deadLetter.maxDeliveries", "deadLetter: {maxDeliveries: 0}"),
+            ("spec.rate.messagesPerSecond", "rate: {messagesPerSecond: 0}"),
+            ("spec.rate.burst", "rate: {burst: 0}"),
+            ("spec.filter", "filter: \"\""),
+        ] {
+            let text = format!(
+                "apiVersion: weir.dev/v1alpha1\nkind: Subscription\nmetadata: {{name: s}}\nspec:\n  topic: a\n  {bad}\n"
+            );
+            let (_, errors) = read(&text);
+            assert!(errors.len() == 1 && errors[0].starts_with(&format!("a.yaml:6: {field}: ")), "{errors:?}");
+        }
+        let (_, errors) = read(&GOOD.replace("name: orders", "name: Orders_1"));
+        assert!(errors[0].starts_with("a.yaml:4: metadata.name: "), "{errors:?}");
     }
 }

@@ -19,7 +19,7 @@ pub struct Record {
     pub key: Option<Bytes>,
     /// Value; `None` is a tombstone.
     pub value: Option<Bytes>,
-    /// Headers in order.
+    /// Headers in order; no name stands twice.
     pub headers: Vec<(String, Bytes)>,
     /// ms since the epoch.
     pub timestamp_ms: i64,
@@ -54,6 +54,9 @@ pub struct Stamp {
 
 /// Makes one batch. `records` holds at least one.
 pub fn encode(records: &[Record], compression: Compression, stamp: Option<Stamp>) -> Result<Bytes, String> {
+    if let Some(name) = records.iter().find_map(repeated_header) {
+        return Err(format!("header {name} stands twice in a record"));
+    }
     let Stamp { id, epoch, sequence } = stamp.unwrap_or(Stamp { id: -1, epoch: -1, sequence: -1 });
     let raw = |(at, r): (usize, &Record)| Raw {
         transactional: false,
@@ -82,6 +85,12 @@ pub fn encode(records: &[Record], compression: Compression, stamp: Option<Stamp>
     let options = RecordEncodeOptions { version: 2, compression };
     RecordBatchEncoder::encode(&mut out, &raw, &options).map_err(|e| e.to_string())?;
     Ok(out.freeze())
+}
+
+/// The name of a header that stands twice in a record, which has no place in a batch.
+pub fn repeated_header(record: &Record) -> Option<&str> {
+    let names = || record.headers.iter().map(|(name, _)| name.as_str());
+    names().enumerate().find(|(at, name)| names().take(*at).any(|n| n == *name)).map(|(_, name)| name)
 }
 
 fn headers_to_raw(headers: &[(String, Bytes)]) -> IndexMap<StrBytes, Option<Bytes>> {
@@ -174,6 +183,13 @@ mod tests {
                 timestamp_ms,
             },
         )
+    }
+
+    #[test]
+    fn a_header_that_stands_twice_is_refused_and_not_lost() {
+        let headers = vec![("a".into(), "1".into()), ("b".into(), "2".into()), ("a".into(), "3".into())];
+        let record = Record { headers, ..Default::default() };
+        assert_eq!(encode(&[record], Compression::None, None), Err("header a stands twice in a record".to_owned()));
     }
 
     proptest! {

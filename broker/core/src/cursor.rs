@@ -73,6 +73,8 @@ pub struct Cursor {
     /// deliveries of unacked messages that came back
     failed: BTreeMap<u64, u32>,
     plan: Option<Plan>,
+    /// how often it was set to a place
+    seeks: u64,
 }
 
 /// A [`Cursor`] as it stands in a checkpoint.
@@ -93,6 +95,9 @@ pub struct CursorRecord {
     /// The newest plan.
     #[prost(message, optional, tag = "5")]
     pub plan: Option<Plan>,
+    /// How often it was set to a place.
+    #[prost(uint64, tag = "6")]
+    pub seeks: u64,
 }
 
 impl Cursor {
@@ -150,6 +155,11 @@ impl Cursor {
         self.failed.get(&offset).copied().unwrap_or(0)
     }
 
+    /// How often it was set to a place: by a seek, or as its start.
+    pub fn seeks(&self) -> u64 {
+        self.seeks
+    }
+
     /// What was last about to be published elsewhere; done where all of it is acked.
     pub fn plan(&self) -> Option<&Plan> {
         self.plan.as_ref()
@@ -178,7 +188,8 @@ impl Cursors {
             return;
         }
         if let Some(position) = update.seek {
-            self.0.insert(update.subscription, Cursor::at(position));
+            let seeks = self.0.get(&update.subscription).map_or(0, |c| c.seeks) + 1;
+            self.0.insert(update.subscription, Cursor { seeks, ..Cursor::at(position) });
         }
         if let Some(cursor) = self.0.get_mut(&update.subscription) {
             update.acked.iter().for_each(|range| cursor.ack(*range));
@@ -212,6 +223,7 @@ impl Cursors {
                     .map(|(offset, deliveries)| Failed { offset: *offset, deliveries: *deliveries })
                     .collect(),
                 plan: c.plan.clone(),
+                seeks: c.seeks,
             })
             .collect()
     }
@@ -223,6 +235,7 @@ impl Cursors {
             r.acked.iter().for_each(|range| cursor.ack(*range));
             r.failed.iter().for_each(|failed| cursor.fail(*failed));
             cursor.plan.clone_from(&r.plan);
+            cursor.seeks = r.seeks;
             (r.subscription, cursor)
         };
         Self(records.iter().map(cursor).collect())

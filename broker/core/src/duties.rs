@@ -28,6 +28,7 @@ impl Node {
         if self.ticks.is_multiple_of(MEMBERSHIP_TICKS) {
             self.tend_leaders();
             self.tend_cluster();
+            self.watch_progress();
         }
         if self.ticks.is_multiple_of(ANNOUNCE_TICKS) {
             self.announce_all();

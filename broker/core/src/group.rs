@@ -239,6 +239,13 @@ impl Group {
         self.raft.raft.prs().get(replica).is_some_and(|p| p.recent_active && p.matched + 64 > last && p.matched > 0)
     }
 
+    /// Whether a majority of the voters has nearly all of the log, and is there, without this replica, which leads.
+    pub fn can_be_spared(&self) -> bool {
+        let voters = &self.conf.voters;
+        let others = voters.iter().filter(|id| **id != self.replica.0 && self.caught_up(**id)).count();
+        self.is_leader() && self.conf.voters_outgoing.is_empty() && others > voters.len() / 2
+    }
+
     /// How many entries a replica lacks, as the leader knows.
     pub fn lag(&self, replica: u64) -> Option<u64> {
         let last = self.raft.raft.raft_log.last_index();
@@ -322,7 +329,10 @@ impl Group {
         let entries = match read {
             Ok(entries) => entries,
             Err(_) if truncated => Vec::new(), // retention was faster: Raft sends a checkpoint
-            Err(error) => return Err(error),
+            Err(error) => {
+                self.log().fetched(low, Vec::new()); // nobody waits for it any more; who needs it asks again
+                return Err(error);
+            }
         };
         for context in self.log().fetched(low, entries) {
             self.raft.on_entries_fetched(context);

@@ -214,6 +214,10 @@ pub struct Node {
     pub(crate) ops: Vec<WriteOp>,
     next_round: u64,
     rounds: VecDeque<(u64, Vec<Part>)>,
+    /// when the oldest of them was handed out
+    round_since_ms: u64,
+    /// of each group led here with something not committed: how far it was, and since when it is no further
+    progress: BTreeMap<GroupId, (u64, u64)>,
     /// leaders of groups as other brokers announced them
     announced: HashMap<GroupId, (u64, BrokerId)>,
     pub(crate) heard_ms: BTreeMap<BrokerId, u64>,
@@ -221,6 +225,8 @@ pub struct Node {
     pub(crate) settled: BTreeMap<GroupId, u64>,
     pub(crate) to_renew: BTreeMap<GroupId, ReplicaId>,
     pub(crate) resigning: bool,
+    /// damage that was told and led to nothing
+    told: BTreeSet<(GroupId, String)>,
     /// reads that wait for their turn, and what may be read until the next tick, bytes
     fetches: VecDeque<Fetch>,
     fetch_budget: u64,
@@ -252,11 +258,14 @@ impl Node {
             ops: Vec::new(),
             next_round: 1,
             rounds: VecDeque::new(),
+            round_since_ms: 0,
+            progress: BTreeMap::new(),
             announced: HashMap::new(),
             heard_ms: BTreeMap::new(),
             settled: BTreeMap::new(),
             to_renew: BTreeMap::new(),
             resigning: false,
+            told: BTreeSet::new(),
             fetches: VecDeque::new(),
             fetch_budget: 0,
             out: Effects::default(),
@@ -323,14 +332,17 @@ impl Node {
         }
     }
 
-    /// A reader found a group's data damaged. Where others have it too, this replica is taken out and rebuilt; the only one there is
-    /// goes on serving what can be read.
+    /// A reader found a group's data damaged. This replica is taken out, and rebuilt, only where it leads and a majority has all of
+    /// the log without it; else it goes on serving what can be read: it may hold the last copy of what was acknowledged.
     pub fn found_damage(&mut self, id: GroupId, error: StoreError) {
         let Some(group) = self.groups.get(&id) else { return };
         let replica = group.replica();
-        if group.conf().voters.len() > 1 {
+        if matches!(error, StoreError::Damaged { index, .. } if index <= group.log().oldest().map_or(0, |c| c.index)) {
+            return; // retention took it while it was read
+        }
+        if group.can_be_spared() {
             self.quarantine(id, replica, error);
-        } else {
+        } else if self.told.insert((id, error.to_string())) {
             self.out.damage.push(error);
         }
     }
@@ -406,8 +418,9 @@ impl Node {
                     self.dirty.insert(*id);
                 }
             }
+            // with each, also when several are made up for: every so many ticks means each of those
+            self.run_duties();
         }
-        self.run_duties();
     }
 
     fn salt(&self) -> u64 {
@@ -434,6 +447,15 @@ impl Node {
                 self.destroy(id);
             }
             self.create_meta(ReplicaId(message.to), None);
+        }
+        let renewed = self.damaged.get(&id).is_some_and(|damaged| {
+            let mine = self.meta.assignment(id).and_then(|a| a.replica_on(self.broker));
+            mine.is_some_and(|mine| mine.id == message.to && mine.id > damaged.0)
+        });
+        if id != META_GROUP && renewed {
+            // the group's leader calls the replica that is to follow the damaged one: it has settled that with a majority
+            self.destroy(id);
+            self.create_group(id, ReplicaId(message.to), None);
         }
         let Some(group) = self.groups.get_mut(&id) else { return };
         if message.to != group.replica().0 || assigned.is_some_and(|b| b != from) {
@@ -519,6 +541,7 @@ impl Node {
         let mut ready = Vec::new();
         while self.rounds.front().is_some_and(|(id, _)| *id <= round) {
             ready.extend(self.rounds.pop_front().expect("just seen").1);
+            self.round_since_ms = self.now.mono_ms;
         }
         self.confirm(ready);
     }
@@ -536,12 +559,17 @@ impl Node {
     /// What a [`Fetch`] read, or why it could not.
     pub fn fetched(&mut self, fetch: Fetch, read: Result<Vec<raft::eraftpb::Entry>, StoreError>) {
         let Some(group) = self.groups.get_mut(&fetch.group) else { return };
-        let replica = group.replica();
         match group.fetched(fetch.low, read) {
             Ok(()) => {
                 self.dirty.insert(fetch.group);
             }
-            Err(error) => self.quarantine(fetch.group, replica, error),
+            Err(error) if error.is_damage() => self.found_damage(fetch.group, error),
+            // it may pass: the follower asks again
+            Err(error) => {
+                if self.told.insert((fetch.group, error.to_string())) {
+                    self.out.damage.push(error);
+                }
+            }
         }
     }
 
@@ -552,6 +580,25 @@ impl Node {
             self.fetch_budget = self.fetch_budget.saturating_sub(fetch.bytes_max);
             self.out.fetches.push(fetch);
         }
+    }
+
+    /// Looks at what gets no further, for [`Self::stalled`].
+    pub(crate) fn watch_progress(&mut self) {
+        let now = self.now.mono_ms;
+        let mut seen = BTreeMap::new();
+        for group in self.groups.values().filter(|g| g.is_leader() && g.unapplied() > 0) {
+            let before = self.progress.get(&group.id()).filter(|(applied, _)| *applied == group.applied());
+            seen.insert(group.id(), (group.applied(), before.map_or(now, |(_, since)| *since)));
+        }
+        self.progress = seen;
+    }
+
+    /// For how long nothing has come of what this broker tries, ms: the disk has not answered, or a group led here has committed
+    /// nothing of what it was given. 0 where all is well.
+    pub fn stalled(&self) -> u64 {
+        let disk = (!self.rounds.is_empty()).then(|| self.now.mono_ms - self.round_since_ms);
+        let groups = self.progress.values().map(|(_, since)| self.now.mono_ms - since);
+        disk.into_iter().chain(groups).max().unwrap_or(0)
     }
 
     /// Everything to do now. While too many rounds are under way, what needs the disk waits.
@@ -596,6 +643,9 @@ impl Node {
         let sync = parts.iter().any(|p| p.sync) || ops.iter().any(structural);
         let id = self.next_round;
         self.next_round += 1;
+        if self.rounds.is_empty() {
+            self.round_since_ms = self.now.mono_ms;
+        }
         self.rounds.push_back((id, parts));
         self.out.round = Some(Round { id, ops, sync });
     }
@@ -634,6 +684,8 @@ impl Node {
         // replica ids only grow: an assignment of an older one than was held here is old metadata, replayed
         match self.held_replica(id).max(self.tombstones.get(&id).copied()) {
             Some(newest) if newest >= replica => return,
+            // damaged as it is, it may be all there is until the group's leader calls its successor
+            _ if self.damaged.contains_key(&id) => return,
             None if id == META_GROUP => return, // made when the broker formed or joined the cluster
             _ => self.destroy(id),
         }

@@ -29,7 +29,9 @@ impl Schedule {
         {
             self.beyond_ms = latest;
             // of one moment all or none: which of them were left out is not known any more
-            self.due.retain(|(due, _)| *due < latest);
+            while self.due.last().is_some_and(|(due, _)| *due == latest) {
+                self.due.pop_last();
+            }
             if self.due.is_empty() {
                 // more at one moment than there is room for: as many of them as there is
                 self.beyond_ms = latest.saturating_add(1);

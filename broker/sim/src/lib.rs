@@ -10,6 +10,7 @@ use weir_core::meta::command::{ApplyTopic, Command, Kind, Placement};
 use weir_core::meta::placement;
 use weir_core::meta::state::{Broker, MetaState, TopicSpec};
 use weir_core::node::{Fetch, Limits, Node, Now, PeerMessage, Reply, mix};
+use weir_core::storage::StoreError;
 use weir_store::mem::MemStore;
 
 /// Seeded choices.
@@ -193,6 +194,21 @@ impl World {
             }
             _ => {}
         }
+    }
+
+    /// A reader at a broker finds old data of the partition damaged.
+    pub fn find_damage(&mut self, at: BrokerId) {
+        let group = self.group;
+        let damage = StoreError::Damaged { group, index: 2, what: "a bit has flipped".to_owned() };
+        if let Some(node) = self.node(at) {
+            node.found_damage(group, damage);
+        }
+        self.pump(at);
+    }
+
+    /// The replica of the partition that a broker holds and that takes part.
+    pub fn replica(&self, at: BrokerId) -> Option<ReplicaId> {
+        self.hosts.get(&at)?.node.as_ref()?.group(self.group).map(|g| g.replica())
     }
 
     /// A connection breaks, whether or not the other end lives.

@@ -64,6 +64,39 @@ fn an_ack_waits_for_the_sync_unless_the_topic_gives_it_up() {
 }
 
 #[test]
+fn a_disk_that_does_not_answer_shows() {
+    let (mut node, store, group) = alone(false);
+    let at = |mono_ms| Now { mono_ms, log_ms: mono_ms };
+    let publish = |node: &mut Node, ticket| {
+        let data = synthetic(1, None, b"value");
+        let header = BatchHeader::validate(&data).unwrap();
+        node.publish(Ticket(ticket), group, data.into(), &header);
+    };
+    for step in 0..40 {
+        node.tick(at(100 + step * 50));
+        publish(&mut node, step + 1);
+        settle(&mut node, &store);
+        assert!(node.stalled() < 300, "{} ms", node.stalled());
+    }
+    publish(&mut node, 99);
+    let mut late = Vec::new();
+    for step in 0..200 {
+        late.extend(node.drain().round);
+        node.tick(at(3_000 + step * 50));
+    }
+    assert!(node.stalled() > 5_000, "the disk has not answered for ten seconds");
+    for round in late {
+        store.write(&round.ops).unwrap();
+        node.synced(round.id);
+    }
+    settle(&mut node, &store);
+    node.tick(at(13_050));
+    node.tick(at(13_300));
+    settle(&mut node, &store);
+    assert!(node.stalled() < 300, "{} ms", node.stalled());
+}
+
+#[test]
 fn every_publish_is_answered_once_by_its_own_commit() {
     let (mut node, store, group) = alone(false);
     for at in 0..20 {
@@ -109,4 +142,34 @@ fn a_leader_whose_process_ended_is_replaced_before_an_election_timeout() {
     }
     took.sort_unstable();
     assert!(took[20] < 400, "median {} ms", took[20]);
+}
+
+#[test]
+fn a_damaged_replica_is_taken_out_only_where_the_others_have_everything_and_is_then_rebuilt() {
+    for seed in 0..20 {
+        let mut world = World::new(seed, 3, 3);
+        world.run(3_000, false);
+        let (_, _, leader) = world.leaders()[0];
+        let other = BrokerId(1 + leader.0 % 3);
+        let before = world.replica(leader);
+        // one of three is down: the leader and the other one are all there is
+        world.crash(other);
+        world.run(800, false);
+        if world.leaders()[0].2 == leader && world.replica(other).is_none() {
+            world.find_damage(leader);
+            assert_eq!(world.replica(leader), before, "seed {seed}: it may hold the last copy");
+        }
+        world.heal();
+        world.run(6_000, false);
+        let (_, _, leader) = world.leaders()[0];
+        let before = world.replica(leader);
+        world.find_damage(leader);
+        assert_eq!(world.replica(leader), None, "seed {seed}: it takes part no more");
+        let acked = world.acked.len();
+        world.run(20_000, false);
+        let after = world.replica(leader);
+        assert!(after > before, "seed {seed}: rebuilt under a new id: {before:?} {after:?}");
+        assert!(world.acked.len() > acked);
+        world.check();
+    }
 }

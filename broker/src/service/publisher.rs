@@ -7,8 +7,9 @@ use bytes::Bytes;
 use futures::Stream;
 use std::collections::HashMap;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Instant;
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::{Code, Request, Response, Status, Streaming};
 use weir_core::batch::BatchHeader;
 use weir_core::ids::GroupId;
@@ -40,9 +41,15 @@ fn check(context: &Context, topic: &str, partition: u32, data: Bytes) -> Result<
     Ok(Checked { topic, group, data, header })
 }
 
-async fn budget(context: &Context, bytes: usize) -> OwnedSemaphorePermit {
-    let kib = (bytes as u32).div_ceil(1024).max(1);
-    context.budget.clone().acquire_many_owned(kib).await.expect("never closed")
+/// Bytes of one stream's batches whose answers were not taken yet; a client that reads no answers is heard no further.
+const UNREAD_BYTES_MAX: usize = 64 << 20;
+
+fn kib(bytes: usize) -> u32 {
+    (bytes as u32).div_ceil(1024).max(1)
+}
+
+async fn budget(of: &Arc<Semaphore>, bytes: usize) -> OwnedSemaphorePermit {
+    of.clone().acquire_many_owned(kib(bytes)).await.expect("never closed")
 }
 
 #[tonic::async_trait]
@@ -50,7 +57,7 @@ impl Publisher for Context {
     async fn publish(&self, request: Request<v1::PublishRequest>) -> Result<Response<v1::PublishResponse>, Status> {
         let request = request.into_inner();
         if request.messages.is_empty() {
-            return Err(Failure::invalid("EMPTY", "a publish holds at least one message").into());
+            return Err(self.rejected(Failure::invalid("EMPTY", "a publish holds at least one message")).into());
         }
         let partition = match request.partition {
             Some(partition) => partition,
@@ -80,7 +87,7 @@ impl Publisher for Context {
         let batch = records::encode(&list, Compression::None, None).map_err(|e| Failure::invalid("RECORDS", e))?;
         let bytes = batch.len();
         let checked = check(self, &request.topic, partition, batch).map_err(|f| self.rejected(f))?;
-        let _permit = budget(self, bytes).await;
+        let _permit = budget(&self.budget, bytes).await;
         let started = Instant::now();
         let Checked { topic, group, data, header } = checked;
         let reply = self.node.call(|to| Event::Publish { group, data, header, to }).await;
@@ -145,21 +152,26 @@ type UnderWay = std::sync::Arc<std::sync::Mutex<HashMap<u64, Pending>>>;
 async fn take_batches(
     context: Context,
     mut batches: Streaming<v1::PublishBatch>,
-    replies: mpsc::UnboundedSender<(u64, Reply)>,
-    refused: mpsc::UnboundedSender<(u64, Failure)>,
+    replies: mpsc::UnboundedSender<(u64, Reply, OwnedSemaphorePermit)>,
+    refused: mpsc::UnboundedSender<(u64, Failure, OwnedSemaphorePermit)>,
     under_way: UnderWay,
 ) {
+    let of_stream = Arc::new(Semaphore::new(UNREAD_BYTES_MAX / 1024));
     while let Ok(Some(batch)) = batches.message().await {
-        let permit = budget(&context, batch.batch.len()).await;
+        let unread = tokio::select! {
+            unread = budget(&of_stream, batch.batch.len()) => unread,
+            () = replies.closed() => break,
+        };
+        let budget = budget(&context.budget, batch.batch.len()).await;
         match check(&context, &batch.topic, batch.partition, batch.batch) {
             Ok(Checked { topic, group, data, header }) => {
                 let entry = Pending { topic, group, records: header.count, bytes: data.len(), since: Instant::now() };
                 under_way.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(batch.id, entry);
-                let to = ReplyTo::Stream(replies.clone(), batch.id, permit);
+                let to = ReplyTo::Stream { to: replies.clone(), id: batch.id, budget, unread };
                 context.node.send(Event::Publish { group, data, header, to });
             }
             Err(failure) => {
-                let _ = refused.send((batch.id, context.rejected(failure)));
+                let _ = refused.send((batch.id, context.rejected(failure), unread));
             }
         }
     }
@@ -168,18 +180,18 @@ async fn take_batches(
 
 fn answer(
     context: Context,
-    mut acks: mpsc::UnboundedReceiver<(u64, Reply)>,
-    mut refusals: mpsc::UnboundedReceiver<(u64, Failure)>,
+    mut acks: mpsc::UnboundedReceiver<(u64, Reply, OwnedSemaphorePermit)>,
+    mut refusals: mpsc::UnboundedReceiver<(u64, Failure, OwnedSemaphorePermit)>,
     under_way: UnderWay,
 ) -> impl Stream<Item = Result<v1::PublishAck, Status>> {
     use v1::publish_ack::Outcome;
     futures::stream::poll_fn(move |cx| {
         use std::task::Poll;
-        if let Poll::Ready(Some((id, failure))) = refusals.poll_recv(cx) {
+        if let Poll::Ready(Some((id, failure, _unread))) = refusals.poll_recv(cx) {
             return Poll::Ready(Some(Ok(v1::PublishAck { id, outcome: Some(Outcome::Error(failure.into())) })));
         }
         let Poll::Ready(next) = acks.poll_recv(cx) else { return Poll::Pending };
-        let Some((id, reply)) = next else { return Poll::Ready(None) };
+        let Some((id, reply, _unread)) = next else { return Poll::Ready(None) };
         let entry = under_way.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&id);
         let outcome = match (reply, entry) {
             (Reply::Published { base_offset, .. }, Some(p)) => {

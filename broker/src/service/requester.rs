@@ -10,11 +10,14 @@ use std::task::Poll;
 use tokio::sync::mpsc;
 use tonic::{Code, Request, Response, Status};
 use weir_core::ids::BrokerId;
+use weir_core::meta::state::Phase;
 use weir_proto::v1;
 use weir_proto::v1::requester_server::Requester;
 
 /// Answers an asker has not read yet; beyond them an answer is refused.
-const UNREAD_MAX: usize = 1_024;
+const UNREAD_MAX: usize = 128;
+/// Bytes of an answer's value.
+const ANSWER_BYTES_MAX: usize = 1 << 20;
 
 type Answer = Result<v1::InboxMessage, Status>;
 
@@ -73,9 +76,16 @@ impl Requester for Context {
         let (broker, id) = request.address.split_once('/').ok_or_else(wrong)?;
         let broker = BrokerId(broker.parse().map_err(|_| wrong())?);
         let gone = || Failure::new(Code::NotFound, "NO_INBOX", "the asker is gone: nobody waits for this answer");
+        if request.message.as_ref().map_or(0, |m| m.value.len()) > ANSWER_BYTES_MAX {
+            let text = format!("an answer has {ANSWER_BYTES_MAX} bytes at most; put more into a topic, and say where");
+            return Err(self.rejected(Failure::invalid("TOO_LARGE", text)).into());
+        }
         if broker != self.shared.broker {
             let meta = self.shared.meta();
-            let address = meta.broker(broker).map(|b| b.client_address.clone()).ok_or_else(gone)?;
+            // one that lost its disk has another id now, at the same address
+            let there = meta.broker(broker).filter(|b| b.phase() != Phase::Lost && !request.forwarded);
+            let address = there.map(|b| b.client_address.clone()).ok_or_else(gone)?;
+            let request = v1::ReplyRequest { forwarded: true, ..request };
             let unreachable = |e: tonic::transport::Error| {
                 Failure::new(
                     Code::Unavailable,

@@ -611,6 +611,9 @@ pub struct ReplyRequest {
     pub address: ::prost::alloc::string::String,
     #[prost(message, optional, tag = "2")]
     pub message: ::core::option::Option<Message>,
+    /// Passed on by another broker: it is not passed on again.
+    #[prost(bool, tag = "3")]
+    pub forwarded: bool,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReplyResponse {}

@@ -7,6 +7,9 @@ root=$(cd "$(dirname "$0")/.." && pwd) begun=$SECONDS
 tests=(cargo test --offline --locked --workspace --test chart --test dashboards --test kubernetes -- --ignored --nocapture --test-threads=1)
 if [ -n "${KUBECONFIG:-}" ]; then
   : "${WEIR_IMAGE:?set it to the image to test, NAME:TAG, as your nodes know it}"
+  for tool in helm prometheus promtool; do
+    command -v "$tool" >/dev/null || { echo "please install $tool first (Debian: prometheus; Helm: https://helm.sh)"; exit 1; }
+  done
   "${tests[@]}"
 else
   [ "$(id -u)" = 0 ] || { echo "bringing up a Kubernetes needs root; or set KUBECONFIG and WEIR_IMAGE"; exit 1; }

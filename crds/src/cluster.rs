@@ -32,6 +32,7 @@ use std::collections::BTreeMap;
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[x_kube(validation = Rule::new("!has(self.topicDefaults) || !has(self.topicDefaults.replicas) || self.topicDefaults.replicas <= self.brokers").message("topicDefaults.replicas cannot be more than brokers"))]
 pub struct StreamClusterSpec {
     /// Number of brokers, each a pod with a volume of its own. Three survive the loss of one.
     #[serde(default = "three")]

@@ -281,7 +281,9 @@ impl Kubernetes {
     /// Makes a namespace.
     pub async fn namespace(&self, name: &str) -> anyhow::Result<()> {
         let api: Api<Namespace> = Api::all(self.client.clone());
-        let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
+        // what Weir makes keeps to the strictest of the Pod Security Standards
+        let labels = json!({"pod-security.kubernetes.io/enforce": "restricted"});
+        let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}});
         api.patch(name, &PatchParams::apply("weir-e2e").force(), &Patch::Apply(object)).await?;
         Ok(())
     }

@@ -111,6 +111,9 @@ fn draw(server: &str, folder: &Path) {
 fn every_panel_and_rule_gives_data() {
     let folder = std::env::temp_dir().join(format!("weir-dashboards-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
+    let rules =
+        Command::new("promtool").args(["check", "rules"]).arg(root().join("charts/weir/rules.yaml")).output().unwrap();
+    assert!(rules.status.success(), "{}", String::from_utf8_lossy(&rules.stderr));
     let mut serve = Command::new(weir());
     serve.args(["serve", "--listen", "127.0.0.1:0", "-o", "json", "--brokers", "3", "--manifests"]);
     serve.arg(root().join("examples")).arg("--data").arg(folder.join("data"));

@@ -46,8 +46,8 @@ async fn a_cluster_from_installation_to_removal() -> anyhow::Result<()> {
     drift(&k).await?;
     scale(&k).await?;
     roll(&k).await?;
-    grow(&k).await?;
     if let Some(home) = k.home.clone() {
+        grow(&k).await?; // elsewhere volumes may not be able to
         lose_volume(&k).await?;
         stop_api(&k, &home).await?;
         lose_node(&k, &home).await?;
@@ -61,6 +61,7 @@ async fn a_cluster_from_installation_to_removal() -> anyhow::Result<()> {
 }
 
 async fn install(k: &Kubernetes) -> anyhow::Result<()> {
+    k.namespace(NAMESPACE).await?;
     let begun = Instant::now();
     k.install(&[])?;
     k.settled(3, LONG).await?;
@@ -126,6 +127,10 @@ async fn invalid_resources_are_refused(k: &Kubernetes) -> anyhow::Result<()> {
     let topic = |name: &str, spec: &str| {
         format!("apiVersion: weir.dev/v1alpha1\nkind: Topic\nmetadata: {{name: {name}}}\nspec: {{{spec}}}\n")
     };
+    let subscription = |name: &str, spec: &str| {
+        format!("apiVersion: weir.dev/v1alpha1\nkind: Subscription\nmetadata: {{name: {name}}}\nspec: {{{spec}}}\n")
+    };
+    let before = k.cluster().await?.spec;
     let cases = [
         (topic("bad", "replicas: 0"), "greater than or equal to 1"),
         (topic("bad", "replicas: 2"), "an even number survives no more failures"),
@@ -141,6 +146,19 @@ async fn invalid_resources_are_refused(k: &Kubernetes) -> anyhow::Result<()> {
             "storage can grow, never shrink",
         ),
         (
+            "apiVersion: weir.dev/v1alpha1\nkind: StreamCluster\nmetadata: {name: default}\nspec: {topicDefaults: {replicas: 5}}\n"
+                .to_owned(),
+            "topicDefaults.replicas cannot be more than brokers",
+        ),
+        (
+            "apiVersion: weir.dev/v1alpha1\nkind: StreamCluster\nmetadata: {name: default}\nspec: {storage: {className: other}}\n"
+                .to_owned(),
+            "className cannot change",
+        ),
+        (subscription("bad", "topic: load, deadLetter: {maxDeliveries: 0}"), "greater than or equal to 1"),
+        (subscription("bad", "topic: load, rate: {messagesPerSecond: 0}"), "greater than or equal to 1"),
+        (subscription("bad", "topic: load, filter: ''"), "spec.filter"),
+        (
             "apiVersion: weir.dev/v1alpha1\nkind: Subscription\nmetadata: {name: mail}\nspec: {topic: load}\n".to_owned(),
             "topic cannot change",
         ),
@@ -149,6 +167,7 @@ async fn invalid_resources_are_refused(k: &Kubernetes) -> anyhow::Result<()> {
         let refused = k.apply(&yaml).await.expect_err(&yaml).to_string();
         assert!(refused.contains(message), "{yaml}: {refused:?} does not say {message:?}");
     }
+    assert_eq!(k.cluster().await?.spec, before, "what is refused changes nothing");
     // what the API server cannot know, a condition says
     k.apply(&topic("many", "replicas: 5")).await?;
     let reason = async |name: &str| {
@@ -180,7 +199,25 @@ async fn publish_and_consume(k: &Kubernetes) -> anyhow::Result<()> {
     k.start("consumer", &consume).await?;
     let (consumed, log) = k.finish("consumer", LONG).await?;
     assert!(consumed && log.lines().count() == 10_000, "{} lines", log.lines().count());
-    println!("a Job published 10000 records over the Service's name, another read them");
+    let subscriptions = k.api::<weir_crds::Subscription>();
+    k.until("the subscription is ready", LONG, async || {
+        let conditions = subscriptions.get("mail").await.ok()?.status?.conditions;
+        conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True").then_some(())
+    })
+    .await?;
+    subscribed(k, "subscriber").await?;
+    println!(
+        "a Job published 10000 records over the Service's name, another read them, a third half of them as a subscription"
+    );
+    Ok(())
+}
+
+/// Reads and acknowledges 5000 of what the subscription `mail` has before it.
+async fn subscribed(k: &Kubernetes, job: &str) -> anyhow::Result<()> {
+    let consume = ["consume", "--subscription", "weir/mail", "--max", "5000", "-o", "raw"];
+    k.start(job, &consume).await?;
+    let (consumed, log) = k.finish(job, LONG).await?;
+    assert!(consumed && log.lines().count() == 5_000, "{} lines", log.lines().count());
     Ok(())
 }
 
@@ -239,7 +276,8 @@ async fn scale(k: &Kubernetes) -> anyhow::Result<()> {
 }
 
 async fn roll(k: &Kubernetes) -> anyhow::Result<()> {
-    under_load(k, "rolling change", 60, async || {
+    under_load(k, "rolling change, the operator killed meanwhile", 60, async || {
+        let _killed = k.kill_operators(Duration::from_secs(5));
         let before: Vec<_> = k.brokers().await?.iter().filter_map(|p| p.uid()).collect();
         // a new image, where there is one to roll to
         let change = match std::env::var("WEIR_IMAGE_NEXT") {
@@ -385,7 +423,13 @@ async fn reinstall(k: &Kubernetes) -> anyhow::Result<()> {
     k.start("again", &consume).await?;
     let (consumed, log) = k.finish("again", LONG).await?;
     assert!(consumed && log.lines().count() == 10_000, "{} lines", log.lines().count());
-    println!("uninstalled and installed again: the data is there");
+    subscribed(k, "subscriber-again").await?;
+    let subscriptions = k.api::<weir_crds::Subscription>();
+    k.until("nothing is left for the subscription", LONG, async || {
+        (subscriptions.get("mail").await.ok()?.status?.backlog == Some(0)).then_some(())
+    })
+    .await?;
+    println!("uninstalled and installed again: the data is there, and the subscription went on where it was");
     Ok(())
 }
 

@@ -26,6 +26,30 @@ pub struct Blocked {
     pub message: String,
 }
 
+/// Whom to tell that a resource in `namespace` is deleted: the Admin service of its cluster, whether or not the namespace may still
+/// use it; nobody, where the cluster is gone.
+pub fn locate_to_delete(
+    context: &Context,
+    namespace: &str,
+    wanted: Option<&ClusterRef>,
+) -> Result<Option<String>, Blocked> {
+    let name = wanted.map_or("default", |r| &r.name);
+    let home = wanted.and_then(|r| r.namespace.as_deref()).unwrap_or(namespace);
+    match locate(context, namespace, wanted) {
+        Ok(located) => Ok(Some(located.address)),
+        Err(Blocked { reason: "ClusterNotFound", .. }) => Ok(None),
+        Err(Blocked { reason: "NamespaceNotAllowed", .. }) => {
+            Ok(Some(Names::new(home, name).admin_address(&context.settings.domain)))
+        }
+        Err(waiting) => Err(waiting),
+    }
+}
+
+/// What a deletion that cannot be carried out now says.
+pub fn waits_to_be_deleted(why: &str) -> String {
+    format!("{why}; it is deleted once that is over, or at once with the annotation {FORCE_DELETE}")
+}
+
 /// The cluster of a resource in `namespace`.
 pub fn locate(context: &Context, namespace: &str, wanted: Option<&ClusterRef>) -> Result<Located, Blocked> {
     let name = wanted.map_or("default", |r| &r.name);

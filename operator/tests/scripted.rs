@@ -111,10 +111,24 @@ impl Server {
                 found["metadata"]["resourceVersion"] = json!(self.version.to_string());
                 answer(if fresh { StatusCode::CREATED } else { StatusCode::OK }, found)
             }
-            Method::DELETE => match self.objects.remove(object) {
-                Some(found) => answer(StatusCode::OK, &found),
-                None => refused(StatusCode::NOT_FOUND, "NotFound"),
-            },
+            Method::DELETE => {
+                let Some(found) = self.objects.get(object).cloned() else {
+                    return refused(StatusCode::NOT_FOUND, "NotFound");
+                };
+                let options: Value = serde_json::from_slice(body).unwrap_or_default();
+                let wanted = &options["preconditions"];
+                assert!(
+                    wanted["uid"].is_string() && wanted["resourceVersion"].is_string(),
+                    "{object} is deleted blindly"
+                );
+                if wanted["uid"] != found["metadata"]["uid"]
+                    || wanted["resourceVersion"] != found["metadata"]["resourceVersion"]
+                {
+                    return refused(StatusCode::CONFLICT, "Conflict");
+                }
+                self.objects.remove(object);
+                answer(StatusCode::OK, &found)
+            }
             _ => refused(StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowed"),
         }
     }
@@ -404,7 +418,11 @@ async fn a_topic_is_kept_while_its_cluster_does_not_answer_and_says_so() {
     let context = context(&server, Brokers::at("127.0.0.1:1"));
     knows_cluster(&context, true);
     assert!(look_at_topic(&server, &context).await.is_err());
-    assert_eq!(server.lock().unwrap().objects[TOPIC]["metadata"]["finalizers"], json!([topic::FINALIZER]));
+    let said = server.lock().unwrap().objects[TOPIC].clone();
+    assert_eq!(said["metadata"]["finalizers"], json!([topic::FINALIZER]));
+    let condition = &said["status"]["conditions"][0];
+    assert_eq!((&condition["type"], &condition["reason"]), (&json!("Ready"), &json!("DeletionWaits")));
+    assert!(condition["message"].as_str().unwrap().contains("weir.dev/force-delete"), "{condition}");
     // the documented way out
     server.lock().unwrap().objects.get_mut(TOPIC).unwrap()["metadata"]["annotations"] =
         json!({"weir.dev/force-delete": ""});

@@ -6,7 +6,7 @@ use crate::cluster::LOOK_MAX;
 use crate::cluster::plan::people_bytes;
 use crate::conditions::{Said, merge};
 use crate::context::Context;
-use crate::locate::{Blocked, FORCE_DELETE, Located, locate};
+use crate::locate::{Blocked, FORCE_DELETE, Located, locate, locate_to_delete, waits_to_be_deleted};
 use crate::topic::{TopicError, blocked, has_finalizer, told};
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::controller::Action;
@@ -147,16 +147,10 @@ async fn clean_up(subscription: &Subscription, context: &Context) -> Result<Acti
     if subscription.annotations().contains_key(FORCE_DELETE) {
         return Ok(Action::await_change());
     }
-    let located = match locate(context, &namespace, subscription.spec.cluster_ref.as_ref()) {
-        Ok(located) => located,
-        Err(Blocked { reason: "ClusterNotFound" | "NamespaceNotAllowed", .. }) => return Ok(Action::await_change()),
-        Err(waiting) => {
-            let message = format!(
-                "{}; it is deleted once that is over, or at once with the annotation {FORCE_DELETE}",
-                waiting.message
-            );
-            return Err(BrokerError::Unreachable { address: namespace, cause: message }.into());
-        }
+    let address = match locate_to_delete(context, &namespace, subscription.spec.cluster_ref.as_ref()) {
+        Ok(Some(address)) => address,
+        Ok(None) => return Ok(Action::await_change()), // nothing is left that could be told
+        Err(waiting) => return wait(subscription, context, waiting).await,
     };
     let request = v1::DeleteRequest {
         name: format!("{namespace}/{}", subscription.name_any()),
@@ -164,5 +158,19 @@ async fn clean_up(subscription: &Subscription, context: &Context) -> Result<Acti
         release: subscription.spec.deletion_policy == DeletionPolicy::Retain,
     };
     let call = |mut admin: v1::admin_client::AdminClient<_>| async move { admin.delete_subscription(request).await };
-    told(context.brokers.call(&located.address, call).await)
+    match told(context.brokers.call(&address, call).await) {
+        Ok(action) => Ok(action),
+        Err(why) => wait(subscription, context, Blocked { reason: "DeletionWaits", message: why.to_string() }).await,
+    }
+}
+
+/// Says why the subscription is not deleted yet; it is looked at again.
+async fn wait(subscription: &Subscription, context: &Context, why: Blocked) -> Result<Action, TopicError> {
+    let message = waits_to_be_deleted(&why.message);
+    let said = vec![Said::new("Ready", false, why.reason, message.clone())];
+    let before = subscription.status.clone().unwrap_or_default();
+    let conditions = merge(&before.conditions, said, subscription.metadata.generation, Timestamp::now());
+    let status = SubscriptionStatus { conditions, ..before };
+    apply::status(&context.client, subscription, subscription.status.as_ref(), &status).await?;
+    Err(BrokerError::Unreachable { address: subscription.namespace().unwrap_or_default(), cause: message }.into())
 }

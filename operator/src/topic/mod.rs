@@ -6,7 +6,7 @@ use crate::cluster::LOOK_MAX;
 use crate::cluster::plan::people_bytes;
 use crate::conditions::{Said, merge};
 use crate::context::Context;
-use crate::locate::{Blocked, FORCE_DELETE, Located, locate};
+use crate::locate::{Blocked, FORCE_DELETE, Located, locate, locate_to_delete, waits_to_be_deleted};
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::controller::Action;
 use kube::runtime::finalizer::{self, Event, finalizer};
@@ -203,21 +203,10 @@ async fn clean_up(topic: &Topic, context: &Context) -> Result<Action, TopicError
     if topic.annotations().contains_key(FORCE_DELETE) {
         return Ok(Action::await_change());
     }
-    let located = match locate(context, &namespace, topic.spec.cluster_ref.as_ref()) {
-        Ok(located) => located,
-        // nothing is left that could be told
-        Err(Blocked { reason: "ClusterNotFound" | "NamespaceNotAllowed", .. }) => return Ok(Action::await_change()),
-        Err(waiting) => {
-            let message = format!(
-                "{}; it is deleted once that is over, or at once with the annotation {FORCE_DELETE}",
-                waiting.message
-            );
-            let said = vec![Said::new("Ready", false, waiting.reason, message.clone())];
-            let before = topic.status.clone().unwrap_or_default();
-            let conditions = merge(&before.conditions, said, topic.metadata.generation, Timestamp::now());
-            apply::status(&context.client, topic, topic.status.as_ref(), &TopicStatus { conditions, ..before }).await?;
-            return Err(BrokerError::Unreachable { address: namespace, cause: message }.into());
-        }
+    let address = match locate_to_delete(context, &namespace, topic.spec.cluster_ref.as_ref()) {
+        Ok(Some(address)) => address,
+        Ok(None) => return Ok(Action::await_change()), // nothing is left that could be told
+        Err(waiting) => return wait(topic, context, waiting).await,
     };
     let release = topic.spec.deletion_policy == DeletionPolicy::Retain;
     let request = v1::DeleteRequest {
@@ -226,7 +215,20 @@ async fn clean_up(topic: &Topic, context: &Context) -> Result<Action, TopicError
         release,
     };
     let call = |mut admin: v1::admin_client::AdminClient<_>| async move { admin.delete_topic(request).await };
-    told(context.brokers.call(&located.address, call).await)
+    match told(context.brokers.call(&address, call).await) {
+        Ok(action) => Ok(action),
+        Err(why) => wait(topic, context, Blocked { reason: "DeletionWaits", message: why.to_string() }).await,
+    }
+}
+
+/// Says why the topic is not deleted yet; it is looked at again.
+async fn wait(topic: &Topic, context: &Context, why: Blocked) -> Result<Action, TopicError> {
+    let message = waits_to_be_deleted(&why.message);
+    let said = vec![Said::new("Ready", false, why.reason, message.clone())];
+    let before = topic.status.clone().unwrap_or_default();
+    let conditions = merge(&before.conditions, said, topic.metadata.generation, Timestamp::now());
+    apply::status(&context.client, topic, topic.status.as_ref(), &TopicStatus { conditions, ..before }).await?;
+    Err(BrokerError::Unreachable { address: topic.namespace().unwrap_or_default(), cause: message }.into())
 }
 
 /// Whether the brokers know of a deletion, so that the resource may go.

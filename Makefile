@@ -22,6 +22,7 @@ test: deps rocksdb
 	cargo fmt --all --check
 	cargo clippy --locked $(SELECTION) -- -D warnings
 	RUNS=$(RUNS) cargo test --locked --workspace -- --nocapture
+	cargo build --locked $(SELECTION)
 	./examples/stories/run.sh
 
 # the five stories people use a message queue for, each a program against brokers of its own

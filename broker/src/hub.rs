@@ -157,6 +157,8 @@ struct Waiting {
 struct Member {
     name: String,
     out: Out,
+    /// since when it has not read what it was sent
+    unread_since: Option<Instant>,
 }
 
 /// A batch read ahead, its records unpacked where somebody wants them one by one.
@@ -368,7 +370,7 @@ impl Hub {
                 Some(Out::Calls { waiting: None, .. }) | None => {}
             }
         }
-        self.members.insert(id, Member { name, out });
+        self.members.insert(id, Member { name, out, unread_since: None });
         Ok(id)
     }
 
@@ -493,7 +495,17 @@ impl Hub {
         for (id, member) in &mut self.members {
             match &mut member.out {
                 Out::Stream { to, .. } if to.is_closed() => gone.push(*id),
-                Out::Stream { to, .. } => self.delivery.pause(*id, to.capacity() <= UNREAD_MAX / 2),
+                Out::Stream { to, .. } => {
+                    let unread = to.capacity() <= UNREAD_MAX / 2;
+                    self.delivery.pause(*id, unread);
+                    member.unread_since = unread.then(|| member.unread_since.unwrap_or(now));
+                    if member.unread_since.is_some_and(|since| now - since > deadline) {
+                        // what it holds is for others; should it live, it may open again
+                        let text = "the member has read nothing for as long as it may hold a message";
+                        self.context.rejected(Failure::new(Code::Aborted, "READS_NOTHING", text));
+                        gone.push(*id);
+                    }
+                }
                 Out::Calls { waiting, last } => {
                     if waiting.as_ref().is_some_and(|w| w.until <= now || w.answer.is_closed())
                         && let Some(w) = waiting.take()

@@ -2,12 +2,12 @@
 
 mod cluster;
 
-use cluster::{Cluster, WEIR, make_topic};
+use cluster::{Cluster, WEIR, make_topic, read_all};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use weir_client::consumer::{From, Message, read_partition};
+use weir_client::consumer::Message;
 use weir_client::producer::{Options, Producer};
 use weir_client::requester::{Requester, reply};
 use weir_client::subscriber::Subscriber;
@@ -50,18 +50,6 @@ async fn publish(client: &Client, topic: &str, numbers: std::ops::Range<u64>) {
     for outcome in under_way {
         outcome.await.unwrap().unwrap();
     }
-}
-
-async fn read_all(client: &Client, topic: &str, partitions: u32) -> Vec<Message> {
-    let mut out = Vec::new();
-    for partition in 0..partitions {
-        let (sender, mut receiver) = tokio::sync::mpsc::channel(16);
-        tokio::spawn(read_partition(client.clone(), topic.to_owned(), partition, From::Earliest, true, sender));
-        while let Some(messages) = receiver.recv().await {
-            out.extend(messages.unwrap());
-        }
-    }
-    out
 }
 
 fn weir(cluster: &Cluster, args: &[&str]) -> String {

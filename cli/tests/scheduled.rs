@@ -2,10 +2,10 @@
 
 mod cluster;
 
-use cluster::{Cluster, make_topic};
+use cluster::{Cluster, make_topic, read_all};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use weir_client::consumer::{From, Message, read_partition};
+use weir_client::consumer::Message;
 use weir_client::schedule::{cancel, schedule};
 use weir_client::{Client, Error, Record};
 
@@ -21,18 +21,6 @@ fn numbered(number: u64) -> Record {
         value: Some(number.to_string().into()),
         ..Default::default()
     }
-}
-
-async fn read_all(client: &Client, topic: &str, partitions: u32) -> Vec<Message> {
-    let mut out = Vec::new();
-    for partition in 0..partitions {
-        let (sender, mut receiver) = tokio::sync::mpsc::channel(16);
-        tokio::spawn(read_partition(client.clone(), topic.to_owned(), partition, From::Earliest, true, sender));
-        while let Some(messages) = receiver.recv().await {
-            out.extend(messages.unwrap());
-        }
-    }
-    out
 }
 
 fn number(message: &Message) -> u64 {

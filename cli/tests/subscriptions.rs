@@ -46,20 +46,23 @@ struct Seen {
     order: BTreeMap<u32, Vec<u64>>,
 }
 
-/// Works on messages: one in a hundred is refused when it comes first, and what follows it with its key is left alone, since that
-/// comes again too. Gives what is done, and the offsets that are refused.
-fn work(messages: &[Message], seen: &mut Seen) -> (Vec<Message>, Vec<u64>) {
-    let (mut done, mut refused, mut held_up) = (Vec::new(), Vec::new(), Vec::new());
+/// Works on messages: one in a hundred is refused when it comes first, and what follows it with its key is left alone until it comes
+/// again, since that comes again too: also what was on its way already when it was refused. `held_up` remembers over the lists of one
+/// stream which keys wait for which number. Gives what is done, and the offsets that are refused.
+fn work(messages: &[Message], seen: &mut Seen, held_up: &mut HashMap<u32, u64>) -> (Vec<Message>, Vec<u64>) {
+    let (mut done, mut refused) = (Vec::new(), Vec::new());
     for message in messages {
         let (key, number) = parse(message);
         let count = seen.messages.entry((key, number)).or_default();
         *count += 1;
-        if held_up.contains(&key) {
-            continue;
+        match held_up.get(&key) {
+            Some(waits_for) if number > *waits_for => continue,
+            Some(waits_for) if number == *waits_for => drop(held_up.remove(&key)),
+            _ => {}
         }
         if *count == 1 && number % 100 == 7 {
             refused.push(message.offset);
-            held_up.push(key);
+            held_up.insert(key, number);
             continue;
         }
         let order = seen.order.entry(key).or_default();
@@ -84,6 +87,7 @@ async fn member(
             let _ = client.refresh().await;
             continue;
         };
+        let mut held_up = HashMap::new();
         loop {
             let next = tokio::time::timeout(Duration::from_millis(100), pull.next()).await;
             if stop.load(Ordering::Relaxed) {
@@ -91,7 +95,7 @@ async fn member(
             }
             match next {
                 Ok(Ok(Some(messages))) => {
-                    let (done, refused) = work(&messages, &mut seen.lock().unwrap());
+                    let (done, refused) = work(&messages, &mut seen.lock().unwrap(), &mut held_up);
                     for offset in refused {
                         let _ = pull.nack(offset, Some(Duration::from_millis(20))).await;
                     }

@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 use weir_client::Client;
+use weir_client::consumer::{From, Message, read_partition};
 use weir_proto::v1;
 
 pub(crate) const WEIR: &str = env!("CARGO_BIN_EXE_weir");
@@ -115,4 +116,17 @@ pub(crate) async fn make_subscription(client: &Client, name: &str, topic: &str, 
         v1::SubscriptionSpec { topic: topic.into(), from_earliest: true, mode: mode.into(), ..Default::default() };
     let request = v1::ApplySubscriptionRequest { name: name.into(), spec: Some(spec), ..Default::default() };
     client.admin().await.unwrap().apply_subscription(request).await.unwrap();
+}
+
+/// All messages of a topic, partition by partition, from the beginning to where it ends now.
+pub(crate) async fn read_all(client: &Client, topic: &str, partitions: u32) -> Vec<Message> {
+    let mut out = Vec::new();
+    for partition in 0..partitions {
+        let (sender, mut receiver) = tokio::sync::mpsc::channel(16);
+        tokio::spawn(read_partition(client.clone(), topic.to_owned(), partition, From::Earliest, true, sender));
+        while let Some(messages) = receiver.recv().await {
+            out.extend(messages.unwrap());
+        }
+    }
+    out
 }

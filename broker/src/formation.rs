@@ -45,17 +45,22 @@ pub struct Formation {
     changed: Notify,
 }
 
+/// Asks a broker who it is.
+async fn hello(address: &str, name: &str, cluster_id: &str) -> anyhow::Result<v1::HelloResponse> {
+    let ask = async {
+        let request = v1::HelloRequest { name: name.to_owned(), cluster_id: cluster_id.to_owned() };
+        anyhow::Ok(peers::connect(address).await?.hello(request).await?.into_inner())
+    };
+    tokio::time::timeout(Duration::from_secs(1), ask).await?
+}
+
 /// Whether a member of a cluster, other than the broker called `name`, answers.
 pub async fn a_member_answers(peers: &[(String, String)], name: &str, cluster_id: &str) -> bool {
     if cluster_id.is_empty() {
         return false;
     }
     for (_, address) in peers.iter().filter(|(n, _)| n != name) {
-        let ask = async {
-            let request = v1::HelloRequest { name: name.to_owned(), cluster_id: cluster_id.to_owned() };
-            anyhow::Ok(peers::connect(address).await?.hello(request).await?.into_inner())
-        };
-        if let Ok(Ok(hello)) = tokio::time::timeout(Duration::from_secs(1), ask).await
+        if let Ok(hello) = hello(address, name, cluster_id).await
             && hello.active
             && hello.cluster_id == cluster_id
         {
@@ -136,7 +141,7 @@ impl Formation {
             }
             let mut hellos = Vec::new();
             for (name, address) in &others {
-                if let Ok(hello) = self.hello(address).await {
+                if let Ok(hello) = hello(address, &self.me.name, &now.cluster_id).await {
                     if hello.active {
                         known.insert(BrokerId(hello.broker_id), address.clone());
                     }
@@ -177,14 +182,6 @@ impl Formation {
             }
             let _ = tokio::time::timeout(Duration::from_millis(200), self.changed.notified()).await;
         }
-    }
-
-    async fn hello(&self, address: &str) -> anyhow::Result<v1::HelloResponse> {
-        let ask = async {
-            let request = v1::HelloRequest { name: self.me.name.clone(), cluster_id: self.identity().cluster_id };
-            anyhow::Ok(peers::connect(address).await?.hello(request).await?.into_inner())
-        };
-        tokio::time::timeout(Duration::from_secs(1), ask).await?
     }
 
     /// As the first by name: writes the plan to all disks, then acts.

@@ -595,11 +595,7 @@ impl Hub {
 
     /// The record with where it comes from and why in its headers; those of an earlier burial are replaced.
     fn dead_letter(&mut self, failed: Failed) -> Option<Record> {
-        let at = self.find(failed.offset)?;
-        let ahead = &mut self.ahead[at];
-        let base_offset = ahead.batch.base_offset;
-        let records = ahead.unpack();
-        let mut record = records.get((failed.offset - base_offset) as usize)?.clone();
+        let mut record = self.record(failed.offset)?.clone();
         let meta = self.context.shared.meta();
         let partition = meta.assignment(self.group).map_or(0, |a| a.partition);
         record.headers.retain(|(header, _)| !header.starts_with("weir-dead-"));
@@ -807,13 +803,8 @@ impl Hub {
         let mut bytes = 0;
         if self.spec.bytes_per_second > 0 {
             for grant in grants {
-                let Some(at) = self.find(grant.offset) else { continue };
-                let ahead = &mut self.ahead[at];
-                let base_offset = ahead.batch.base_offset;
-                let records = ahead.unpack();
-                let record = records.get((grant.offset - base_offset) as usize);
                 let length = |b: &Option<Bytes>| b.as_ref().map_or(0, |b| b.len() as u64);
-                bytes += record.map_or(0, |r| length(&r.key) + length(&r.value));
+                bytes += self.record(grant.offset).map_or(0, |r| length(&r.key) + length(&r.value));
             }
         }
         self.throttle.take(grants.len() as u64, bytes);
@@ -835,6 +826,14 @@ impl Hub {
     fn find(&self, offset: u64) -> Option<usize> {
         let at = self.ahead.partition_point(|a| a.batch.base_offset <= offset).checked_sub(1)?;
         (self.ahead[at].batch.end_offset() > offset).then_some(at)
+    }
+
+    /// The record at an offset, where its batch is held and can be unpacked.
+    fn record(&mut self, offset: u64) -> Option<&Record> {
+        let at = self.find(offset)?;
+        let ahead = &mut self.ahead[at];
+        let inside = (offset - ahead.batch.base_offset) as usize;
+        ahead.unpack().get(inside)
     }
 
     /// Runs of offsets as whole batches.
@@ -917,7 +916,8 @@ fn is_wanted(subscription: &Bytes, filter: Option<&Filter>, record: &Record) -> 
     only_for.is_none_or(|(_, name)| name == subscription) && filter.is_none_or(|f| f.admits(record))
 }
 
-fn push_range(ranges: &mut Vec<OffsetRange>, next: OffsetRange) {
+/// Adds a range, to the one before it where they touch.
+pub(crate) fn push_range(ranges: &mut Vec<OffsetRange>, next: OffsetRange) {
     match ranges.last_mut().filter(|last| last.end == next.start) {
         Some(last) => last.end = next.end,
         None => ranges.push(next),

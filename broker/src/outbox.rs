@@ -32,11 +32,14 @@ pub struct Origin {
 }
 
 impl Origin {
-    /// Far beyond the ids the metadata group gives, which count up from 1.
     fn producer_id(&self) -> i64 {
-        let mixed = mix(self.subscription.0 ^ mix(self.group.0 ^ mix(self.offset ^ mix(self.seeks))));
-        ((1 << 62) | (mixed >> 2)) as i64
+        own_producer(self.subscription.0 ^ mix(self.group.0 ^ mix(self.offset ^ mix(self.seeks)))) as i64
     }
+}
+
+/// A producer id of a broker's own: far beyond those the metadata group gives, which count up from 1.
+pub fn own_producer(seed: u64) -> u64 {
+    (1 << 62) | (mix(seed) >> 2)
 }
 
 /// Publishes a dead letter. One that is too large for its topic goes without its value, which a header then says.

@@ -2,9 +2,10 @@
 //! publishes them to their topic when their time has come. What it is about to publish is written first (a plan), so that after a
 //! failover the same goes out under the same producer and sequence, and stands there once.
 
+use crate::hub::push_range;
 use crate::node_loop::Event;
 use crate::outbox;
-use crate::service::{Context, Found, subscriber};
+use crate::service::{Context, Found, admin, subscriber};
 use crate::shared::Partition;
 use crate::status::Failure;
 use std::collections::HashMap;
@@ -15,10 +16,9 @@ use tonic::Code;
 use weir_core::cursor::{Cursor, CursorUpdate, OffsetRange, Plan};
 use weir_core::entry::Control;
 use weir_core::ids::{GroupId, SubscriptionId};
-use weir_core::meta::command::{ApplySubscription, ApplyTopic, Kind, Placement};
-use weir_core::meta::placement;
+use weir_core::meta::command::{ApplySubscription, ApplyTopic, Kind};
 use weir_core::meta::state::{MetaState, Start, SubscriptionSpec, TopicSpec};
-use weir_core::node::{Reply, mix};
+use weir_core::node::Reply;
 use weir_core::schedule::Schedule;
 use weir_proto::records::{self, Compression, Record, Stamp};
 
@@ -116,8 +116,7 @@ async fn run(
     let cursor = subscriber::cursor(&context, group, position).await?;
     let mut log = context.led_partition(group)?;
     let next = cursor.position();
-    // far beyond the ids the metadata group gives, which count up from 1
-    let producer = (1 << 62) | (mix(group.0) >> 2);
+    let producer = outbox::own_producer(group.0);
     let schedule = Schedule::new(HELD_MAX);
     let mut this =
         Scheduler { context, group, position, target, partition, cursor, schedule, next, producer, sequence: 0 };
@@ -167,12 +166,7 @@ fn due_of(record: &Record) -> u64 {
 fn ranges(mut offsets: Vec<u64>) -> Vec<OffsetRange> {
     offsets.sort_unstable();
     let mut out: Vec<OffsetRange> = Vec::new();
-    for offset in offsets {
-        match out.last_mut().filter(|last| last.end == offset) {
-            Some(last) => last.end += 1,
-            None => out.push(OffsetRange { start: offset, end: offset + 1 }),
-        }
-    }
+    offsets.into_iter().for_each(|offset| push_range(&mut out, OffsetRange { start: offset, end: offset + 1 }));
     out
 }
 
@@ -256,7 +250,7 @@ impl Scheduler {
                 Ok(_) => break,
                 // the partition has forgotten this producer: it begins anew, as another
                 Err(failure) if failure.reason == "SEQUENCE" => {
-                    self.producer = (1 << 62) | (mix(self.producer) >> 2);
+                    self.producer = outbox::own_producer(self.producer);
                     self.sequence = 0;
                     let plan = Plan { producer: self.producer, sequence: 0, offsets: offsets.clone() };
                     self.write(Vec::new(), Some(plan)).await?;
@@ -360,8 +354,7 @@ impl Context {
             let spec = &meta.topics.get(topic).ok_or_else(missing)?.spec;
             let had = meta.topics.get(&name).map_or(0, |t| t.groups.len() as u32);
             let partitions = spec.partitions.max(had);
-            let placed = placement::place(placement::candidates(meta), partitions - had, spec.replicas)?;
-            let placements = placed.iter().map(|p| Placement { brokers: p.iter().map(|b| b.0).collect() }).collect();
+            let placements = admin::placements(meta, partitions - had, spec.replicas)?;
             let largest =
                 if spec.message_bytes_max == 0 { crate::service::BATCH_BYTES_DEFAULT } else { spec.message_bytes_max };
             let spec = TopicSpec {

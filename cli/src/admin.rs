@@ -242,8 +242,8 @@ pub(crate) async fn subscription(client: &Client, command: Subscription, output:
 
 async fn describe_subscription(client: &Client, name: &str, output: Output) -> anyhow::Result<()> {
     let cluster = client.cluster();
-    let full = if name.contains('/') { name.to_owned() } else { format!("default/{name}") };
-    let found = cluster.metadata.subscriptions.iter().find(|s| s.name == full);
+    let full = weir_client::full_name(name);
+    let found = cluster.subscription(&full);
     let found = found.ok_or_else(|| anyhow::anyhow!("subscription {name} does not exist"))?;
     let topic = found.spec.as_ref().map_or("", |s| s.topic.as_str()).to_owned();
     let statuses = client.describe(std::slice::from_ref(&topic)).await?;

@@ -4,7 +4,7 @@ use anyhow::Context as _;
 use std::time::{Duration, Instant};
 use weir_client::producer::{Options, Producer};
 use weir_client::subscriber::Subscriber;
-use weir_client::{Client, Record, proto};
+use weir_client::{Client, Record, full_name, proto};
 
 /// What a dead letter's headers begin with.
 const DEAD: &str = "weir-dead-";
@@ -19,10 +19,12 @@ fn header(record: &Record, name: &str) -> String {
 /// Puts back what was not put back before, `max` at most; says how many. What was put back is remembered by a subscription
 /// of the dead-letter topic, `NAME.redrive`.
 pub(crate) async fn redrive(client: &Client, name: &str, max: u64) -> anyhow::Result<u64> {
-    let full = if name.contains('/') { name.to_owned() } else { format!("default/{name}") };
+    let full = full_name(name);
     let cluster = client.cluster();
-    let found = cluster.metadata.subscriptions.iter().find(|s| s.name == full);
-    let spec = found.and_then(|s| s.spec.clone()).with_context(|| format!("subscription {name} does not exist"))?;
+    let spec = cluster
+        .subscription(&full)
+        .and_then(|s| s.spec.clone())
+        .with_context(|| format!("subscription {name} does not exist"))?;
     anyhow::ensure!(!spec.dead_letter_topic.is_empty(), "subscription {name} has no dead-letter topic");
     let own = format!("{full}.redrive");
     let own_spec =

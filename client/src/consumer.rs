@@ -42,6 +42,17 @@ pub(crate) fn record_of(message: v1::Message) -> Record {
     Record { key, value: Some(value), headers: headers.into_iter().collect(), timestamp_ms }
 }
 
+/// A record as a plain message.
+pub(crate) fn message_of(record: Record) -> v1::Message {
+    v1::Message {
+        key: record.key.unwrap_or_default(),
+        value: record.value.unwrap_or_default(),
+        headers: record.headers.into_iter().collect(),
+        timestamp_ms: record.timestamp_ms,
+        ..Default::default()
+    }
+}
+
 /// A message as it came one by one.
 fn received(m: v1::ReceivedMessage) -> Message {
     let record = record_of(m.message.unwrap_or_default());

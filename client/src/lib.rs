@@ -66,6 +66,11 @@ pub fn is_transient(status: &tonic::Status) -> bool {
         || reason == "NOT_LEADER"
 }
 
+/// `namespace/name`; a name without a namespace is in `default`.
+pub fn full_name(name: &str) -> String {
+    if name.contains('/') { name.to_owned() } else { format!("default/{name}") }
+}
+
 /// The cluster as last seen.
 #[derive(Clone, Debug, Default)]
 pub struct Cluster {
@@ -74,9 +79,15 @@ pub struct Cluster {
 }
 
 impl Cluster {
+    /// A subscription, by name or `namespace/name`.
+    pub fn subscription(&self, name: &str) -> Option<&v1::Subscription> {
+        let full = full_name(name);
+        self.metadata.subscriptions.iter().find(|s| s.name == full)
+    }
+
     /// A topic by name, with or without its namespace.
     pub fn topic(&self, name: &str) -> Option<&v1::Topic> {
-        let full = if name.contains('/') { name.to_owned() } else { format!("default/{name}") };
+        let full = full_name(name);
         self.metadata.topics.iter().find(|t| t.name == full)
     }
 

@@ -141,13 +141,7 @@ pub async fn reply(client: &Client, request: &Record, mut answer: Record) -> Res
     let id = header(request, CORRELATION_ID).ok_or_else(|| missing(CORRELATION_ID))?.clone();
     answer.headers.retain(|(name, _)| name != CORRELATION_ID);
     answer.headers.push((CORRELATION_ID.to_owned(), id));
-    let message = v1::Message {
-        key: answer.key.unwrap_or_default(),
-        value: answer.value.unwrap_or_default(),
-        headers: answer.headers.into_iter().collect(),
-        timestamp_ms: answer.timestamp_ms,
-        ..Default::default()
-    };
+    let message = crate::consumer::message_of(answer);
     let request = v1::ReplyRequest {
         address: String::from_utf8_lossy(address).into_owned(),
         message: Some(message),

@@ -1,5 +1,6 @@
 //! Messages that are published later, and taking them back.
 
+use crate::consumer::message_of;
 use crate::{Client, Error};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use weir_proto::records::{self, Record};
@@ -21,13 +22,7 @@ pub struct Scheduled {
 
 fn message(record: Record, at: SystemTime) -> v1::Message {
     let ms = at.duration_since(UNIX_EPOCH).map_or(1, |d| d.as_millis() as u64).max(1);
-    v1::Message {
-        key: record.key.unwrap_or_default(),
-        value: record.value.unwrap_or_default(),
-        headers: record.headers.into_iter().collect(),
-        timestamp_ms: record.timestamp_ms,
-        deliver_at_ms: ms,
-    }
+    v1::Message { deliver_at_ms: ms, ..message_of(record) }
 }
 
 /// Has records published to a topic, each at its time or (where that is past) at once. Those of one key keep their order where their

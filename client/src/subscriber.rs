@@ -1,7 +1,7 @@
 //! Reading a subscription: all its partitions at once, opened again after failovers, new partitions as they appear.
 
 use crate::consumer::{From, Message, Pull};
-use crate::{Client, Error, waits};
+use crate::{Client, Error, full_name, waits};
 use std::collections::VecDeque;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -86,14 +86,15 @@ impl Subscriber {
     /// Opens all partitions. Refused where another member holds an exclusive subscription.
     pub async fn open(client: &Client, subscription: &str, options: Options) -> Result<Self, Error> {
         let cluster = client.connect(Duration::from_secs(10)).await?;
-        let full = if subscription.contains('/') { subscription.to_owned() } else { format!("default/{subscription}") };
+        let full = full_name(subscription);
         let refused = |reason: &str, message: String| Error::Refused {
             code: tonic::Code::NotFound,
             reason: reason.into(),
             message,
         };
-        let found = cluster.metadata.subscriptions.iter().find(|s| s.name == full);
-        let found = found.ok_or_else(|| refused("NO_SUBSCRIPTION", format!("subscription {full} does not exist")))?;
+        let found = cluster
+            .subscription(&full)
+            .ok_or_else(|| refused("NO_SUBSCRIPTION", format!("subscription {full} does not exist")))?;
         let topic = found.spec.as_ref().map(|s| s.topic.clone()).unwrap_or_default();
         let count = cluster.topic(&topic).map(|t| t.partitions.len() as u32);
         let count = count.ok_or_else(|| refused("NO_TOPIC", format!("topic {topic} does not exist")))?;
@@ -147,9 +148,8 @@ impl Subscriber {
 pub async fn seek(client: &Client, subscription: &str, to: From) -> Result<(), Error> {
     use v1::seek_request::To;
     let cluster = client.connect(Duration::from_secs(10)).await?;
-    let full = if subscription.contains('/') { subscription.to_owned() } else { format!("default/{subscription}") };
-    let found = cluster.metadata.subscriptions.iter().find(|s| s.name == full);
-    let topic = found.and_then(|s| s.spec.as_ref()).map(|s| s.topic.clone()).unwrap_or_default();
+    let full = full_name(subscription);
+    let topic = cluster.subscription(&full).and_then(|s| s.spec.as_ref()).map(|s| s.topic.clone()).unwrap_or_default();
     let count = cluster.topic(&topic).map_or(0, |t| t.partitions.len() as u32);
     for partition in 0..count {
         let to = match to {

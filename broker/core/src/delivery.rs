@@ -301,8 +301,7 @@ impl Delivery {
         if self.is_too_many(failures) {
             // an earlier leader found it so, and did not get to move it
             self.window.push_back(Slot { state: State::Dying, lane, failures, given: false });
-            self.lanes.entry(lane).or_default().waiting.insert(offset);
-            self.dying.push(offset);
+            self.begin_to_die(offset, lane);
             return;
         }
         self.window.push_back(Slot { state: State::Ready, lane, failures, given: false });
@@ -515,9 +514,13 @@ impl Delivery {
             let returned = self.window[at];
             self.release(offset, &returned);
             self.window[at].state = State::Dying;
-            self.lanes.entry(slot.lane).or_default().waiting.insert(offset);
-            self.dying.push(offset);
+            self.begin_to_die(offset, slot.lane);
         }
+    }
+
+    fn begin_to_die(&mut self, offset: u64, lane: u64) {
+        self.lanes.entry(lane).or_default().waiting.insert(offset);
+        self.dying.push(offset);
     }
 
     fn requeue(&mut self, at: usize, due_ms: u64) {

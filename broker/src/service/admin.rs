@@ -43,6 +43,12 @@ fn topic_spec(spec: Option<v1::TopicSpec>) -> Result<core::TopicSpec, Failure> {
     })
 }
 
+/// Brokers for so many new partitions.
+pub(crate) fn placements(meta: &core::MetaState, partitions: u32, replicas: u32) -> Result<Vec<Placement>, Failure> {
+    let placed = placement::place(placement::candidates(meta), partitions, replicas)?;
+    Ok(placed.iter().map(|p| Placement { brokers: p.iter().map(|b| b.0).collect() }).collect())
+}
+
 fn delete(request: v1::DeleteRequest) -> Result<Delete, Failure> {
     let v1::DeleteRequest { name, owner_uid, release } = request;
     Ok(Delete { name: full_name(&name)?, owner_uid, release })
@@ -71,8 +77,7 @@ impl Admin for Context {
             let had = meta.topics.get(&name).map_or(0, |t| t.groups.len() as u32);
             let missing = spec.partitions.saturating_sub(had);
             // also where none is missing: more replicas than brokers are refused, not waited for
-            let placed = placement::place(placement::candidates(meta), missing, spec.replicas)?;
-            let placements = placed.iter().map(|p| Placement { brokers: p.iter().map(|b| b.0).collect() }).collect();
+            let placements = placements(meta, missing, spec.replicas)?;
             let change = ApplyTopic {
                 name: name.clone(),
                 spec: spec.clone(),

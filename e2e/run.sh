@@ -15,6 +15,7 @@ else
   [ "$(id -u)" = 0 ] || { echo "bringing up a Kubernetes needs root; or set KUBECONFIG and WEIR_IMAGE"; exit 1; }
   cache=${WEIR_CACHE:-$HOME/.cache/weir}/e2e
   "$root/e2e/cluster/build.sh" "$cache"
+  WEIR_E2E_BIN=$cache cargo test --offline --locked --workspace --test schema -- --ignored --nocapture
   home=$(mktemp -d); mkdir "$home/images"
   "$root/e2e/dashboards.sh" "$cache"
   "$root/image/oci.sh" weir:e2e "$home/images/weir.tar"

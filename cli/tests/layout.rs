@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 
 fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
-    let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml");
+    let manifest = std::env::var("CARGO_MANIFEST_DIR").expect("run by cargo") + "/../Cargo.toml";
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     let output = Command::new(cargo)
-        .args(["metadata", "--format-version", "1", "--no-deps", "--locked", "--offline", "--manifest-path", manifest])
+        .args(["metadata", "--format-version", "1", "--no-deps", "--locked", "--offline", "--manifest-path", &manifest])
         .output()
         .unwrap();
     let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).expect("cargo metadata");

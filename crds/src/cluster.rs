@@ -171,7 +171,7 @@ pub struct Moves {
 pub struct Member {
     /// Its id, never used again.
     pub id: i64,
-    /// Its pod.
+    /// Its name, which is its pod's.
     pub name: String,
     /// `active`, `draining`, `lost` or `expected`.
     pub phase: String,

@@ -1,26 +1,52 @@
 //! What the end-to-end tests use: a Kubernetes (of their own, or the one of $KUBECONFIG), Helm, and Jobs that publish and check.
 //! Black box: only resources, `kubectl`'s verbs, and the `weir` of the image.
 
+pub mod alone;
 pub mod faults;
+pub mod invalid;
 pub mod volumes;
 
 use anyhow::{Context as _, bail};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{Namespace, Pod};
-use kube::api::{DeleteParams, ListParams, LogParams, Patch, PatchParams, PostParams};
+use kube::api::{ApiResource, DeleteParams, DynamicObject, ListParams, LogParams, Patch, PatchParams, PostParams};
 use kube::{Api, Client, ResourceExt as _};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
-use weir_crds::{StreamCluster, Topic};
+use weir_crds::{StreamCluster, Subscription, Topic};
 
 /// Where Weir is installed.
 pub const NAMESPACE: &str = "weir";
 
+/// The repository's folder: where it is now, not where this was compiled.
+pub fn repository() -> PathBuf {
+    let here = std::env::var_os("CARGO_MANIFEST_DIR").expect("run by cargo");
+    Path::new(&here).parent().expect("a workspace").to_owned()
+}
+
 /// The chart's folder.
 pub fn chart() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a workspace").join("charts/weir")
+    repository().join("charts/weir")
+}
+
+/// Applies the documents of a manifest, of Weir's kinds, in a namespace; fields nobody knows are refused.
+pub async fn apply(client: &Client, namespace: &str, yaml: &str) -> Result<(), kube::Error> {
+    let parameters = PatchParams::apply("weir-e2e").force().validation_strict();
+    for document in yaml.split("\n---").filter(|d| d.lines().any(|l| !l.is_empty() && !l.starts_with('#'))) {
+        let value: Value = serde_yaml_ng::from_str(document).expect("a manifest of this test's own");
+        let name = value["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+        let resource = match value["kind"].as_str() {
+            Some("Topic") => ApiResource::erase::<Topic>(&()),
+            Some("Subscription") => ApiResource::erase::<Subscription>(&()),
+            Some("StreamCluster") => ApiResource::erase::<StreamCluster>(&()),
+            other => panic!("kind {other:?}"),
+        };
+        let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), namespace, &resource);
+        api.patch(&name, &parameters, &Patch::Apply(&value)).await?;
+    }
+    Ok(())
 }
 
 /// A Kubernetes to test on.
@@ -85,22 +111,7 @@ impl Kubernetes {
 
     /// Applies the documents of a manifest in the namespace of Weir.
     pub async fn apply(&self, yaml: &str) -> Result<(), kube::Error> {
-        for document in yaml.split("\n---").filter(|d| d.lines().any(|l| !l.is_empty() && !l.starts_with('#'))) {
-            let value: Value = serde_yaml_ng::from_str(document).expect("a manifest of this test's own");
-            let name = value["metadata"]["name"].as_str().unwrap_or_default().to_owned();
-            let parameters = PatchParams::apply("weir-e2e").force();
-            match value["kind"].as_str() {
-                Some("Topic") => drop(self.api::<Topic>().patch(&name, &parameters, &Patch::Apply(&value)).await?),
-                Some("Subscription") => {
-                    drop(self.api::<weir_crds::Subscription>().patch(&name, &parameters, &Patch::Apply(&value)).await?)
-                }
-                Some("StreamCluster") => {
-                    drop(self.api::<StreamCluster>().patch(&name, &parameters, &Patch::Apply(&value)).await?)
-                }
-                other => panic!("kind {other:?}"),
-            }
-        }
-        Ok(())
+        apply(&self.client, NAMESPACE, yaml).await
     }
 
     /// The default cluster.

@@ -16,10 +16,6 @@ impl Drop for Running {
     }
 }
 
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a workspace")
-}
-
 /// `weir` as the workspace built it: beside this test.
 fn weir() -> PathBuf {
     let test = std::env::current_exe().expect("a path");
@@ -34,7 +30,8 @@ fn free_port() -> u16 {
 fn queries() -> Vec<(String, String)> {
     let mut out = Vec::new();
     for file in ["overview", "topic"] {
-        let text = std::fs::read_to_string(root().join(format!("charts/weir/dashboards/{file}.json"))).unwrap();
+        let text = std::fs::read_to_string(weir_e2e::repository().join(format!("charts/weir/dashboards/{file}.json")))
+            .unwrap();
         let board: Value = serde_json::from_str(&text).unwrap();
         for panel in board["panels"].as_array().unwrap() {
             for target in panel["targets"].as_array().unwrap() {
@@ -43,9 +40,9 @@ fn queries() -> Vec<(String, String)> {
             }
         }
     }
-    let rules = std::fs::read_to_string(root().join("charts/weir/rules.yaml")).unwrap();
+    let rules = std::fs::read_to_string(weir_e2e::repository().join("charts/weir/rules.yaml")).unwrap();
     let rules: Value = serde_yaml_ng::from_str(&rules).unwrap();
-    let runbook = std::fs::read_to_string(root().join("docs/runbook.md")).unwrap();
+    let runbook = std::fs::read_to_string(weir_e2e::repository().join("docs/runbook.md")).unwrap();
     for rule in rules["groups"][0]["rules"].as_array().unwrap() {
         let (name, expression) = (rule["alert"].as_str().unwrap(), rule["expr"].as_str().unwrap());
         assert!(runbook.contains(&format!("## {name}\n")), "docs/runbook.md has no line for {name}");
@@ -111,12 +108,15 @@ fn draw(server: &str, folder: &Path) {
 fn every_panel_and_rule_gives_data() {
     let folder = std::env::temp_dir().join(format!("weir-dashboards-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
-    let rules =
-        Command::new("promtool").args(["check", "rules"]).arg(root().join("charts/weir/rules.yaml")).output().unwrap();
+    let rules = Command::new("promtool")
+        .args(["check", "rules"])
+        .arg(weir_e2e::repository().join("charts/weir/rules.yaml"))
+        .output()
+        .unwrap();
     assert!(rules.status.success(), "{}", String::from_utf8_lossy(&rules.stderr));
     let mut serve = Command::new(weir());
     serve.args(["serve", "--listen", "127.0.0.1:0", "-o", "json", "--brokers", "3", "--manifests"]);
-    serve.arg(root().join("examples")).arg("--data").arg(folder.join("data"));
+    serve.arg(weir_e2e::repository().join("examples")).arg("--data").arg(folder.join("data"));
     let mut serve = Running(serve.stdout(Stdio::piped()).env("WEIR_LOG", "warn").spawn().unwrap());
     let mut line = String::new();
     BufReader::new(serve.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
@@ -129,7 +129,7 @@ fn every_panel_and_rule_gives_data() {
     let targets: Vec<String> = brokers.iter().map(target).collect();
     let config = format!(
         "global: {{scrape_interval: 1s}}\nrule_files: ['{}']\nscrape_configs:\n- job_name: weir\n  static_configs: [{}]\n",
-        root().join("charts/weir/rules.yaml").display(),
+        weir_e2e::repository().join("charts/weir/rules.yaml").display(),
         targets.join(", ")
     );
     std::fs::write(folder.join("prometheus.yml"), config).unwrap();

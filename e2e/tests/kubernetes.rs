@@ -7,8 +7,8 @@ use kube::{Api, ResourceExt as _};
 use serde_json::json;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
-use weir_crds::{StreamCluster, Topic};
-use weir_e2e::{Kubernetes, NAMESPACE, faults};
+use weir_crds::{StreamCluster, Subscription, Topic};
+use weir_e2e::{Kubernetes, NAMESPACE, faults, invalid};
 
 const LONG: Duration = Duration::from_secs(180);
 
@@ -124,52 +124,14 @@ async fn declare(k: &Kubernetes) -> anyhow::Result<()> {
 }
 
 async fn invalid_resources_are_refused(k: &Kubernetes) -> anyhow::Result<()> {
-    let topic = |name: &str, spec: &str| {
-        format!("apiVersion: weir.dev/v1alpha1\nkind: Topic\nmetadata: {{name: {name}}}\nspec: {{{spec}}}\n")
-    };
-    let subscription = |name: &str, spec: &str| {
-        format!("apiVersion: weir.dev/v1alpha1\nkind: Subscription\nmetadata: {{name: {name}}}\nspec: {{{spec}}}\n")
-    };
     let before = k.cluster().await?.spec;
-    let cases = [
-        (topic("bad", "replicas: 0"), "greater than or equal to 1"),
-        (topic("bad", "replicas: 2"), "an even number survives no more failures"),
-        (topic("bad", "partitions: 0"), "greater than or equal to 1"),
-        (topic("bad", "retention: {time: -1h}"), "spec.retention.time"),
-        (topic("bad", "maxMessageBytes: 64Mi"), "maxMessageBytes is 32Mi at most"),
-        (topic("bad", "partitons: 3"), "partitons"),
-        (topic("load", "partitions: 3, replicas: 3"), "partitions can grow, never shrink"),
-        (topic("load", "partitions: 6, replicas: 3, clusterRef: {name: other}"), "clusterRef cannot change"),
-        (
-            "apiVersion: weir.dev/v1alpha1\nkind: StreamCluster\nmetadata: {name: default}\nspec: {storage: {size: 1Mi}}\n"
-                .to_owned(),
-            "storage can grow, never shrink",
-        ),
-        (
-            "apiVersion: weir.dev/v1alpha1\nkind: StreamCluster\nmetadata: {name: default}\nspec: {topicDefaults: {replicas: 5}}\n"
-                .to_owned(),
-            "topicDefaults.replicas cannot be more than brokers",
-        ),
-        (
-            "apiVersion: weir.dev/v1alpha1\nkind: StreamCluster\nmetadata: {name: default}\nspec: {storage: {className: other}}\n"
-                .to_owned(),
-            "className cannot change",
-        ),
-        (subscription("bad", "topic: load, deadLetter: {maxDeliveries: 0}"), "greater than or equal to 1"),
-        (subscription("bad", "topic: load, rate: {messagesPerSecond: 0}"), "greater than or equal to 1"),
-        (subscription("bad", "topic: load, filter: ''"), "spec.filter"),
-        (
-            "apiVersion: weir.dev/v1alpha1\nkind: Subscription\nmetadata: {name: mail}\nspec: {topic: load}\n".to_owned(),
-            "topic cannot change",
-        ),
-    ];
-    for (yaml, message) in cases {
+    for (yaml, message) in invalid::cases() {
         let refused = k.apply(&yaml).await.expect_err(&yaml).to_string();
         assert!(refused.contains(message), "{yaml}: {refused:?} does not say {message:?}");
     }
     assert_eq!(k.cluster().await?.spec, before, "what is refused changes nothing");
     // what the API server cannot know, a condition says
-    k.apply(&topic("many", "replicas: 5")).await?;
+    k.apply(&invalid::topic("many", "replicas: 5")).await?;
     let reason = async |name: &str| {
         let topic = k.api::<Topic>().get(name).await.ok()?;
         let conditions = topic.status?.conditions;
@@ -178,7 +140,7 @@ async fn invalid_resources_are_refused(k: &Kubernetes) -> anyhow::Result<()> {
     let is = async |name: &str, wanted: &str| (reason(name).await.as_deref() == Some(wanted)).then_some(());
     k.until("TooFewBrokers", LONG, async || is("many", "TooFewBrokers").await).await?;
     k.api::<Topic>().delete("many", &DeleteParams::default()).await?;
-    k.apply(&topic("lonely", "clusterRef: {name: nowhere}")).await?;
+    k.apply(&invalid::topic("lonely", "clusterRef: {name: nowhere}")).await?;
     k.until("ClusterNotFound", LONG, async || is("lonely", "ClusterNotFound").await).await?;
     k.api::<Topic>().delete("lonely", &DeleteParams::default()).await?;
     k.until("both are gone", LONG, async || {
@@ -199,7 +161,7 @@ async fn publish_and_consume(k: &Kubernetes) -> anyhow::Result<()> {
     k.start("consumer", &consume).await?;
     let (consumed, log) = k.finish("consumer", LONG).await?;
     assert!(consumed && log.lines().count() == 10_000, "{} lines", log.lines().count());
-    let subscriptions = k.api::<weir_crds::Subscription>();
+    let subscriptions = k.api::<Subscription>();
     k.until("the subscription is ready", LONG, async || {
         let conditions = subscriptions.get("mail").await.ok()?.status?.conditions;
         conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True").then_some(())
@@ -348,9 +310,15 @@ async fn stop_api(k: &Kubernetes, home: &std::path::Path) -> anyhow::Result<()> 
 }
 
 async fn lose_node(k: &Kubernetes, home: &std::path::Path) -> anyhow::Result<()> {
-    under_load(k, "a node lost", 45, async || {
+    let nodes: Api<k8s_openapi::api::core::v1::Node> = Api::all(k.client.clone());
+    under_load(k, "a node lost", 60, async || {
         faults::command(home, "stop-node-2").await?;
-        tokio::time::sleep(Duration::from_secs(15)).await;
+        k.until("Kubernetes gives the node up", LONG, async || {
+            let conditions = nodes.get("node-2").await.ok()?.status?.conditions?;
+            conditions.iter().any(|c| c.type_ == "Ready" && c.status == "Unknown").then_some(())
+        })
+        .await?;
+        tokio::time::sleep(Duration::from_secs(5)).await;
         faults::command(home, "start-node-2").await
     })
     .await?;
@@ -393,23 +361,43 @@ async fn thousand_topics(k: &Kubernetes) -> anyhow::Result<()> {
 async fn other_namespace(k: &Kubernetes) -> anyhow::Result<()> {
     k.namespace("shop").await?;
     let topics: Api<Topic> = Api::namespaced(k.client.clone(), "shop");
-    let topic: Topic = serde_yaml_ng::from_str(
-        "apiVersion: weir.dev/v1alpha1\nkind: Topic\nmetadata: {name: carts}\nspec: {clusterRef: {name: default, namespace: weir}, deletionPolicy: Delete}\n",
-    )?;
-    topics.create(&Default::default(), &topic).await?;
+    let subscriptions: Api<Subscription> = Api::namespaced(k.client.clone(), "shop");
+    let declare = async || {
+        let topic: Topic = serde_yaml_ng::from_str(
+            "apiVersion: weir.dev/v1alpha1\nkind: Topic\nmetadata: {name: carts}\nspec: {clusterRef: {name: default, namespace: weir}, deletionPolicy: Delete}\n",
+        )?;
+        topics.create(&Default::default(), &topic).await?;
+        let subscription: Subscription = serde_yaml_ng::from_str(
+            "apiVersion: weir.dev/v1alpha1\nkind: Subscription\nmetadata: {name: ads}\nspec: {topic: carts, clusterRef: {name: default, namespace: weir}}\n",
+        )?;
+        subscriptions.create(&Default::default(), &subscription).await?;
+        anyhow::Ok(())
+    };
+    let read = async || {
+        let status = subscriptions.get("ads").await.ok()?.status?;
+        status.conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True").then_some(())
+    };
+    let namespaces: Api<k8s_openapi::api::core::v1::Namespace> = Api::all(k.client.clone());
+    let leave = async |what: &str| {
+        namespaces.delete("shop", &DeleteParams::default()).await?;
+        let gone = async || namespaces.get_opt("shop").await.is_ok_and(|n| n.is_none()).then_some(());
+        k.until(what, LONG, gone).await
+    };
+    declare().await?;
     let reason = async || {
         let topic = topics.get("carts").await.ok()?;
         topic.status?.conditions.into_iter().find(|c| c.type_ == "Ready").map(|c| c.reason)
     };
     k.until("served in another namespace", LONG, async || (reason().await? == "Serving").then_some(())).await?;
+    k.until("read in another namespace", LONG, read).await?;
+    let took = leave("deleting a namespace that is served finishes").await?;
+    println!("a namespace with a served Topic and Subscription deleted in {:.0} s", took.as_secs_f64());
+    k.namespace("shop").await?;
+    declare().await?;
+    k.until("served again", LONG, async || (reason().await? == "Serving").then_some(())).await?;
     k.change_cluster(json!({"allowedNamespaces": []})).await?;
     k.until("not allowed any more", LONG, async || (reason().await? == "NamespaceNotAllowed").then_some(())).await?;
-    let namespaces: Api<k8s_openapi::api::core::v1::Namespace> = Api::all(k.client.clone());
-    namespaces.delete("shop", &DeleteParams::default()).await?;
-    k.until("deleting the namespace finishes", LONG, async || {
-        namespaces.get_opt("shop").await.is_ok_and(|n| n.is_none()).then_some(())
-    })
-    .await?;
+    leave("deleting a namespace that is not allowed any more finishes").await?;
     println!("a topic in another namespace: served, then refused, then gone");
     Ok(())
 }
@@ -424,7 +412,7 @@ async fn reinstall(k: &Kubernetes) -> anyhow::Result<()> {
     let (consumed, log) = k.finish("again", LONG).await?;
     assert!(consumed && log.lines().count() == 10_000, "{} lines", log.lines().count());
     subscribed(k, "subscriber-again").await?;
-    let subscriptions = k.api::<weir_crds::Subscription>();
+    let subscriptions = k.api::<Subscription>();
     k.until("nothing is left for the subscription", LONG, async || {
         (subscriptions.get("mail").await.ok()?.status?.backlog == Some(0)).then_some(())
     })

@@ -3,11 +3,17 @@
 use crate::cluster::names::Names;
 use crate::conditions;
 use crate::context::Context;
+use kube::{Api, Resource, ResourceExt as _};
+use serde::de::DeserializeOwned;
+use std::fmt::Debug;
 use std::sync::Arc;
 use weir_crds::{ClusterRef, StreamCluster};
 
 /// Deletes a Topic or Subscription without asking its cluster, where that is gone for good.
 pub const FORCE_DELETE: &str = "weir.dev/force-delete";
+
+/// The reason of a resource that is not any more what was looked at: the next look sees what it is now.
+pub const OUTDATED: &str = "Outdated";
 
 /// A cluster that may be asked.
 pub struct Located {
@@ -48,6 +54,25 @@ pub fn locate_to_delete(
 /// What a deletion that cannot be carried out now says.
 pub fn waits_to_be_deleted(why: &str) -> String {
     format!("{why}; it is deleted once that is over, or at once with the annotation {FORCE_DELETE}")
+}
+
+/// Asks whether a resource still is what was looked at. What an operator watches may be behind: a topic deleted meanwhile, with nobody
+/// left to delete it again, must not come back among the brokers, nor a spec of before replace what is newer.
+pub async fn check_current<K>(context: &Context, object: &K) -> Result<(), Blocked>
+where
+    K: Resource<DynamicType = (), Scope = kube::core::NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
+{
+    let outdated = |message: String| Blocked { reason: OUTDATED, message };
+    let api: Api<K> = Api::namespaced(context.client.clone(), &object.namespace().unwrap_or_default());
+    let now = api.get_metadata_opt(&object.name_any()).await.map_err(|e| outdated(e.to_string()))?;
+    let is = |m: &kube::core::ObjectMeta| {
+        (m.uid.clone(), m.generation, m.deletion_timestamp.is_some())
+            == (object.uid(), object.meta().generation, object.meta().deletion_timestamp.is_some())
+    };
+    match now {
+        Some(now) if is(&now.metadata) => Ok(()),
+        _ => Err(outdated("it was changed meanwhile".to_owned())),
+    }
 }
 
 /// The cluster of a resource in `namespace`.

@@ -346,23 +346,22 @@ mod tests {
     use super::*;
     use weir_crds::StreamClusterSpec;
 
-    fn built() -> Children {
-        let mut cluster = StreamCluster::new("default", StreamClusterSpec { brokers: 3, ..Default::default() });
+    fn built(spec: StreamClusterSpec) -> Children {
+        let mut cluster = StreamCluster::new("default", spec);
         cluster.metadata.namespace = Some("shop".to_owned());
         cluster.metadata.uid = Some("uid-1".to_owned());
-        cluster.spec.log_level = "info".to_owned();
         let settings = Settings {
             image: "weir:0.1.0".to_owned(),
             image_pull_policy: "IfNotPresent".to_owned(),
             domain: "cluster.local".to_owned(),
         };
-        let wanted = Wanted { pods: 3, peers: 3, cluster_id: "c1".to_owned(), template_storage: "10Gi".to_owned() };
+        let pods = cluster.spec.brokers;
+        let template_storage = cluster.spec.storage.size.clone();
+        let wanted = Wanted { pods, peers: pods, cluster_id: "c1".to_owned(), template_storage };
         children(&cluster, &Names::new("shop", "default"), &wanted, &settings)
     }
 
-    #[test]
-    fn every_child_object_is_as_recorded() {
-        let c = built();
+    fn recorded(c: &Children) -> String {
         let yaml = |value: serde_json::Value| serde_yaml_ng::to_string(&value).unwrap();
         let mut documents = vec![yaml(serde_json::to_value(&c.account).unwrap())];
         documents.push(yaml(serde_json::to_value(&c.config).unwrap()));
@@ -370,6 +369,41 @@ mod tests {
         documents.push(yaml(serde_json::to_value(&c.budget).unwrap()));
         documents.push(yaml(serde_json::to_value(&c.policy).unwrap()));
         documents.push(yaml(serde_json::to_value(&c.brokers).unwrap()));
-        insta::assert_snapshot!(documents.join("---\n"));
+        documents.join("---\n")
+    }
+
+    fn spec(text: &str) -> StreamClusterSpec {
+        serde_yaml_ng::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn every_child_object_is_as_recorded() {
+        insta::assert_snapshot!(recorded(&built(spec("{brokers: 3, storage: {size: 10Gi}}"))));
+    }
+
+    #[test]
+    fn every_child_object_is_as_recorded_where_everything_is_said() {
+        let everything = spec(
+            "brokers: 5
+image: registry.example/weir:2
+imagePullPolicy: Always
+storage: {size: 1Ti, className: fast}
+resources: {requests: {cpu: '2', memory: 4Gi}, limits: {memory: 4Gi}}
+placement:
+  nodeSelector: {disk: ssd}
+  tolerations: [{key: streams, operator: Exists, effect: NoSchedule}]
+  zoneLabel: rack
+allowedNamespaces: [shop, bank]
+topicDefaults: {replicas: 5, retention: {time: 7d}}
+deletionPolicy: Delete
+logLevel: warn,weir=debug
+",
+        );
+        insta::assert_snapshot!(recorded(&built(everything)));
+    }
+
+    #[test]
+    fn every_child_object_of_one_broker_is_as_recorded() {
+        insta::assert_snapshot!(recorded(&built(spec("{brokers: 1}"))));
     }
 }

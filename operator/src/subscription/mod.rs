@@ -6,7 +6,9 @@ use crate::cluster::LOOK_MAX;
 use crate::cluster::plan::people_bytes;
 use crate::conditions::{Said, merge};
 use crate::context::Context;
-use crate::locate::{Blocked, FORCE_DELETE, Located, locate, locate_to_delete, waits_to_be_deleted};
+use crate::locate::{
+    Blocked, FORCE_DELETE, Located, OUTDATED, check_current, locate, locate_to_delete, waits_to_be_deleted,
+};
 use crate::topic::{TopicError, blocked, has_finalizer, told};
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::controller::Action;
@@ -59,6 +61,7 @@ async fn bring_about(subscription: &Subscription, context: &Context) -> Result<A
     let before = subscription.status.clone().unwrap_or_default();
     let (status, said) = match &outcome {
         Ok((wanted, snapshot)) => status(wanted, snapshot),
+        Err(Blocked { reason: OUTDATED, .. }) => return Ok(Action::requeue(BUSY)),
         Err(Blocked { reason, message }) => (before.clone(), Said::new("Ready", false, reason, message.clone())),
     };
     if let Err(blocked) = &outcome
@@ -85,6 +88,10 @@ async fn apply_to(
     let generation = subscription.metadata.generation.unwrap_or(0) as u64;
     let mut snapshot = context.brokers.snapshot(&located.address).await.map_err(blocked)?;
     let there = snapshot.metadata.subscriptions.iter().find(|s| s.name == wanted.name);
+    let same = there.is_some_and(|s| s.owner_uid == uid && s.generation == generation);
+    if !same {
+        check_current(context, subscription).await?;
+    }
     if let Some(before) = there.filter(|s| !s.owner_uid.is_empty() && s.owner_uid != uid) {
         // the resource before it was deleted, and what it kept is this one's now
         let (name, owner_uid) = (wanted.name.clone(), before.owner_uid.clone());
@@ -93,7 +100,7 @@ async fn apply_to(
             |mut admin: v1::admin_client::AdminClient<_>| async move { admin.delete_subscription(request).await };
         context.brokers.call(&located.address, call).await.map_err(blocked)?;
     }
-    if !there.is_some_and(|s| s.owner_uid == uid && s.generation == generation) {
+    if !same {
         let spec = v1::SubscriptionSpec {
             topic: wanted.topic.clone(),
             from_earliest: wanted.from_earliest,

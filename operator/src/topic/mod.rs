@@ -6,7 +6,9 @@ use crate::cluster::LOOK_MAX;
 use crate::cluster::plan::people_bytes;
 use crate::conditions::{Said, merge};
 use crate::context::Context;
-use crate::locate::{Blocked, FORCE_DELETE, Located, locate, locate_to_delete, waits_to_be_deleted};
+use crate::locate::{
+    Blocked, FORCE_DELETE, Located, OUTDATED, check_current, locate, locate_to_delete, waits_to_be_deleted,
+};
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::controller::Action;
 use kube::runtime::finalizer::{self, Event, finalizer};
@@ -84,6 +86,7 @@ async fn bring_about(topic: &Topic, context: &Context) -> Result<Action, TopicEr
     let before = topic.status.clone().unwrap_or_default();
     let (status, said) = match &outcome {
         Ok((wanted, snapshot)) => status(topic, wanted, snapshot),
+        Err(Blocked { reason: OUTDATED, .. }) => return Ok(Action::requeue(BUSY)),
         Err(Blocked { reason, message }) => {
             let status = TopicStatus { observed_generation: topic.metadata.generation, ..before.clone() };
             (status, vec![Said::new("Ready", false, reason, message.clone())])
@@ -133,6 +136,9 @@ async fn apply_to(
     let mut snapshot = context.brokers.snapshot(&located.address).await.map_err(blocked)?;
     let there = snapshot.metadata.topics.iter().find(|t| t.name == wanted.name);
     let same = there.is_some_and(|t| t.spec == Some(spec) && t.owner_uid == uid);
+    if !same {
+        check_current(context, topic).await?;
+    }
     if let Some(before) = there.filter(|t| !t.owner_uid.is_empty() && t.owner_uid != uid) {
         // of this name there is one resource at a time: the one before was deleted, and what it kept is this one's now
         let (name, owner_uid) = (wanted.name.clone(), before.owner_uid.clone());

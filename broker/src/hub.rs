@@ -4,7 +4,7 @@
 
 use crate::filter::Filter;
 use crate::node_loop::{Event, ReplyTo};
-use crate::outbox::{self, Origin};
+use crate::outbox::{self, Origin, Published, Reason};
 use crate::service::{Context, log};
 use crate::shared::Partition;
 use crate::status::Failure;
@@ -17,11 +17,12 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tonic::{Code, Status};
 use weir_core::cursor::{Cursor, CursorUpdate, Failed, OffsetRange};
-use weir_core::delivery::{Delivery, Grant, MemberId, Mode, Policy};
+use weir_core::delivery::{Delivery, Grant, MemberId, Mode, Policy, Standing};
 use weir_core::entry::Control;
 use weir_core::ids::{GroupId, SubscriptionId};
 use weir_core::meta::state::SubscriptionSpec;
 use weir_core::node::{Refusal, Reply};
+use weir_core::pattern;
 use weir_core::tail::LogBatch;
 use weir_proto::records::{self, Record};
 use weir_proto::v1;
@@ -29,6 +30,10 @@ use weir_proto::v1;
 /// Header of a message that only the subscription of this full name wants (a dead letter that was put back). Not looked at where
 /// whole batches are delivered.
 const ONLY_FOR: &str = "weir-only-for";
+/// Header with a message's priority: a digit.
+const PRIORITY: &str = "weir-priority";
+/// Header with the words that patterns of routing keys match.
+const ROUTING_KEY: &str = "weir-routing-key";
 /// Bytes read ahead at one time, and of one response.
 const READ_BYTES: usize = 1 << 20;
 /// Messages given out between two looks at what members say.
@@ -76,8 +81,40 @@ pub enum Command {
     Acknowledge { ranges: Vec<v1::OffsetRange>, answer: oneshot::Sender<Result<u64, Failure>> },
     /// One call with nacks or longer deadlines.
     Adjust { nacks: Vec<v1::Nacked>, extensions: Vec<v1::Extension> },
+    /// Publishes what came of a message to a topic, then acks it: answered once the ack is in the log.
+    AcknowledgeWithPublish {
+        offset: u64,
+        to: String,
+        records: Vec<Record>,
+        answer: oneshot::Sender<Result<Outcome, Failure>>,
+    },
     /// Moves the position: answered once it is in the log, and then the hub begins anew.
-    Seek { offset: u64, answer: oneshot::Sender<Result<u64, Failure>> },
+    Seek { to: SeekTo, answer: oneshot::Sender<Result<u64, Failure>> },
+}
+
+/// What became of an ack with a result.
+#[derive(Clone, Copy, Debug)]
+pub enum Outcome {
+    /// The result lies there, and the message is done with.
+    Published(Published),
+    /// The message was done with before.
+    Already,
+}
+
+/// Where a position is moved.
+#[derive(Clone, Copy, Debug)]
+pub enum SeekTo {
+    /// To an offset, with no acks above it.
+    Offset(u64),
+    /// To where a snapshot is, with its acks.
+    Snapshot(SubscriptionId),
+}
+
+/// A result that was published, or not, and who waits for the ack.
+struct Resulted {
+    offset: u64,
+    published: Result<Published, Failure>,
+    answer: oneshot::Sender<Result<Outcome, Failure>>,
 }
 
 type Key = (GroupId, SubscriptionId);
@@ -122,6 +159,7 @@ impl Hubs {
             throttle: context.throttles.of(key.1),
             to_bury: VecDeque::new(),
             burials: JoinSet::new(),
+            results: JoinSet::new(),
             delivery: Delivery::new(policy, cursor),
             begun: Instant::now(),
             members: BTreeMap::new(),
@@ -184,7 +222,20 @@ impl Ahead {
     }
 }
 
-type Confirm = (u64, oneshot::Sender<Result<u64, Failure>>);
+/// Whom to tell that acks are in the log.
+enum Confirm {
+    Acks(u64, oneshot::Sender<Result<u64, Failure>>),
+    Result(Published, oneshot::Sender<Result<Outcome, Failure>>),
+}
+
+impl Confirm {
+    fn tell(self, failure: Option<Failure>) {
+        match self {
+            Self::Acks(count, answer) => drop(answer.send(failure.map_or(Ok(count), Err))),
+            Self::Result(at, answer) => drop(answer.send(failure.map_or(Ok(Outcome::Published(at)), Err))),
+        }
+    }
+}
 
 struct Hub {
     context: Context,
@@ -200,6 +251,8 @@ struct Hub {
     /// messages that failed too often, from when on they may be moved, and those on their way
     to_bury: VecDeque<(Failed, Instant)>,
     burials: JoinSet<(Failed, Result<(), Failure>)>,
+    /// results being published
+    results: JoinSet<Resulted>,
     delivery: Delivery,
     begun: Instant,
     members: BTreeMap<MemberId, Member>,
@@ -237,8 +290,8 @@ impl Hub {
             }
         }
         let under_way = self.writing.take().map(|(_, confirm)| confirm).unwrap_or_default();
-        for (_, answer) in self.confirm.drain(..).chain(under_way) {
-            let _ = answer.send(Err(failure.clone()));
+        for confirm in self.confirm.drain(..).chain(under_way) {
+            confirm.tell(Some(failure.clone()));
         }
         while let Ok(command) = commands.try_recv() {
             match command {
@@ -246,22 +299,28 @@ impl Hub {
                 Command::Pull { answer, .. } => drop(answer.send(Err(failure.clone()))),
                 Command::Acknowledge { answer, .. } => drop(answer.send(Err(failure.clone()))),
                 Command::Seek { answer, .. } => drop(answer.send(Err(failure.clone()))),
+                Command::AcknowledgeWithPublish { answer, .. } => drop(answer.send(Err(failure.clone()))),
                 Command::Say(..) | Command::Detach(_) | Command::Adjust { .. } => {}
             }
         }
     }
 
     /// Nothing of this hub may reach the log behind a seek: what is under way is waited for, what is not is dropped.
-    async fn seek(&mut self, offset: u64) -> Result<u64, Failure> {
+    async fn seek(&mut self, to: SeekTo) -> Result<u64, Failure> {
         if let Some((reply, confirm)) = self.writing.take() {
             let written = matches!(reply.await, Ok(Reply::Done));
-            for (count, answer) in confirm {
-                let _ = answer.send(if written { Ok(count) } else { Err(Failure::stopping()) });
-            }
+            confirm.into_iter().for_each(|c| c.tell((!written).then(Failure::stopping)));
         }
         self.unwritten.clear();
         self.unwritten_failed.clear();
-        let update = CursorUpdate { subscription: self.subscription.0, seek: Some(offset), ..Default::default() };
+        let mut update = CursorUpdate { subscription: self.subscription.0, ..Default::default() };
+        let offset = match to {
+            SeekTo::Offset(offset) => *update.seek.insert(offset),
+            SeekTo::Snapshot(snapshot) => {
+                update.return_to = snapshot.0;
+                0
+            }
+        };
         let (group, control) = (self.group, Control { cursors: vec![update] });
         let reply = self.context.node.call(|to| Event::Control { group, control, to }).await;
         match reply.ok_or_else(Failure::stopping)? {
@@ -292,8 +351,8 @@ impl Hub {
                 command = commands.recv() => {
                     let Some(mut command) = command else { return Ok(()) };
                     for _ in 0..TURN_COMMANDS {
-                        if let Command::Seek { offset, answer } = command {
-                            let _ = answer.send(self.seek(offset).await);
+                        if let Command::Seek { to, answer } = command {
+                            let _ = answer.send(self.seek(to).await);
                             return Ok(());
                         }
                         self.take(command);
@@ -312,6 +371,7 @@ impl Hub {
                 }
                 () = tokio::time::sleep(pause), if slowed => {}
                 Some(done) = self.burials.join_next(), if !self.burials.is_empty() => self.buried(done),
+                Some(done) = self.results.join_next(), if !self.results.is_empty() => self.resulted(done),
                 _ = tick.tick() => {
                     if !self.check(&partition)? {
                         return Ok(());
@@ -346,7 +406,10 @@ impl Hub {
             Command::Pull { name, max, wait, answer } => self.pull(name, max, wait, answer),
             Command::Acknowledge { ranges, answer } => {
                 let count = self.ack(&ranges);
-                self.confirm.push((count, answer));
+                self.confirm.push(Confirm::Acks(count, answer));
+            }
+            Command::AcknowledgeWithPublish { offset, to, records, answer } => {
+                self.acknowledge_with_publish(offset, to, records, answer);
             }
             Command::Adjust { nacks, extensions } => self.adjust(&nacks, &extensions, now_ms),
             Command::Seek { .. } => unreachable!("taken before"),
@@ -411,6 +474,44 @@ impl Hub {
         count
     }
 
+    fn acknowledge_with_publish(
+        &mut self,
+        offset: u64,
+        to: String,
+        records: Vec<Record>,
+        answer: oneshot::Sender<Result<Outcome, Failure>>,
+    ) {
+        match self.delivery.standing(offset) {
+            Standing::Acked => return drop(answer.send(Ok(Outcome::Already))),
+            Standing::Other => {
+                let text = "this leader has not delivered the message (yet): it comes (again)";
+                return drop(answer.send(Err(Failure::new(Code::FailedPrecondition, "NOT_DELIVERED", text))));
+            }
+            Standing::Given => {}
+        }
+        let seeks = self.delivery.cursor().seeks();
+        let origin =
+            Origin { subscription: self.subscription, group: self.group, offset, seeks, reason: Reason::Result };
+        let context = self.context.clone();
+        self.results.spawn(async move {
+            let published = outbox::publish(&context, &to, &records, origin).await;
+            Resulted { offset, published, answer }
+        });
+    }
+
+    /// The result is published: the message is done with.
+    fn resulted(&mut self, done: Result<Resulted, tokio::task::JoinError>) {
+        let Ok(Resulted { offset, published, answer }) = done else { return };
+        match published {
+            Ok(at) => {
+                self.ack(&[v1::OffsetRange { start: offset, end: offset + 1 }]);
+                self.confirm.push(Confirm::Result(at, answer));
+                self.write_acks();
+            }
+            Err(failure) => drop(answer.send(Err(failure))),
+        }
+    }
+
     fn adjust(&mut self, nacks: &[v1::Nacked], extensions: &[v1::Extension], now_ms: u64) {
         for n in nacks {
             self.delivery.nack(OffsetRange { start: n.start, end: n.end }, n.delay_ms, now_ms);
@@ -453,9 +554,7 @@ impl Hub {
             Ok(Reply::Refused(refusal)) => Some(self.context.failure(self.group, refusal)),
             _ => Some(Failure::stopping()),
         };
-        for (count, answer) in confirm {
-            let _ = answer.send(failure.clone().map_or(Ok(count), Err));
-        }
+        confirm.into_iter().for_each(|c| c.tell(failure.clone()));
         self.write_acks();
         failure.map_or(Ok(()), Err)
     }
@@ -531,7 +630,7 @@ impl Hub {
 
     /// Whether messages are chosen or told one by one, and not in whole batches as they were published.
     fn singly(&self) -> bool {
-        self.filter.is_some() || self.policy.deliveries_max > 0
+        self.filter.is_some() || self.policy.deliveries_max > 0 || !self.spec.routing_keys.is_empty()
     }
 
     /// Moves what failed too often to the dead-letter topic, some at a time; where there is none, it is dropped.
@@ -551,7 +650,8 @@ impl Hub {
             self.hold(failed.offset, partition).await?;
             let (context, to) = (self.context.clone(), self.spec.dead_letter_topic.clone());
             let seeks = self.delivery.cursor().seeks();
-            let origin = Origin { subscription: self.subscription, group: self.group, offset: failed.offset, seeks };
+            let (subscription, group, offset) = (self.subscription, self.group, failed.offset);
+            let origin = Origin { subscription, group, offset, seeks, reason: Reason::Dead };
             let Some(record) = self.dead_letter(failed) else {
                 self.unwritten.extend(self.delivery.bury(failed.offset)); // retention was faster
                 continue;
@@ -644,7 +744,7 @@ impl Hub {
         let singly = self.wants_records();
         let mut next = self.delivery.next();
         let mut wants = self.delivery.wants();
-        let (name, filter) = (&self.name, self.filter.as_ref());
+        let (name, filter, keys) = (&self.name, self.filter.as_ref(), &self.spec.routing_keys[..]);
         let mut unpacked: usize = self.ahead.iter().map(|a| a.unpacked).sum();
         for ahead in &mut self.ahead {
             if ahead.batch.end_offset() <= next {
@@ -664,14 +764,15 @@ impl Hub {
                 let at = (next - ahead.batch.base_offset) as usize;
                 let record = ahead.records.as_ref().and_then(|r| r.get(at));
                 next += 1;
-                if record.is_some_and(|r| !is_wanted(name, filter, r)) {
+                if record.is_some_and(|r| !is_wanted(name, filter, keys, r)) {
                     if let Some(passed) = self.delivery.feed_past() {
                         push_range(&mut self.unwritten, passed);
                     }
                     continue;
                 }
                 let key = record.and_then(|r| r.key.as_ref());
-                self.delivery.feed(key.map_or(0, |k| records::hash_of(k)));
+                let urgency = if self.policy.priorities { record.map_or(0, priority) } else { 0 };
+                self.delivery.feed(key.map_or(0, |k| records::hash_of(k)), urgency);
                 wants -= 1;
             }
         }
@@ -874,6 +975,9 @@ impl Hub {
     fn messages(&mut self, grants: &[Grant]) -> Vec<v1::ReceivedMessage> {
         let meta = self.context.shared.meta();
         let partition = meta.assignment(self.group).map_or(0, |a| a.partition);
+        // only where a member cannot know it
+        let topic = if pattern::is_pattern(&self.spec.topic) { self.topic.as_str() } else { "" };
+        let topic = topic.to_owned();
         let mut out = Vec::with_capacity(grants.len());
         let mut unreadable = Vec::new();
         for grant in grants {
@@ -891,6 +995,7 @@ impl Hub {
                 offset: grant.offset,
                 delivery: grant.delivery,
                 append_time_ms,
+                topic: topic.clone(),
                 message: Some(v1::Message {
                     key: record.key.clone().unwrap_or_default(),
                     value: record.value.clone().unwrap_or_default(),
@@ -910,10 +1015,27 @@ impl Hub {
     }
 }
 
-/// Whether a subscription wants a message: it is not meant for another one, and meets the filter.
-fn is_wanted(subscription: &Bytes, filter: Option<&Filter>, record: &Record) -> bool {
-    let only_for = record.headers.iter().find(|(name, _)| name == ONLY_FOR);
-    only_for.is_none_or(|(_, name)| name == subscription) && filter.is_none_or(|f| f.admits(record))
+fn header<'a>(record: &'a Record, name: &str) -> Option<&'a Bytes> {
+    record.headers.iter().find(|(n, _)| n == name).map(|(_, value)| value)
+}
+
+/// Whether a subscription wants a message: it is not meant for another one, its routing key matches, and it meets the filter.
+fn is_wanted(subscription: &Bytes, filter: Option<&Filter>, routing_keys: &[String], record: &Record) -> bool {
+    let routed = || {
+        let key = header(record, ROUTING_KEY).map_or(Default::default(), |k| String::from_utf8_lossy(k));
+        routing_keys.iter().any(|p| pattern::matches(p, &key))
+    };
+    header(record, ONLY_FOR).is_none_or(|name| name == subscription)
+        && (routing_keys.is_empty() || routed())
+        && filter.is_none_or(|f| f.admits(record))
+}
+
+/// A message's priority: the digit in its header; 0 where there is none.
+fn priority(record: &Record) -> u8 {
+    match header(record, PRIORITY).map(|value| &value[..]) {
+        Some([digit @ b'0'..=b'9']) => digit - b'0',
+        _ => 0,
+    }
 }
 
 /// Adds a range, to the one before it where they touch.

@@ -11,6 +11,7 @@ pub mod metrics;
 pub mod node_loop;
 pub mod outbox;
 pub mod peers;
+pub mod push;
 pub mod scheduler;
 pub mod service;
 pub mod shared;
@@ -144,6 +145,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let _ = running.set(context.clone());
     serve_clients(context.clone(), clients, admins, config.connections_max)?;
     tokio::spawn(scheduler::tend(context.clone()));
+    tokio::spawn(push::tend(context.clone()));
     tokio::spawn(keep_addresses(context, Broker { id: broker.0, ..me }));
     tracing::info!(%broker, %client, %admin, %peer, metrics = %metrics_at, "serving");
     Ok(Running { client, admin, peer, metrics: metrics_at, broker, shared, node })

@@ -30,6 +30,8 @@ pub struct Metrics {
     pub rejected: IntCounterVec,
     /// Messages that failed too often, by topic and what became of them.
     pub dead_letters: IntCounterVec,
+    /// Pushes by subscription and outcome.
+    pub pushed: IntCounterVec,
     /// Replicas found damaged.
     pub damage: IntCounter,
     /// Streams open now.
@@ -134,7 +136,8 @@ impl PartitionGauges {
                 let labels = [status.topic.as_str(), &partition, &replica.broker.to_string()];
                 self.lag_bytes.with_label_values(&labels).set(replica.bytes_behind as i64);
             }
-            for s in &status.subscriptions {
+            // a snapshot is behind for as long as it is kept: no reason to worry anybody
+            for s in status.subscriptions.iter().filter(|s| !s.subscription.contains('@')) {
                 let labels = [s.subscription.as_str(), status.topic.as_str(), &partition];
                 let age_ms = if s.oldest_ms == 0 { 0 } else { now_ms.saturating_sub(s.oldest_ms) };
                 self.backlog.with_label_values(&labels).set(s.backlog as i64);
@@ -202,6 +205,12 @@ impl Metrics {
                 "weir_dead_letters_total",
                 "Messages that failed too often: moved, dropped, or failed to be moved",
                 &["topic", "outcome"],
+            ),
+            pushed: counters(
+                &r,
+                "weir_push_requests_total",
+                "Messages pushed, by what the endpoint said: taken, refused, later",
+                &["subscription", "outcome"],
             ),
             damage: counter(&r, "weir_damaged_replicas_total", "Replicas found damaged and taken out"),
             open_streams: gauge(&r, "weir_open_streams", "Streams open"),

@@ -1,5 +1,5 @@
-//! What a broker publishes by itself. A dead letter has a producer id of its own, made of where it came from, so that
-//! one moved again after a failover is known to be there already.
+//! What a broker publishes by itself: dead letters, and what came of a message that is acked with it. Each has a producer id of its
+//! own, made of where it came from, so that one published again after a failover is known to be there already.
 
 use crate::node_loop::Event;
 use crate::peers;
@@ -29,11 +29,32 @@ pub struct Origin {
     pub offset: u64,
     /// after so many seeks: what dies again after a seek back is another dead letter.
     pub seeks: u64,
+    /// Why.
+    pub reason: Reason,
+}
+
+/// Why a message is published because of another one: the same message may die, and have had a result.
+#[derive(Clone, Copy, Debug)]
+pub enum Reason {
+    /// A dead letter.
+    Dead = 0,
+    /// A result, with which it is acked.
+    Result = 1,
+}
+
+/// Where something was published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Published {
+    /// The partition.
+    pub partition: u32,
+    /// Offset of the first record, now or when it was published first.
+    pub base_offset: u64,
 }
 
 impl Origin {
     fn producer_id(&self) -> i64 {
-        own_producer(self.subscription.0 ^ mix(self.group.0 ^ mix(self.offset ^ mix(self.seeks)))) as i64
+        let place = mix(self.group.0 ^ mix(self.offset ^ mix(self.seeks)));
+        own_producer(self.subscription.0 ^ place ^ ((self.reason as u64) << 63)) as i64
     }
 }
 
@@ -44,30 +65,30 @@ pub fn own_producer(seed: u64) -> u64 {
 
 /// Publishes a dead letter. One that is too large for its topic goes without its value, which a header then says.
 pub async fn bury(context: &Context, topic: &str, mut record: Record, origin: Origin) -> Result<(), Failure> {
-    match publish(context, topic, record.clone(), origin).await {
+    match publish(context, topic, std::slice::from_ref(&record), origin).await.map(drop) {
         Err(failure) if failure.reason == "TOO_LARGE" => {
             let bytes = record.value.take().map_or(0, |v| v.len());
             record.headers.push(("weir-dead-value-bytes".to_owned(), bytes.to_string().into()));
-            publish(context, topic, record, origin).await
+            publish(context, topic, &[record], origin).await.map(drop)
         }
         other => other,
     }
 }
 
-/// Publishes a record to a topic, to the partition of its key; once, however often it is repeated.
-pub async fn publish(context: &Context, topic: &str, record: Record, origin: Origin) -> Result<(), Failure> {
+/// Publishes records to a topic, to the partition of the first one's key; once, however often it is repeated.
+pub async fn publish(context: &Context, topic: &str, records: &[Record], origin: Origin) -> Result<Published, Failure> {
     let partitions = context.shared.meta().topics.get(topic).map_or(0, |t| t.groups.len() as u32);
     if partitions == 0 {
         return Err(Failure::new(Code::NotFound, "NO_TOPIC", format!("topic {topic} does not exist")));
     }
-    let partition = match &record.key {
+    let partition = match records.first().and_then(|r| r.key.as_ref()) {
         Some(key) => records::partition_of(key, partitions),
         None => (mix(origin.offset) % u64::from(partitions)) as u32,
     };
     let stamp = Stamp { id: origin.producer_id(), epoch: 0, sequence: 0 };
-    let batch =
-        records::encode(&[record], Compression::None, Some(stamp)).map_err(|e| Failure::invalid("RECORDS", e))?;
-    send(context, topic, partition, batch).await.map(drop)
+    let batch = records::encode(records, Compression::None, Some(stamp)).map_err(|e| Failure::invalid("RECORDS", e))?;
+    let base_offset = send(context, topic, partition, batch).await?;
+    Ok(Published { partition, base_offset })
 }
 
 /// Publishes a batch to a partition, wherever its leader is; gives its offset. Not repeated here.

@@ -53,9 +53,11 @@ fn part(whole: u64, led: u64, of: u64) -> u64 {
 impl Throttle {
     /// Goes by the spec, and by what this broker leads now.
     pub fn adjust(&self, spec: &SubscriptionSpec, meta: &MetaState, shared: &Shared) {
-        let groups = meta.topics.get(&spec.topic).map(|t| t.groups.as_slice()).unwrap_or_default();
-        let led = groups.iter().filter(|g| shared.leads(GroupId(**g))).count() as u64;
-        let of = groups.len() as u64;
+        let (mut led, mut of) = (0, 0);
+        for group in meta.topics_of(spec).flat_map(|t| &t.groups) {
+            of += 1;
+            led += u64::from(shared.leads(GroupId(*group)));
+        }
         let messages = part(spec.messages_per_second, led, of);
         let bytes = part(spec.bytes_per_second, led, of);
         let burst = if spec.burst_messages == 0 { messages / 10 } else { part(spec.burst_messages, led, of) };

@@ -213,7 +213,13 @@ async fn a_member_that_never_reads_is_dropped_and_another_gets_everything() {
     for _ in 0..60 {
         publisher.publish(publish(vec![7; 200_000])).await.unwrap();
     }
-    let open = v1::PullOpen { subscription: "s".into(), partition: 0, member: "sleeper".into(), messages: true };
+    let open = v1::PullOpen {
+        subscription: "s".into(),
+        partition: 0,
+        member: "sleeper".into(),
+        messages: true,
+        ..Default::default()
+    };
     let first = v1::PullRequest { open: Some(open), credit_messages: 10_000, ..Default::default() };
     let requests = futures::StreamExt::chain(futures::stream::iter([first]), futures::stream::pending());
     let mut sleeper = v1::subscriber_client::SubscriberClient::new(connect(running.client).await);
@@ -231,7 +237,8 @@ async fn a_member_that_never_reads_is_dropped_and_another_gets_everything() {
         };
         for message in other.pull(pull).await.unwrap().into_inner().messages {
             let offsets = vec![v1::OffsetRange { start: message.offset, end: message.offset + 1 }];
-            let acknowledge = v1::AcknowledgeRequest { subscription: "s".into(), partition: 0, offsets };
+            let acknowledge =
+                v1::AcknowledgeRequest { subscription: "s".into(), partition: 0, offsets, ..Default::default() };
             if other.acknowledge(acknowledge).await.unwrap().into_inner().acknowledged == 1 {
                 seen.insert(message.offset);
             }

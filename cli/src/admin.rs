@@ -39,8 +39,33 @@ pub(crate) enum Subscription {
         #[arg(short, required = true)]
         file: Vec<PathBuf>,
     },
-    /// Deletes a subscription with its position.
+    /// Deletes a subscription with its position and its snapshots.
     Delete { name: String },
+    /// Moves a subscription's position in all partitions: what lies behind it comes again, what lies before it does not come.
+    #[command(after_help = "Examples:
+  weir subscription seek mail --to earliest
+  weir subscription seek mail --to-snapshot before-upgrade
+TO is earliest, latest, an offset, or a time as ms since the epoch (from 1000000000000 on).")]
+    Seek {
+        name: String,
+        /// The place.
+        #[arg(long, value_parser = crate::data::parse_from, required_unless_present = "to_snapshot")]
+        to: Option<weir_client::consumer::From>,
+        /// The position, with its acks, that this snapshot kept.
+        #[arg(long, conflicts_with = "to")]
+        to_snapshot: Option<String>,
+    },
+    /// Keeps a subscription's position and acks as they are now, under a name, to seek to later. It holds the records behind it.
+    #[command(after_help = "Example: weir subscription snapshot mail before-upgrade")]
+    Snapshot {
+        name: String,
+        snapshot: String,
+        /// Delete it instead.
+        #[arg(long)]
+        delete: bool,
+    },
+    /// The snapshots of a subscription, and how much they hold.
+    Snapshots { name: String },
     /// Puts dead letters back into the topic they came from, for this subscription only.
     #[command(after_help = "Example: weir subscription redrive recommendation --max 10")]
     Redrive {
@@ -97,6 +122,14 @@ pub(crate) async fn apply_subscription(client: &Client, subscription: &Validated
         messages_per_second: subscription.messages_per_second,
         bytes_per_second: subscription.bytes_per_second,
         burst_messages: subscription.burst_messages,
+        in_flight_member_max: subscription.in_flight_member_max,
+        priorities: subscription.priorities,
+        routing_keys: subscription.routing_keys.clone(),
+        push: subscription.push.clone().map(|(endpoint, concurrency, timeout_ms)| v1::Push {
+            endpoint,
+            concurrency,
+            timeout_ms,
+        }),
     };
     let request =
         v1::ApplySubscriptionRequest { name: subscription.name.clone(), spec: Some(spec), ..Default::default() };
@@ -214,14 +247,15 @@ pub(crate) async fn subscription(client: &Client, command: Subscription, output:
     let cluster = client.cluster();
     match command {
         Subscription::List => {
-            let list = &cluster.metadata.subscriptions;
+            let ordinary = cluster.metadata.subscriptions.iter().filter(|s| s.snapshot_of == 0);
+            let list: Vec<&v1::Subscription> = ordinary.collect();
             if output == Output::Json {
-                let one = |s: &v1::Subscription| serde_json::json!({"name": s.name, "topic": s.spec.as_ref().map(|x| x.topic.clone())});
+                let one = |s: &&v1::Subscription| serde_json::json!({"name": s.name, "topic": s.spec.as_ref().map(|x| x.topic.clone())});
                 println!("{}", serde_json::Value::Array(list.iter().map(one).collect()));
                 return Ok(());
             }
             println!("{:<40} TOPIC", "NAME");
-            for s in list {
+            for s in &list {
                 println!("{:<40} {}", s.name, s.spec.as_ref().map_or("", |x| &x.topic));
             }
         }
@@ -232,10 +266,59 @@ pub(crate) async fn subscription(client: &Client, command: Subscription, output:
             client.admin().await?.delete_subscription(request).await.map_err(weir_client::Error::from)?;
             println!("subscription {name} deleted");
         }
+        Subscription::Seek { name, to, to_snapshot } => {
+            match (to, to_snapshot) {
+                (_, Some(snapshot)) => weir_client::subscriber::seek_to_snapshot(client, &name, &snapshot).await?,
+                (Some(to), None) => weir_client::subscriber::seek(client, &name, to).await?,
+                (None, None) => unreachable!("clap requires one"),
+            }
+            println!("{name} moved");
+        }
+        Subscription::Snapshot { name, snapshot, delete } => {
+            let request = v1::SnapshotRequest { subscription: name.clone(), name: snapshot.clone() };
+            let mut admin = client.admin().await?;
+            if delete {
+                admin.delete_snapshot(request).await.map_err(weir_client::Error::from)?;
+                println!("snapshot {snapshot} of {name} deleted");
+                return Ok(());
+            }
+            admin.take_snapshot(request).await.map_err(weir_client::Error::from)?;
+            // taken where every partition has its part
+            let full = format!("{}@{snapshot}", weir_client::full_name(&name));
+            client.refresh().await?;
+            crate::redrive::backlog(client, &full).await?;
+            println!("snapshot {snapshot} of {name} taken");
+        }
+        Subscription::Snapshots { name } => list_snapshots(client, &name, output).await?,
         Subscription::Redrive { name, max } => {
             let count = crate::redrive::redrive(client, &name, max).await?;
             println!("{count} dead letters of {name} were put back");
         }
+    }
+    Ok(())
+}
+
+async fn list_snapshots(client: &Client, name: &str, output: Output) -> anyhow::Result<()> {
+    let cluster = client.cluster();
+    let full = weir_client::full_name(name);
+    let found = cluster.subscription(&full);
+    let found = found.ok_or_else(|| anyhow::anyhow!("subscription {name} does not exist"))?;
+    let statuses = if found.topics.is_empty() { Vec::new() } else { client.describe(&found.topics).await? };
+    let mut rows = Vec::new();
+    for snapshot in cluster.metadata.subscriptions.iter().filter(|s| s.snapshot_of == found.id) {
+        let short = snapshot.name.rsplit('@').next().unwrap_or_default().to_owned();
+        let mine = statuses.iter().flat_map(|p| p.subscriptions.iter().filter(|s| s.subscription == snapshot.name));
+        let (messages, bytes) = mine.fold((0, 0), |(m, b), s| (m + s.backlog, b + s.backlog_bytes));
+        rows.push((short, messages, bytes));
+    }
+    if output == Output::Json {
+        let row = |(name, messages, bytes): &(String, u64, u64)| serde_json::json!({"name": name, "holds": messages, "holdsBytes": bytes});
+        println!("{}", serde_json::Value::Array(rows.iter().map(row).collect()));
+        return Ok(());
+    }
+    println!("{:<40} {:>12} {:>12}", "NAME", "HOLDS", "ABOUT");
+    for (name, messages, bytes) in rows {
+        println!("{name:<40} {messages:>12} {:>12}", indicatif::HumanBytes(bytes).to_string());
     }
     Ok(())
 }
@@ -246,16 +329,18 @@ async fn describe_subscription(client: &Client, name: &str, output: Output) -> a
     let found = cluster.subscription(&full);
     let found = found.ok_or_else(|| anyhow::anyhow!("subscription {name} does not exist"))?;
     let topic = found.spec.as_ref().map_or("", |s| s.topic.as_str()).to_owned();
-    let statuses = client.describe(std::slice::from_ref(&topic)).await?;
+    let statuses = if found.topics.is_empty() { Vec::new() } else { client.describe(&found.topics).await? };
+    let many = found.topics.len() > 1 || topic.contains(['*', '#']);
     let now_ms = crate::data::now_ms();
     let mine = |p: &v1::PartitionStatus| p.subscriptions.iter().find(|s| s.subscription == full).cloned();
     let age = |s: &v1::SubscriptionStatus| if s.oldest_ms == 0 { 0 } else { now_ms.saturating_sub(s.oldest_ms as i64) };
-    let rows: Vec<_> = statuses.iter().filter_map(|p| Some((p.partition, p.high_watermark, mine(p)?))).collect();
-    let backlog: u64 = rows.iter().map(|(_, _, s)| s.backlog).sum();
-    let bytes: u64 = rows.iter().map(|(_, _, s)| s.backlog_bytes).sum();
+    let rows: Vec<_> = statuses.iter().filter_map(|p| Some((p, mine(p)?))).collect();
+    let backlog: u64 = rows.iter().map(|(_, s)| s.backlog).sum();
+    let bytes: u64 = rows.iter().map(|(_, s)| s.backlog_bytes).sum();
     if output == Output::Json {
-        let row = |(partition, end, s): &(u32, u64, v1::SubscriptionStatus)| {
-            serde_json::json!({"partition": partition, "position": s.position, "end": end, "backlog": s.backlog,
+        let row = |(p, s): &(&v1::PartitionStatus, v1::SubscriptionStatus)| {
+            serde_json::json!({"topic": p.topic, "partition": p.partition, "position": s.position,
+                "end": p.high_watermark, "backlog": s.backlog,
                 "backlogBytes": s.backlog_bytes, "ackedAbove": s.acked_above, "oldestUnackedMs": age(s)})
         };
         let partitions: Vec<_> = rows.iter().map(row).collect();
@@ -267,10 +352,15 @@ async fn describe_subscription(client: &Client, name: &str, output: Output) -> a
     }
     println!("{full} reads {topic}, {backlog} messages behind, about {}", indicatif::HumanBytes(bytes));
     println!("{:>9} {:>12} {:>12} {:>10} {:>11} OLDEST", "PARTITION", "POSITION", "END", "BACKLOG", "ACKED ABOVE");
-    for (partition, end, s) in &rows {
+    for (p, s) in &rows {
+        let (partition, end) = (p.partition, p.high_watermark);
+        let topic = if many { p.topic.as_str() } else { "" };
         let oldest = indicatif::HumanDuration(std::time::Duration::from_millis(age(s) as u64));
         let oldest = if s.oldest_ms == 0 { "-".to_owned() } else { oldest.to_string() };
-        println!("{partition:>9} {:>12} {end:>12} {:>10} {:>11} {oldest}", s.position, s.backlog, s.acked_above);
+        println!(
+            "{partition:>9} {:>12} {end:>12} {:>10} {:>11} {oldest:<14} {topic}",
+            s.position, s.backlog, s.acked_above
+        );
     }
     Ok(())
 }

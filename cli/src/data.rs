@@ -158,7 +158,7 @@ pub(crate) struct Consume {
     max: Option<u64>,
 }
 
-fn parse_from(text: &str) -> Result<From, String> {
+pub(crate) fn parse_from(text: &str) -> Result<From, String> {
     match (text, text.parse::<u64>()) {
         ("earliest", _) => Ok(From::Earliest),
         ("latest", _) => Ok(From::Latest),
@@ -180,7 +180,7 @@ fn print(message: &Message, output: Output) -> std::io::Result<()> {
         Output::Json => {
             let headers: serde_json::Map<_, _> =
                 record.headers.iter().map(|(n, v)| (n.clone(), String::from_utf8_lossy(v).into())).collect();
-            let line = serde_json::json!({"partition": message.partition, "offset": message.offset, "key": text(&record.key),
+            let line = serde_json::json!({"topic": &*message.topic, "partition": message.partition, "offset": message.offset, "key": text(&record.key),
                 "value": text(&record.value), "headers": headers, "timestampMs": record.timestamp_ms});
             writeln!(out, "{line}")
         }

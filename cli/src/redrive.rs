@@ -1,6 +1,8 @@
 //! `weir subscription redrive`: dead letters go back to the topic they came from, for the subscription that failed at them.
 
 use anyhow::Context as _;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::time::{Duration, Instant};
 use weir_client::producer::{Options, Producer};
 use weir_client::subscriber::Subscriber;
@@ -32,9 +34,9 @@ pub(crate) async fn redrive(client: &Client, name: &str, max: u64) -> anyhow::Re
     let request = proto::ApplySubscriptionRequest { name: own.clone(), spec: Some(own_spec), ..Default::default() };
     client.admin().await?.apply_subscription(request).await.map_err(weir_client::Error::from)?;
     client.refresh().await?;
-    let mut waiting = backlog(client, &own, &spec.dead_letter_topic).await?;
+    let mut waiting = backlog(client, &own).await?;
     let mut subscriber = Subscriber::open(client, &own, Default::default()).await?;
-    let origin = Producer::open(client, &spec.topic, Options::default()).await?;
+    let mut origins: HashMap<String, Producer> = HashMap::new(); // a pattern reads several topics
     let mut count = 0;
     while waiting > 0 && count < max {
         let Some(next) = subscriber.next().await else { break };
@@ -44,6 +46,14 @@ pub(crate) async fn redrive(client: &Client, name: &str, max: u64) -> anyhow::Re
             let mut record = delivered.message.record.clone();
             record.headers.retain(|(n, _)| !n.starts_with(DEAD) && n != ONLY_FOR);
             record.headers.push((ONLY_FOR.to_owned(), full.clone().into()));
+            let topic = header(&delivered.message.record, "topic");
+            let origin = match origins.entry(topic) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(new) => {
+                    let producer = Producer::open(client, new.key(), Options::default()).await?;
+                    new.insert(producer)
+                }
+            };
             origin.send(record).await?.await??; // one by one: acked only when it is back
             count += 1;
         }
@@ -54,16 +64,17 @@ pub(crate) async fn redrive(client: &Client, name: &str, max: u64) -> anyhow::Re
 }
 
 /// Messages before a subscription that may just have been made.
-async fn backlog(client: &Client, subscription: &str, topic: &str) -> anyhow::Result<u64> {
+pub(crate) async fn backlog(client: &Client, subscription: &str) -> anyhow::Result<u64> {
     let end = Instant::now() + Duration::from_secs(10);
     loop {
-        let statuses = client.describe(&[topic.to_owned()]).await?;
+        let topics = client.cluster().subscription(subscription).map(|s| s.topics.clone()).unwrap_or_default();
+        let statuses = if topics.is_empty() { Vec::new() } else { client.describe(&topics).await? };
         let mine = statuses.iter().flat_map(|p| p.subscriptions.iter().find(|s| s.subscription == subscription));
         let mine: Vec<u64> = mine.map(|s| s.backlog).collect();
-        if !statuses.is_empty() && mine.len() == statuses.len() {
+        if mine.len() == statuses.len() {
             return Ok(mine.iter().sum());
         }
-        anyhow::ensure!(Instant::now() < end, "the brokers do not tell how many dead letters there are");
+        anyhow::ensure!(Instant::now() < end, "the brokers do not tell how much there is");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }

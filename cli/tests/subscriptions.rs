@@ -225,12 +225,13 @@ async fn messages_are_taken_refused_extended_and_acknowledged_one_call_at_a_time
     };
     assert_eq!(offsets(subscriber.pull(pull(3, 2_000)).await.unwrap()), [(0, 1), (1, 1), (2, 1)]);
     let nacked = v1::Nacked { start: 1, end: 2, delay_ms: Some(300) };
-    let nack = v1::NackRequest { subscription: "s".into(), partition: 0, offsets: vec![nacked] };
+    let nack = v1::NackRequest { subscription: "s".into(), partition: 0, offsets: vec![nacked], ..Default::default() };
     subscriber.nack(nack).await.unwrap();
     let acknowledge = |start, end| v1::AcknowledgeRequest {
         subscription: "s".into(),
         partition: 0,
         offsets: vec![v1::OffsetRange { start, end }],
+        ..Default::default()
     };
     let acknowledged = subscriber.acknowledge(acknowledge(0, 1)).await.unwrap().into_inner().acknowledged;
     assert_eq!(acknowledged, 1);
@@ -299,7 +300,10 @@ async fn a_seek_back_brings_everything_again_though_a_member_goes_on_acking() {
                 // acks are on their way while the position moves
                 let _ = pull.ack_all(&messages).await;
                 let to = Some(v1::seek_request::To::Earliest(true));
-                subscriber.seek(v1::SeekRequest { subscription: "s".into(), partition: 0, to }).await.unwrap();
+                subscriber
+                    .seek(v1::SeekRequest { subscription: "s".into(), partition: 0, to, ..Default::default() })
+                    .await
+                    .unwrap();
                 sought = true;
                 break;
             }

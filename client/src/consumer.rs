@@ -1,6 +1,7 @@
 //! Reading: a topic's partitions by offset, and an exclusive subscription with acks.
 
 use crate::{Client, Error, is_transient, waits};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -10,6 +11,8 @@ use weir_proto::v1;
 /// A record that was read.
 #[derive(Clone, Debug)]
 pub struct Message {
+    /// Full name of its topic.
+    pub topic: Arc<str>,
     /// Partition.
     pub partition: u32,
     /// Offset.
@@ -54,16 +57,17 @@ pub(crate) fn message_of(record: Record) -> v1::Message {
 }
 
 /// A message as it came one by one.
-fn received(m: v1::ReceivedMessage) -> Message {
+fn received(topic: &Arc<str>, m: v1::ReceivedMessage) -> Message {
     let record = record_of(m.message.unwrap_or_default());
     let (partition, offset) = (m.partition, m.offset);
-    Message { partition, offset, append_time_ms: m.append_time_ms, delivery: m.delivery, record }
+    Message { topic: topic.clone(), partition, offset, append_time_ms: m.append_time_ms, delivery: m.delivery, record }
 }
 
-fn unpack(partition: u32, batch: &v1::Batch, from: u64) -> Result<Vec<Message>, Error> {
+fn unpack(topic: &Arc<str>, partition: u32, batch: &v1::Batch, from: u64) -> Result<Vec<Message>, Error> {
     let bad = |what: String| Error::Refused { code: tonic::Code::DataLoss, reason: "BATCH".into(), message: what };
     let list = records::decode(&batch.batch).map_err(bad)?;
     let message = |(at, record)| Message {
+        topic: topic.clone(),
         partition,
         offset: batch.base_offset + at as u64,
         append_time_ms: batch.append_time_ms,
@@ -124,6 +128,7 @@ async fn read(
         return Ok(());
     }
     let mut waits = waits();
+    let name = Arc::from(crate::full_name(topic));
     loop {
         let request =
             v1::FetchRequest { topic: topic.to_owned(), partition, offset, bytes_max: 4 << 20, wait_ms: 1_000 };
@@ -146,7 +151,7 @@ async fn read(
                 Err(status) => return Err(status.into()),
             };
             for batch in &response.batches {
-                let messages = unpack(partition, batch, offset)?;
+                let messages = unpack(&name, partition, batch, offset)?;
                 offset = batch.base_offset + u64::from(batch.count);
                 if out.send(Ok(messages)).await.is_err() {
                     return Ok(());
@@ -168,11 +173,12 @@ async fn read(
 pub struct Pull {
     requests: mpsc::Sender<v1::PullRequest>,
     responses: tonic::Streaming<v1::PullResponse>,
+    topic: Arc<str>,
     partition: u32,
 }
 
 impl Pull {
-    /// Opens a partition as `member`, with credit for so many messages.
+    /// Opens a partition of a subscription's topic (a full name) as `member`, with credit for so many messages.
     pub async fn open(
         client: &Client,
         subscription: &str,
@@ -186,13 +192,13 @@ impl Pull {
                 let channel = client.channel(&address).map_err(|e| tonic::Status::internal(e.to_string()))?;
                 let (requests, receiver) = mpsc::channel(16);
                 let (subscription, member) = (subscription.to_owned(), member.to_owned());
-                let open = v1::PullOpen { subscription, partition, member, messages: false };
+                let open = v1::PullOpen { subscription, topic: topic.to_owned(), partition, member, messages: false };
                 let first = v1::PullRequest { open: Some(open), credit_messages: credit, ..Default::default() };
                 let _ = requests.try_send(first);
                 let client = v1::subscriber_client::SubscriberClient::new(channel);
                 let mut client = client.max_decoding_message_size(weir_proto::MESSAGE_BYTES_MAX);
                 let responses = client.streaming_pull(ReceiverStream::new(receiver)).await?.into_inner();
-                Ok(Self { requests, responses, partition })
+                Ok(Self { requests, responses, topic: topic.into(), partition })
             })
             .await
     }
@@ -201,9 +207,9 @@ impl Pull {
     pub async fn next(&mut self) -> Result<Option<Vec<Message>>, Error> {
         match self.responses.message().await {
             Ok(Some(response)) => {
-                let mut out: Vec<Message> = response.messages.into_iter().map(received).collect();
+                let mut out: Vec<Message> = response.messages.into_iter().map(|m| received(&self.topic, m)).collect();
                 for batch in &response.batches {
-                    let messages = unpack(self.partition, batch, response.from_offset)?;
+                    let messages = unpack(&self.topic, self.partition, batch, response.from_offset)?;
                     out.extend(messages.into_iter().filter(|m| m.offset < response.until_offset));
                 }
                 for again in &response.redelivered {

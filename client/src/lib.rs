@@ -118,6 +118,12 @@ struct Inner {
 #[derive(Clone)]
 pub struct Client(Arc<Inner>);
 
+impl std::fmt::Debug for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Client")
+    }
+}
+
 impl Client {
     /// A client that begins at these addresses, `host:port`, separated by commas. Connects when first used.
     pub fn new(servers: &str) -> Result<Self, Error> {

@@ -1,14 +1,18 @@
-//! Reading a subscription: all its partitions at once, opened again after failovers, new partitions as they appear.
+//! Reading a subscription: all partitions of all its topics at once, opened again after failovers, new ones as they appear.
 
+use crate::consumer::message_of;
 use crate::consumer::{From, Message, Pull};
-use crate::{Client, Error, full_name, waits};
-use std::collections::VecDeque;
+use crate::{Client, Error, Record, full_name, waits};
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use weir_proto::v1;
 
-/// Between two looks at how many partitions the topic has.
+/// Between two looks at which partitions there are.
 const GROWTH_LOOK: Duration = Duration::from_secs(5);
+/// The same, where a pattern says which topics.
+const TOPICS_LOOK: Duration = Duration::from_millis(500);
 /// Lists of messages on their way from all partitions; what more there is stays with the brokers.
 const LISTS_MAX: usize = 4;
 
@@ -43,6 +47,13 @@ pub struct Delivered {
     pub message: Message,
     actions: mpsc::UnboundedSender<Action>,
     answered: bool,
+    from: Arc<Source>,
+}
+
+#[derive(Debug)]
+struct Source {
+    client: Client,
+    subscription: String,
 }
 
 impl Drop for Delivered {
@@ -58,6 +69,34 @@ impl Delivered {
     pub fn ack(mut self) {
         self.answered = true;
         let _ = self.actions.send(Action::Ack(self.message.offset));
+    }
+
+    /// It is done with, and this came of it: the records are published to `topic` (all to the partition of the first one's key) and the
+    /// message is acked, in one step. Says where they lie; `None` where the message was acked before. An error leaves the message
+    /// delivered as it was: it comes again after its deadline, and its result is published once, however often this is called.
+    pub async fn ack_with_publish(mut self, topic: &str, records: Vec<Record>) -> Result<Option<(u32, u64)>, Error> {
+        let (client, message) = (&self.from.client, &self.message);
+        let request = v1::AcknowledgeWithPublishRequest {
+            subscription: self.from.subscription.clone(),
+            topic: message.topic.to_string(),
+            partition: message.partition,
+            offset: message.offset,
+            to: topic.to_owned(),
+            messages: records.into_iter().map(message_of).collect(),
+        };
+        let call = |address: String| {
+            let request = request.clone();
+            async move {
+                let channel = client.channel(&address).map_err(|e| tonic::Status::internal(e.to_string()))?;
+                let mut subscriber = v1::subscriber_client::SubscriberClient::new(channel)
+                    .max_encoding_message_size(weir_proto::MESSAGE_BYTES_MAX);
+                Ok(subscriber.acknowledge_with_publish(request).await?.into_inner())
+            }
+        };
+        let answer = client.at_leader(&message.topic, message.partition, Duration::from_secs(30), call).await?;
+        self.answered = true;
+        let _ = self.actions.send(Action::Drop); // there is room for another
+        Ok((!answer.already).then_some((answer.partition, answer.base_offset)))
     }
 
     /// It failed: it comes again after `delay`, or by the subscription's back-off.
@@ -95,30 +134,38 @@ impl Subscriber {
         let found = cluster
             .subscription(&full)
             .ok_or_else(|| refused("NO_SUBSCRIPTION", format!("subscription {full} does not exist")))?;
-        let topic = found.spec.as_ref().map(|s| s.topic.clone()).unwrap_or_default();
-        let count = cluster.topic(&topic).map(|t| t.partitions.len() as u32);
-        let count = count.ok_or_else(|| refused("NO_TOPIC", format!("topic {topic} does not exist")))?;
+        let wanted = found.spec.as_ref().map(|s| s.topic.clone()).unwrap_or_default();
+        let many = is_pattern(&wanted);
+        if !many && found.topics.is_empty() {
+            return Err(refused("NO_TOPIC", format!("topic {wanted} does not exist")));
+        }
         let (lists, receiver) = mpsc::channel(LISTS_MAX);
         let (task, tasks) = mpsc::channel(1);
-        let partition = |partition| Partition {
+        let partition = |topic: &str, partition| Partition {
             client: client.clone(),
             subscription: full.clone(),
-            topic: topic.clone(),
+            topic: topic.to_owned(),
             partition,
+            many,
             options: options.clone(),
             lists: lists.clone(),
             _task: task.clone(),
         };
         // one after the other: two that open an exclusive subscription at once do not share it between them
         let mut opened = Vec::new();
-        for at in 0..count {
-            let partition = partition(at);
-            opened.push((partition.open().await?, partition));
+        let mut known = HashMap::new();
+        for topic in &found.topics {
+            let count = cluster.topic(topic).map_or(0, |t| t.partitions.len() as u32);
+            for at in 0..count {
+                let partition = partition(topic, at);
+                opened.push((partition.open().await?, partition));
+            }
+            known.insert(topic.clone(), count);
         }
         for (pull, partition) in opened {
             tokio::spawn(partition.run(pull));
         }
-        tokio::spawn(follow_growth(partition(count)));
+        tokio::spawn(follow_growth(partition("", 0), known));
         Ok(Self { lists: receiver, here: VecDeque::new(), tasks })
     }
 
@@ -143,50 +190,82 @@ impl Subscriber {
     }
 }
 
+fn is_pattern(topic: &str) -> bool {
+    topic.contains(['*', '#'])
+}
+
 /// Moves a subscription's position in all partitions, whoever reads it. What was leased before the move comes again where it lies
 /// behind the new position.
 pub async fn seek(client: &Client, subscription: &str, to: From) -> Result<(), Error> {
     use v1::seek_request::To;
+    let to = match to {
+        From::Earliest => To::Earliest(true),
+        From::Latest => To::Latest(true),
+        From::Offset(offset) => To::Offset(offset),
+        From::Time(time) => To::TimeMs(time),
+    };
+    seek_all(client, subscription, to).await
+}
+
+/// Moves a subscription back to a snapshot of it, in all partitions: what was not acked then comes again.
+pub async fn seek_to_snapshot(client: &Client, subscription: &str, snapshot: &str) -> Result<(), Error> {
+    seek_all(client, subscription, v1::seek_request::To::Snapshot(snapshot.to_owned())).await
+}
+
+async fn seek_all(client: &Client, subscription: &str, to: v1::seek_request::To) -> Result<(), Error> {
     let cluster = client.connect(Duration::from_secs(10)).await?;
     let full = full_name(subscription);
-    let topic = cluster.subscription(&full).and_then(|s| s.spec.as_ref()).map(|s| s.topic.clone()).unwrap_or_default();
-    let count = cluster.topic(&topic).map_or(0, |t| t.partitions.len() as u32);
-    for partition in 0..count {
-        let to = match to {
-            From::Earliest => To::Earliest(true),
-            From::Latest => To::Latest(true),
-            From::Offset(offset) => To::Offset(offset),
-            From::Time(time) => To::TimeMs(time),
-        };
-        let request = v1::SeekRequest { subscription: full.clone(), partition, to: Some(to) };
-        let call = |address: String| {
-            let request = request.clone();
-            async move {
-                let channel = client.channel(&address).map_err(|e| tonic::Status::internal(e.to_string()))?;
-                Ok(v1::subscriber_client::SubscriberClient::new(channel).seek(request).await?.into_inner())
-            }
-        };
-        client.at_leader(&topic, partition, Duration::from_secs(10), call).await?;
+    let missing = || Error::Refused {
+        code: tonic::Code::NotFound,
+        reason: "NO_SUBSCRIPTION".into(),
+        message: format!("subscription {full} does not exist"),
+    };
+    let topics = cluster.subscription(&full).map(|s| s.topics.clone()).ok_or_else(missing)?;
+    for topic in &topics {
+        let count = cluster.topic(topic).map_or(0, |t| t.partitions.len() as u32);
+        for partition in 0..count {
+            let (subscription, topic_name, to) = (full.clone(), topic.clone(), Some(to.clone()));
+            let request = v1::SeekRequest { subscription, topic: topic_name, partition, to };
+            let call = |address: String| {
+                let request = request.clone();
+                async move {
+                    let channel = client.channel(&address).map_err(|e| tonic::Status::internal(e.to_string()))?;
+                    Ok(v1::subscriber_client::SubscriberClient::new(channel).seek(request).await?.into_inner())
+                }
+            };
+            client.at_leader(topic, partition, Duration::from_secs(10), call).await?;
+        }
     }
     Ok(())
 }
 
-/// Opens partitions that appear, from `next.partition` on, until the subscriber is dropped.
-async fn follow_growth(mut next: Partition) {
+/// Opens partitions that appear until the subscriber is dropped; `known` says how many of each topic are open.
+async fn follow_growth(like: Partition, mut known: HashMap<String, u32>) {
+    let look = if like.many { TOPICS_LOOK } else { GROWTH_LOOK };
     loop {
         tokio::select! {
-            () = next.lists.closed() => return,
-            () = tokio::time::sleep(GROWTH_LOOK) => {}
+            () = like.lists.closed() => return,
+            () = tokio::time::sleep(look) => {}
         }
-        let Ok(cluster) = next.client.refresh().await else { continue };
-        let Some(topic) = cluster.topic(&next.topic) else { return };
-        while (next.partition as usize) < topic.partitions.len() {
-            match next.open().await {
-                Ok(pull) => drop(tokio::spawn(next.clone().run(pull))),
-                Err(Error::Deadline { .. }) => break, // it has no leader yet: the next look tries again
-                Err(error) => return drop(next.lists.send(Err(error)).await),
+        let Ok(cluster) = like.client.refresh().await else { continue };
+        let Some(found) = cluster.subscription(&like.subscription) else { continue };
+        if found.topics.is_empty() && !like.many {
+            return;
+        }
+        known.retain(|topic, _| found.topics.contains(topic)); // one made again under its name is another
+        for topic in &found.topics {
+            let opened = known.entry(topic.clone()).or_default();
+            let count = cluster.topic(topic).map_or(0, |t| t.partitions.len() as u32);
+            while *opened < count {
+                let next = Partition { topic: topic.clone(), partition: *opened, ..like.clone() };
+                match next.open().await {
+                    Ok(pull) => drop(tokio::spawn(next.run(pull))),
+                    Err(Error::Deadline { .. }) => break, // it has no leader yet: the next look tries again
+                    Err(error) if next.is_gone(&error) => break,
+                    Err(error) => return drop(like.lists.send(Err(error)).await),
+                }
+                *opened += 1;
             }
-            next.partition += 1;
         }
     }
 }
@@ -205,6 +284,8 @@ struct Partition {
     subscription: String,
     topic: String,
     partition: u32,
+    /// of one topic of many: its end is not the subscription's
+    many: bool,
     options: Options,
     lists: Lists,
     _task: mpsc::Sender<()>,
@@ -214,6 +295,12 @@ impl Partition {
     async fn open(&self) -> Result<Pull, Error> {
         let Options { member, credit } = &self.options;
         Pull::open(&self.client, &self.subscription, &self.topic, self.partition, member, *credit).await
+    }
+
+    /// Whether a topic among many was deleted.
+    fn is_gone(&self, error: &Error) -> bool {
+        self.many
+            && matches!(error, Error::Refused { code: tonic::Code::NotFound, reason, .. } if reason != "NO_SUBSCRIPTION")
     }
 
     /// Delivers and answers until the subscriber is dropped; opens again after a failover.
@@ -227,6 +314,7 @@ impl Partition {
                 return pull.close().await;
             }
             match ended {
+                Ended::Failed(error) if self.is_gone(&error) => return,
                 Ended::Failed(error) => return drop(self.lists.send(Err(error)).await),
                 Ended::Again { served: true } => waits = crate::waits(),
                 Ended::Again { served: false } => {}
@@ -237,6 +325,7 @@ impl Partition {
                 Ok(again) => pull = again,
                 // for as long as it takes: a cluster may be away for minutes
                 Err(Error::Deadline { last, .. }) => tracing::warn!(partition = self.partition, last, "opening again"),
+                Err(error) if self.is_gone(&error) => return,
                 Err(error) => return drop(self.lists.send(Err(error)).await),
             }
         }
@@ -251,6 +340,7 @@ impl Partition {
     ) -> Ended {
         let mut served = false;
         let mut waiting: VecDeque<Vec<Message>> = VecDeque::new();
+        let from = Arc::new(Source { client: self.client.clone(), subscription: self.subscription.clone() });
         loop {
             tokio::select! {
                 biased;
@@ -278,7 +368,12 @@ impl Partition {
                 },
                 room = self.lists.reserve(), if !waiting.is_empty() => {
                     let (Ok(room), Some(messages)) = (room, waiting.pop_front()) else { continue };
-                    let deliver = |message| Delivered { message, actions: actions.clone(), answered: false };
+                    let deliver = |message| Delivered {
+                        message,
+                        actions: actions.clone(),
+                        answered: false,
+                        from: from.clone(),
+                    };
                     room.send(Ok(messages.into_iter().map(deliver).collect()));
                 }
             }

@@ -220,8 +220,10 @@ pub struct Redelivery {
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[x_kube(validation = Rule::new("has(self.clusterRef) == has(oldSelf.clusterRef) && (!has(self.clusterRef) || self.clusterRef == oldSelf.clusterRef)").message("clusterRef cannot change: make a new subscription"))]
+#[x_kube(validation = Rule::new("!has(self.priorities) || !self.priorities || self.mode == 'shared'").message("priorities need mode shared: in the others order is kept"))]
 pub struct SubscriptionSpec {
-    /// The topic's name, in the same namespace, or `namespace/name`. Cannot change.
+    /// The topic's name, in the same namespace, or `namespace/name`; or a pattern of one namespace's topics: of the words between dots
+    /// `*` stands for one and `#` for any number, as in `orders.*`. Topics that come later are read from their beginning. Cannot change.
     #[schemars(length(min = 1, max = 507))]
     #[x_kube(validation = Rule::new("self == oldSelf").message("a subscription's topic cannot change: make a new subscription"))]
     pub topic: String,
@@ -244,6 +246,23 @@ pub struct SubscriptionSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1_000_000))]
     pub max_in_flight: Option<u32>,
+    /// The same for one consumer. Absent: any number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub max_in_flight_per_consumer: Option<u32>,
+    /// Messages go out by their priority, the digit in their header `weir-priority`, 9 first; every eighth is the oldest, so that
+    /// none waits for ever. Only with mode `shared`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub priorities: bool,
+    /// Only messages whose header `weir-routing-key` matches one of these patterns are delivered: words between dots, `*` for one word,
+    /// `#` for any number. Absent: all messages.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32))]
+    pub routing_keys: Vec<String>,
+    /// For a service without a client: messages are POSTed to it as CloudEvents, and an answer of 2xx acknowledges. Absent: consumers
+    /// come for them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub push: Option<Push>,
     /// Only messages that meet this CEL expression are delivered; the others are passed over. It sees `key` (a string), `headers` (a
     /// map of strings), `timestamp` and `size` (bytes of the value), and is false where a header it asks for is missing:
     /// `headers.kind == "signup" && size < 10000`.
@@ -263,6 +282,23 @@ pub struct SubscriptionSpec {
     /// and goes on holding the topic's records, until a Subscription of the same name takes it over.
     #[serde(default = "delete")]
     pub deletion_policy: DeletionPolicy,
+}
+
+/// Where and how messages are pushed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Push {
+    /// URL that messages are POSTed to, such as `http://mail.shop.svc/events`.
+    #[schemars(length(max = 2048), regex(pattern = "^https?://[^/ ]+"))]
+    pub endpoint: String,
+    /// Requests under way at one time from each partition, 1 (the default) to 100; in the modes `exclusive` and `failover` always 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100))]
+    pub concurrency: Option<u32>,
+    /// How long an answer may take, such as `10s` (the default).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = DURATION_PATTERN))]
+    pub timeout: Option<String>,
 }
 
 /// How fast messages are delivered.
@@ -372,6 +408,14 @@ pub struct ValidatedSubscription {
     pub bytes_per_second: u64,
     /// 0 for the default.
     pub burst_messages: u64,
+    /// Messages one consumer may hold in each partition, 0 for any number.
+    pub in_flight_member_max: u32,
+    /// Messages go out by priority.
+    pub priorities: bool,
+    /// Patterns of routing keys, none for all messages.
+    pub routing_keys: Vec<String>,
+    /// Endpoint, requests under way (0 for the default) and ms an answer may take (0 for the default), where messages are pushed.
+    pub push: Option<(String, u32, u64)>,
 }
 
 /// A field that cannot be what it is.
@@ -464,6 +508,22 @@ impl Subscription {
         if self.spec.filter.as_ref().is_some_and(|f| f.is_empty() || f.len() > 2_048) {
             return Err(invalid("spec.filter", "has 1 to 2048 characters"));
         }
+        let each = self.spec.max_in_flight_per_consumer;
+        within("spec.maxInFlightPerConsumer", each.map(u64::from), 1_000_000)?;
+        if self.spec.priorities && self.spec.mode != Mode::Shared {
+            return Err(invalid("spec.priorities", "needs mode shared: in the others order is kept"));
+        }
+        let push = match &self.spec.push {
+            None => None,
+            Some(push) => {
+                within("spec.push.concurrency", push.concurrency.map(u64::from), 100)?;
+                if !push.endpoint.starts_with("http://") && !push.endpoint.starts_with("https://") {
+                    return Err(invalid("spec.push.endpoint", "begins with http:// or https://"));
+                }
+                let timeout_ms = millis("spec.push.timeout", &push.timeout)?;
+                Some((push.endpoint.clone(), push.concurrency.unwrap_or(0), timeout_ms))
+            }
+        };
         let bytes_per_second = rate.bytes_per_second.as_deref().map_or(Ok(0), quantity::bytes);
         let redelivery = self.spec.redelivery.clone().unwrap_or_default();
         Ok(ValidatedSubscription {
@@ -477,6 +537,10 @@ impl Subscription {
             messages_per_second: rate.messages_per_second.unwrap_or(0),
             bytes_per_second: bytes_per_second.map_err(|e| invalid("spec.rate.bytesPerSecond", e))?,
             burst_messages: rate.burst.unwrap_or(0),
+            in_flight_member_max: each.unwrap_or(0),
+            priorities: self.spec.priorities,
+            routing_keys: self.spec.routing_keys.clone(),
+            push,
             topic,
             from_earliest: self.spec.start == StartPosition::Earliest,
             ack_deadline_ms: millis("spec.ackDeadline", &self.spec.ack_deadline)?,

@@ -3,7 +3,8 @@
 //!
 //! Messages from the cursor's position on stand in a window. Each is ready, leased to a member until a deadline,
 //! waiting to be ready again, or acked. In the ordered modes a lane (all messages, or those of one key) has one holder at a
-//! time, and a message that waits holds up what follows it in its lane.
+//! time, and a message that waits holds up what follows it in its lane. In the mode shared there are no lanes: what is ready
+//! stands in one pool, the oldest first, or by priority.
 
 use crate::cursor::{Cursor, Failed, OffsetRange};
 use crate::node::mix;
@@ -39,7 +40,19 @@ pub struct Policy {
     pub leased_max: u64,
     /// A message delivered so often and not acked is to be buried (see [`Delivery::take_dying`]); 0 for never.
     pub deliveries_max: u32,
+    /// Messages leased at one time to one member.
+    pub leased_by_member_max: u64,
+    /// In [`Mode::Shared`]: of what is ready the highest priority goes first, and every [`OLDEST_EVERY`]th time the oldest.
+    pub priorities: bool,
 }
+
+/// Priorities are 0 to 9, the most urgent.
+pub const PRIORITY_MAX: u8 = 9;
+/// With priorities, every so manyth message given out is the oldest that is ready: the nth oldest goes out after at most n times so
+/// many others, however many urgent ones come.
+pub const OLDEST_EVERY: u64 = 8;
+/// With priorities, so many messages are held ready, to choose from.
+pub const PRIORITY_AHEAD: u64 = 10_000;
 
 impl Default for Policy {
     fn default() -> Self {
@@ -50,6 +63,8 @@ impl Default for Policy {
             backoff_max_ms: 60_000,
             leased_max: 100_000,
             deliveries_max: 0,
+            leased_by_member_max: u64::MAX,
+            priorities: false,
         }
     }
 }
@@ -79,6 +94,17 @@ pub struct Grant {
     pub delivery: u32,
 }
 
+/// See [`Delivery::standing`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It was done with before.
+    Acked,
+    /// It was delivered, and may be acked.
+    Given,
+    /// It was not delivered since this delivery began, or is being buried.
+    Other,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Ready,
@@ -102,6 +128,45 @@ struct Slot {
     failures: u32,
     /// was delivered at least once since this delivery began
     given: bool,
+    /// 0 goes out first
+    rank: u8,
+}
+
+/// Shared messages that are ready.
+#[derive(Debug, Default)]
+struct Pool {
+    by_rank: BTreeSet<(u8, u64)>,
+    /// the same by age, where there are ranks
+    by_age: Option<BTreeSet<u64>>,
+    taken: u64,
+}
+
+impl Pool {
+    fn insert(&mut self, rank: u8, offset: u64) {
+        self.by_rank.insert((rank, offset));
+        if let Some(by_age) = &mut self.by_age {
+            by_age.insert(offset);
+        }
+    }
+
+    fn remove(&mut self, rank: u8, offset: u64) {
+        self.by_rank.remove(&(rank, offset));
+        if let Some(by_age) = &mut self.by_age {
+            by_age.remove(&offset);
+        }
+    }
+
+    /// The next to go out; `rank_of` tells the rank of an offset in it.
+    fn take(&mut self, rank_of: impl Fn(u64) -> u8) -> Option<u64> {
+        self.taken += 1;
+        let oldest = self.by_age.as_ref().filter(|_| self.taken.is_multiple_of(OLDEST_EVERY));
+        let offset = match oldest.and_then(|by_age| by_age.first().copied()) {
+            Some(oldest) => oldest,
+            None => self.by_rank.first()?.1,
+        };
+        self.remove(rank_of(offset), offset);
+        Some(offset)
+    }
 }
 
 /// Messages that keep their order among each other.
@@ -123,13 +188,14 @@ struct Member {
     /// takes nothing now: it does not read what it was sent
     paused: bool,
     leased: u64,
+    leased_max: u64,
     /// lanes with something for it
     lanes: VecDeque<u64>,
 }
 
 impl Member {
     fn room(&self) -> u64 {
-        if self.paused { 0 } else { self.credit }
+        if self.paused { 0 } else { self.credit.min(self.leased_max.saturating_sub(self.leased)) }
     }
 }
 
@@ -143,8 +209,9 @@ pub struct Delivery {
     window: VecDeque<Slot>,
     members: BTreeMap<MemberId, Member>,
     lanes: HashMap<u64, Lane>,
+    pool: Pool,
     due: BTreeSet<(u64, u64)>,
-    /// the member after which the next shared message is offered
+    /// the member that got a shared message last
     turn: MemberId,
     leased: u64,
     ready: u64,
@@ -166,6 +233,7 @@ impl Delivery {
             window: VecDeque::new(),
             members: BTreeMap::new(),
             lanes: HashMap::new(),
+            pool: Pool { by_age: policy.priorities.then(BTreeSet::new), ..Pool::default() },
             due: BTreeSet::new(),
             turn: 0,
             leased: 0,
@@ -208,6 +276,10 @@ impl Delivery {
             Mode::Shared | Mode::KeyShared => self.members.values().map(Member::room).sum(),
         };
         let room = self.policy.leased_max.saturating_sub(self.leased);
+        if self.policy.priorities && credit > 0 && room > 0 {
+            let window = (self.policy.leased_max * 2).max(PRIORITY_AHEAD * 2);
+            return PRIORITY_AHEAD.saturating_sub(self.ready).min(window.saturating_sub(self.window.len() as u64));
+        }
         // of several keys, what is ready may be one's that is held up or whose member takes nothing: others go on
         let ready = if self.policy.mode == Mode::KeyShared { 0 } else { self.ready };
         let wanted = credit.min(room).saturating_sub(ready);
@@ -231,7 +303,9 @@ impl Delivery {
             let before: Vec<MemberId> = self.members.keys().copied().collect();
             before.into_iter().for_each(|old| self.detach(old));
         }
-        let member = Member { name: name.to_owned(), credit: 0, paused: false, leased: 0, lanes: VecDeque::new() };
+        let name = name.to_owned();
+        let leased_max = self.policy.leased_by_member_max;
+        let member = Member { name, credit: 0, paused: false, leased: 0, leased_max, lanes: VecDeque::new() };
         self.members.insert(id, member);
         self.requeue_all();
         Ok(())
@@ -279,35 +353,63 @@ impl Delivery {
         }
     }
 
+    /// How a message stands with those who do something about it beside an ack.
+    pub fn standing(&self, offset: u64) -> Standing {
+        if self.cursor.is_acked(offset) {
+            return Standing::Acked;
+        }
+        let at = offset.checked_sub(self.base).and_then(|at| self.window.get(at as usize));
+        match at {
+            Some(slot) if slot.given && slot.state != State::Dying => Standing::Given,
+            _ => Standing::Other,
+        }
+    }
+
     /// Messages a member holds.
     pub fn leased_by(&self, id: MemberId) -> u64 {
         self.members.get(&id).map_or(0, |m| m.leased)
     }
 
-    /// Takes the message at [`Self::next`] into the window. `key_hash` tells keys apart, in [`Mode::KeyShared`].
-    pub fn feed(&mut self, key_hash: u64) {
+    /// Takes the message at [`Self::next`] into the window. `key_hash` tells keys apart, in [`Mode::KeyShared`]; `priority` (0 to
+    /// [`PRIORITY_MAX`]) is looked at where the policy says so.
+    pub fn feed(&mut self, key_hash: u64, priority: u8) {
         let offset = self.next();
         let lane = match self.policy.mode {
             Mode::Exclusive | Mode::Failover => 0,
             Mode::Shared => offset,
             Mode::KeyShared => key_hash,
         };
+        let rank = if self.policy.priorities { PRIORITY_MAX - priority.min(PRIORITY_MAX) } else { 0 };
         if self.cursor.is_acked(offset) {
-            self.window.push_back(Slot { state: State::Acked, lane, failures: 0, given: false });
+            self.window.push_back(Slot { state: State::Acked, lane, failures: 0, given: false, rank });
             self.trim();
             return;
         }
         let failures = self.cursor.deliveries(offset);
         if self.is_too_many(failures) {
             // an earlier leader found it so, and did not get to move it
-            self.window.push_back(Slot { state: State::Dying, lane, failures, given: false });
+            self.window.push_back(Slot { state: State::Dying, lane, failures, given: false, rank });
             self.begin_to_die(offset, lane);
             return;
         }
-        self.window.push_back(Slot { state: State::Ready, lane, failures, given: false });
-        self.ready += 1;
-        self.lanes.entry(lane).or_default().ready.insert(offset);
+        self.window.push_back(Slot { state: State::Ready, lane, failures, given: false, rank });
+        self.put_ready(offset);
         self.queue(lane);
+    }
+
+    fn is_shared(&self) -> bool {
+        self.policy.mode == Mode::Shared
+    }
+
+    /// A message whose slot says that it is ready is so.
+    fn put_ready(&mut self, offset: u64) {
+        let Slot { lane, rank, .. } = self.window[(offset - self.base) as usize];
+        self.ready += 1;
+        if self.is_shared() {
+            self.pool.insert(rank, offset);
+        } else {
+            self.lanes.entry(lane).or_default().ready.insert(offset);
+        }
     }
 
     /// Passes over the message at [`Self::next`]: nobody wants it (a filter, say). It counts as acked; returned for the log.
@@ -316,7 +418,7 @@ impl Delivery {
         let range = OffsetRange { start: offset, end: offset + 1 };
         let known = self.cursor.is_acked(offset);
         self.cursor.ack(range);
-        self.window.push_back(Slot { state: State::Acked, lane: 0, failures: 0, given: false });
+        self.window.push_back(Slot { state: State::Acked, lane: 0, failures: 0, given: false, rank: 0 });
         self.trim();
         (!known).then_some(range)
     }
@@ -407,17 +509,12 @@ impl Delivery {
     }
 
     /// The member a lane belongs to now.
-    fn member_for(&mut self, lane: u64) -> Option<MemberId> {
+    fn member_for(&self, lane: u64) -> Option<MemberId> {
         match self.policy.mode {
             Mode::Exclusive | Mode::Failover => self.active(),
             // the key's highest bidder: members that come and go move only their own share (rendezvous hashing)
             Mode::KeyShared => self.members.keys().copied().max_by_key(|m| mix(lane ^ mix(*m))),
-            Mode::Shared => {
-                let after = self.members.range(self.turn + 1..).next().or(self.members.first_key_value());
-                let id = *after?.0;
-                self.turn = id;
-                Some(id)
-            }
+            Mode::Shared => None, // there are no lanes
         }
     }
 
@@ -432,10 +529,10 @@ impl Delivery {
 
     /// Messages to give out now, at most `max`.
     pub fn grants(&mut self, now_ms: u64, max: usize) -> Vec<Grant> {
-        let mut out = Vec::new();
-        if self.policy.mode == Mode::Shared {
-            self.share_evenly();
+        if self.is_shared() {
+            return self.share(now_ms, max);
         }
+        let mut out = Vec::new();
         let ids: Vec<MemberId> = self.members.keys().copied().collect();
         for id in ids {
             while out.len() < max && self.leased < self.policy.leased_max {
@@ -449,33 +546,23 @@ impl Delivery {
         out
     }
 
-    /// Shared messages queued for members without credit go to those that have some.
-    fn share_evenly(&mut self) {
-        let mut stranded = Vec::new();
-        for member in self.members.values_mut() {
-            let room = member.room().min(member.lanes.len() as u64) as usize;
-            stranded.extend(member.lanes.drain(room..));
-        }
-        stranded.sort_unstable(); // oldest first
-        let mut stranded = VecDeque::from(stranded);
-        while !stranded.is_empty() {
-            let mut placed = false;
-            for member in self.members.values_mut() {
-                if (member.lanes.len() as u64) < member.room()
-                    && let Some(lane) = stranded.pop_front()
-                {
-                    member.lanes.push_back(lane);
-                    placed = true;
-                }
-            }
-            if !placed {
-                break;
+    /// One message a round to each member that has room, beginning after the one that got the last.
+    fn share(&mut self, now_ms: u64, max: usize) -> Vec<Grant> {
+        let mut out = Vec::new();
+        let room = |(id, m): (&MemberId, &Member)| (m.room() > 0).then_some((*id, m.room()));
+        let after = self.members.range(self.turn + 1..).chain(self.members.range(..=self.turn));
+        let mut hungry: VecDeque<(MemberId, u64)> = after.filter_map(room).collect();
+        while out.len() < max && self.leased < self.policy.leased_max {
+            let Some((id, room)) = hungry.pop_front() else { break };
+            let (window, base) = (&self.window, self.base);
+            let Some(offset) = self.pool.take(|o| window[(o - base) as usize].rank) else { break };
+            out.push(self.lease(id, offset, now_ms));
+            self.turn = id;
+            if room > 1 {
+                hungry.push_back((id, room - 1));
             }
         }
-        // nobody has credit for these: the first to get some takes them
-        if let Some(first) = self.members.values_mut().next() {
-            first.lanes.extend(stranded);
-        }
+        out
     }
 
     fn grant(&mut self, id: MemberId, lane_id: u64, now_ms: u64) -> Option<Grant> {
@@ -484,6 +571,13 @@ impl Delivery {
         let offset = lane.ready.pop_first()?;
         lane.leased += 1;
         lane.holder = id;
+        let grant = self.lease(id, offset, now_ms);
+        self.queue(lane_id);
+        Some(grant)
+    }
+
+    /// A message that is out of its lane or the pool goes to a member.
+    fn lease(&mut self, id: MemberId, offset: u64, now_ms: u64) -> Grant {
         let deadline_ms = now_ms.saturating_add(self.policy.ack_deadline_ms.min(WAIT_MS_MAX));
         self.expires_ms = self.expires_ms.min(deadline_ms);
         let slot = &mut self.window[(offset - self.base) as usize];
@@ -495,8 +589,7 @@ impl Delivery {
         member.leased += 1;
         self.leased += 1;
         self.ready -= 1;
-        self.queue(lane_id);
-        Some(Grant { member: id, offset, delivery })
+        Grant { member: id, offset, delivery }
     }
 
     /// A delivery failed: takes the slot back from its member, to be ready at `due_ms` (0: at once), or to be buried.
@@ -519,23 +612,26 @@ impl Delivery {
     }
 
     fn begin_to_die(&mut self, offset: u64, lane: u64) {
-        self.lanes.entry(lane).or_default().waiting.insert(offset);
+        if !self.is_shared() {
+            self.lanes.entry(lane).or_default().waiting.insert(offset);
+        }
         self.dying.push(offset);
     }
 
     fn requeue(&mut self, at: usize, due_ms: u64) {
-        let slot = &mut self.window[at];
-        let State::Leased { member, .. } = slot.state else { return };
-        let (offset, lane_id) = (self.base + at as u64, slot.lane);
-        let lane = self.lanes.get_mut(&lane_id).expect("a leased message has a lane");
-        lane.leased -= 1;
+        let State::Leased { member, .. } = self.window[at].state else { return };
+        let (offset, lane_id) = (self.base + at as u64, self.window[at].lane);
+        if let Some(lane) = self.lanes.get_mut(&lane_id) {
+            lane.leased -= 1;
+            if due_ms > 0 {
+                lane.waiting.insert(offset);
+            }
+        }
         if due_ms == 0 {
-            slot.state = State::Ready;
-            lane.ready.insert(offset);
-            self.ready += 1;
+            self.window[at].state = State::Ready;
+            self.put_ready(offset);
         } else {
-            slot.state = State::Waiting { due_ms };
-            lane.waiting.insert(offset);
+            self.window[at].state = State::Waiting { due_ms };
             self.due.insert((due_ms, offset));
         }
         self.leased -= 1;
@@ -550,27 +646,33 @@ impl Delivery {
         at(range.start) as usize..at(range.end.max(range.start)) as usize
     }
 
-    /// Takes a message out of its lane and all counts.
+    /// Takes a message out of its lane or the pool and all counts.
     fn release(&mut self, offset: u64, slot: &Slot) {
-        let Some(lane) = self.lanes.get_mut(&slot.lane) else { return };
+        let mut lane = self.lanes.get_mut(&slot.lane);
         match slot.state {
             State::Leased { member, .. } => {
-                lane.leased -= 1;
+                if let Some(lane) = lane {
+                    lane.leased -= 1;
+                }
                 self.leased -= 1;
                 if let Some(member) = self.members.get_mut(&member) {
                     member.leased -= 1;
                 }
             }
             State::Ready => {
-                lane.ready.remove(&offset);
+                match lane {
+                    Some(lane) => drop(lane.ready.remove(&offset)),
+                    None => self.pool.remove(slot.rank, offset),
+                }
                 self.ready -= 1;
             }
-            State::Waiting { due_ms } => {
-                lane.waiting.remove(&offset);
-                self.due.remove(&(due_ms, offset));
-            }
-            State::Dying => {
-                lane.waiting.remove(&offset);
+            State::Waiting { .. } | State::Dying => {
+                if let Some(lane) = &mut lane {
+                    lane.waiting.remove(&offset);
+                }
+                if let State::Waiting { due_ms } = slot.state {
+                    self.due.remove(&(due_ms, offset));
+                }
             }
             State::Acked => {}
         }
@@ -613,7 +715,7 @@ impl Delivery {
         let Slot { state: State::Leased { .. }, lane, failures, .. } = self.window[at] else { return };
         let wait = delay_ms.unwrap_or_else(|| self.backoff_ms(failures));
         self.unlease(at, if wait == 0 { 0 } else { now_ms.saturating_add(wait.min(WAIT_MS_MAX)) });
-        if self.policy.mode != Mode::Shared {
+        if !self.is_shared() {
             for behind in at + 1..self.window.len() {
                 let slot = self.window[behind];
                 if slot.lane == lane && matches!(slot.state, State::Leased { .. }) {
@@ -652,7 +754,7 @@ impl Delivery {
 
     fn unqueue(&mut self, lane_id: u64) {
         let lane = self.lanes.get_mut(&lane_id).expect("just seen");
-        if lane.queued && self.policy.mode != Mode::Shared {
+        if lane.queued {
             lane.queued = false;
             self.members.values_mut().for_each(|m| m.lanes.retain(|l| *l != lane_id));
         }
@@ -665,10 +767,10 @@ impl Delivery {
             let slot = &mut self.window[(offset - self.base) as usize];
             slot.state = State::Ready;
             let lane_id = slot.lane;
-            let lane = self.lanes.get_mut(&lane_id).expect("a waiting message has a lane");
-            lane.waiting.remove(&offset);
-            lane.ready.insert(offset);
-            self.ready += 1;
+            if let Some(lane) = self.lanes.get_mut(&lane_id) {
+                lane.waiting.remove(&offset);
+            }
+            self.put_ready(offset);
             self.after_change(lane_id);
         }
         if self.leased == 0 || now_ms < self.expires_ms {
@@ -700,9 +802,12 @@ mod tests {
         OffsetRange { start, end }
     }
 
+    fn plain(mode: Mode) -> Policy {
+        Policy { mode, ack_deadline_ms: 100, ..Default::default() }
+    }
+
     fn begin(mode: Mode) -> Delivery {
-        let policy = Policy { mode, ack_deadline_ms: 100, ..Default::default() };
-        Delivery::new(policy, Cursor::at(0))
+        Delivery::new(plain(mode), Cursor::at(0))
     }
 
     fn offsets(grants: &[Grant], member: MemberId) -> Vec<u64> {
@@ -715,7 +820,7 @@ mod tests {
         d.attach(1, "a").unwrap();
         assert_eq!(d.attach(2, "b"), Err(Held { holder: "a".into() }));
         d.credit(1, 10);
-        (0..3).for_each(|_| d.feed(0));
+        (0..3).for_each(|_| d.feed(0, 0));
         assert_eq!(offsets(&d.grants(0, 100), 1), [0, 1, 2]);
         d.attach(3, "a").unwrap();
         d.credit(3, 10);
@@ -730,7 +835,7 @@ mod tests {
         d.attach(2, "b").unwrap();
         d.credit(1, 10);
         d.credit(2, 10);
-        (0..4).for_each(|_| d.feed(0));
+        (0..4).for_each(|_| d.feed(0, 0));
         assert_eq!(offsets(&d.grants(0, 100), 1), [0, 1, 2, 3]);
         d.ack(range(0, 2));
         d.detach(1);
@@ -746,7 +851,7 @@ mod tests {
         d.attach(2, "b").unwrap();
         d.credit(1, 5);
         d.credit(2, 1);
-        (0..6).for_each(|_| d.feed(0));
+        (0..6).for_each(|_| d.feed(0, 0));
         let grants = d.grants(0, 100);
         assert_eq!((offsets(&grants, 1).len(), offsets(&grants, 2).len()), (5, 1));
         d.ack(range(0, 5));
@@ -759,11 +864,28 @@ mod tests {
     }
 
     #[test]
+    fn urgent_messages_go_first_and_a_member_holds_no_more_than_it_may() {
+        let policy = Policy { priorities: true, leased_by_member_max: 2, ..plain(Mode::Shared) };
+        let mut d = Delivery::new(policy, Cursor::at(0));
+        d.attach(1, "a").unwrap();
+        d.credit(1, 10);
+        assert_eq!(d.wants(), PRIORITY_AHEAD, "there must be something to choose from");
+        [0, 5, 9, 200, 5].into_iter().for_each(|priority| d.feed(0, priority));
+        assert_eq!(offsets(&d.grants(0, 100), 1), [2, 3], "9 is the highest there is; of two the older");
+        assert!(d.grants(0, 100).is_empty() && d.wants() == 0);
+        d.ack(range(2, 4));
+        assert_eq!(offsets(&d.grants(0, 100), 1), [1, 4]);
+        d.nack(range(1, 2), None, 0);
+        assert_eq!(offsets(&d.grants(0, 100), 1), [1], "one that came back keeps its place");
+        assert_eq!((d.standing(2), d.standing(1), d.standing(0)), (Standing::Acked, Standing::Given, Standing::Other));
+    }
+
+    #[test]
     fn a_nack_holds_up_what_follows_in_its_lane_and_no_other() {
         let mut d = begin(Mode::KeyShared);
         d.attach(1, "a").unwrap();
         d.credit(1, 100);
-        [7, 8, 7, 8].into_iter().for_each(|key| d.feed(key));
+        [7, 8, 7, 8].into_iter().for_each(|key| d.feed(key, 0));
         assert_eq!(d.grants(0, 100).len(), 4);
         d.nack(range(0, 1), Some(50), 0);
         d.ack(range(1, 2));
@@ -778,7 +900,7 @@ mod tests {
         let mut d = begin(Mode::Shared);
         d.attach(1, "a").unwrap();
         d.credit(1, 2);
-        (0..2).for_each(|_| d.feed(0));
+        (0..2).for_each(|_| d.feed(0, 0));
         d.grants(0, 100);
         d.extend(range(1, 2), 500, 50);
         d.tick(200);
@@ -792,7 +914,7 @@ mod tests {
         let mut d = Delivery::new(policy, Cursor::at(0));
         d.attach(1, "a").unwrap();
         d.credit(1, 100);
-        d.feed(0);
+        d.feed(0, 0);
         let mut now = 0;
         let mut waits = Vec::new();
         for _ in 0..5 {
@@ -813,7 +935,7 @@ mod tests {
             let mut d = begin(mode);
             d.attach(1, "a").unwrap();
             d.credit(1, 3);
-            (0..6).for_each(|at| d.feed(at % 2));
+            (0..6).for_each(|at| d.feed(at % 2, 0));
             assert_eq!(d.grants(0, 100).len(), 3);
             d.nack(range(1, 2), Some(1_000), 0);
             assert_eq!(d.pass_to(4), Some(range(0, 4)));
@@ -836,7 +958,7 @@ mod tests {
         let mut given = 0;
         for key in 0..200 {
             if d.wants() > 0 {
-                d.feed(key);
+                d.feed(key, 0);
             }
             for g in d.grants(0, 100) {
                 given += 1;
@@ -852,7 +974,7 @@ mod tests {
         let mut d = begin(Mode::Shared);
         d.attach(1, "a").unwrap();
         d.credit(1, 10);
-        (0..2).for_each(|_| d.feed(0));
+        (0..2).for_each(|_| d.feed(0, 0));
         d.grants(5, 100);
         d.extend(range(0, 1), u64::MAX, 5);
         d.nack(range(1, 2), Some(u64::MAX), 5);
@@ -866,7 +988,7 @@ mod tests {
         let mut d = begin(Mode::Shared);
         d.attach(1, "a").unwrap();
         d.credit(1, 1);
-        (0..3).for_each(|_| d.feed(0));
+        (0..3).for_each(|_| d.feed(0, 0));
         d.grants(0, 100);
         assert_eq!(d.ack(range(0, 100)), [range(0, 1)]);
         assert_eq!(d.cursor().position(), 1);
@@ -878,7 +1000,7 @@ mod tests {
         let mut d = Delivery::new(policy, Cursor::at(0));
         d.attach(1, "a").unwrap();
         d.credit(1, 100);
-        [7, 8, 7].into_iter().for_each(|key| d.feed(key));
+        [7, 8, 7].into_iter().for_each(|key| d.feed(key, 0));
         for delivery in 1..=2 {
             assert_eq!(d.grants(0, 100).iter().filter(|g| g.offset == 0).map(|g| g.delivery).sum::<u32>(), delivery);
             assert!(d.take_dying().is_empty());
@@ -901,7 +1023,7 @@ mod tests {
         let mut d = Delivery::new(policy, cursor);
         d.attach(1, "a").unwrap();
         d.credit(1, 100);
-        [7, 8].into_iter().for_each(|key| d.feed(key));
+        [7, 8].into_iter().for_each(|key| d.feed(key, 0));
         assert_eq!(d.take_dying(), [Failed { offset: 0, deliveries: 2 }]);
         assert_eq!(d.grants(0, 100), [Grant { member: 1, offset: 1, delivery: 2 }]);
     }
@@ -913,7 +1035,7 @@ mod tests {
         d.attach(1, "a").unwrap();
         d.credit(1, 100);
         assert_eq!(d.feed_past(), Some(range(0, 1)));
-        d.feed(0);
+        d.feed(0, 0);
         assert_eq!(d.feed_past(), Some(range(2, 3)));
         assert_eq!(offsets(&d.grants(0, 100), 1), [1]);
         d.take_back(range(1, 2));
@@ -953,8 +1075,9 @@ mod tests {
     }
 
     /// Runs operations beside a plain model: who holds what, in what order keys were delivered.
-    fn check_against_model(mode: Mode, ops: Vec<Op>) -> Result<(), TestCaseError> {
-        let mut d = begin(mode);
+    fn check_against_model(policy: Policy, ops: Vec<Op>) -> Result<(), TestCaseError> {
+        let (mode, each_max) = (policy.mode, policy.leased_by_member_max);
+        let mut d = Delivery::new(policy, Cursor::at(0));
         let (mut now, mut keys) = (1u64, Vec::new());
         let mut held: BTreeMap<u64, (u64, u64)> = BTreeMap::new(); // offset → (member, deadline)
         let mut acked: BTreeSet<u64> = BTreeSet::new();
@@ -982,7 +1105,7 @@ mod tests {
                 Op::Credit(id, n) => d.credit(id, n),
                 Op::Feed(key) => {
                     keys.push(key);
-                    d.feed(key);
+                    d.feed(key, key as u8);
                 }
                 Op::Grant => {
                     for g in d.grants(now, 1_000) {
@@ -1000,6 +1123,8 @@ mod tests {
                             prop_assert!(!behind, "{} given out behind a later one of its lane", g.offset);
                         }
                         held.insert(g.offset, (g.member, now + 100));
+                        let holds = held.values().filter(|(m, _)| *m == g.member).count() as u64;
+                        prop_assert!(holds <= each_max, "member {} holds {holds}", g.member);
                         delivered.insert(g.offset);
                     }
                 }
@@ -1068,9 +1193,35 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(600))]
         #[test]
-        fn each_mode_keeps_its_promises(ops in proptest::collection::vec(op(), 0..120), mode in 0usize..4) {
+        fn each_mode_keeps_its_promises(
+            ops in proptest::collection::vec(op(), 0..120),
+            mode in 0usize..4,
+            priorities: bool,
+            each_max in prop_oneof![Just(u64::MAX), 1u64..4],
+        ) {
             let mode = [Mode::Exclusive, Mode::Failover, Mode::Shared, Mode::KeyShared][mode];
-            check_against_model(mode, ops)?;
+            let priorities = priorities && mode == Mode::Shared;
+            check_against_model(Policy { priorities, leased_by_member_max: each_max, ..plain(mode) }, ops)?;
+        }
+
+        /// However many urgent messages come: the nth oldest that is ready goes out within [`OLDEST_EVERY`] times n others.
+        #[test]
+        fn what_is_not_urgent_does_not_starve(waiting in 1u64..40, priorities in proptest::collection::vec(0u8..10, 40)) {
+            let mut d = Delivery::new(Policy { priorities: true, ..plain(Mode::Shared) }, Cursor::at(0));
+            d.attach(1, "a").unwrap();
+            d.credit(1, 100_000);
+            (0..waiting).for_each(|at| d.feed(0, priorities[at as usize]));
+            let mut out = Vec::new();
+            while out.len() < (OLDEST_EVERY * waiting) as usize {
+                d.feed(0, PRIORITY_MAX); // more urgent ones than are taken
+                d.feed(0, PRIORITY_MAX);
+                out.extend(d.grants(0, 1).iter().map(|g| g.offset));
+            }
+            for offset in 0..waiting {
+                let at = out.iter().position(|o| *o == offset);
+                let most = OLDEST_EVERY * (offset + 1);
+                prop_assert!(at.is_some_and(|at| (at as u64) < most), "{offset} went out as {at:?}, not before {most}");
+            }
         }
     }
 }

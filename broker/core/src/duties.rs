@@ -87,13 +87,17 @@ impl Node {
         let Machine::Partition(state) = group.machine() else { return };
         let meta = self.meta.clone();
         let tail = group.log().tail();
-        let start = |s: &Subscription| match s.spec.start() {
-            Start::Earliest => tail.start_offset(),
-            Start::Latest => state.next_offset,
+        let begin = |s: &Subscription| {
+            // of a topic that was made after it, it misses nothing
+            let all = s.spec.start() == Start::Earliest || topic.0 > s.id;
+            let start = if all { tail.start_offset() } else { state.next_offset };
+            let known = s.snapshot_of != 0 && state.cursors.get(s.snapshot_of).is_some();
+            let seek = (!known).then_some(start);
+            let snapshot_of = if known { s.snapshot_of } else { 0 };
+            CursorUpdate { subscription: s.id, seek, snapshot_of, ..Default::default() }
         };
         let new = meta.subscriptions_of(topic).filter(|s| state.cursors.get(s.id).is_none());
-        let mut cursors: Vec<CursorUpdate> =
-            new.map(|s| CursorUpdate { subscription: s.id, seek: Some(start(s)), ..Default::default() }).collect();
+        let mut cursors: Vec<CursorUpdate> = new.map(begin).collect();
         let gone = state.cursors.iter().filter(|(s, _)| meta.subscriptions.values().all(|x| x.id != *s));
         cursors.extend(gone.map(|(subscription, _)| CursorUpdate { subscription, delete: true, ..Default::default() }));
         if !cursors.is_empty() {

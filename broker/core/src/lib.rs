@@ -14,6 +14,7 @@ pub mod meta;
 pub mod node;
 pub mod observe;
 pub mod partition;
+pub mod pattern;
 pub mod producer;
 pub mod rate;
 pub mod retention;

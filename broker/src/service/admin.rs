@@ -6,9 +6,10 @@ use crate::status::Failure;
 use tonic::{Request, Response, Status};
 use weir_core::delivery::{Mode, Policy, WAIT_MS_MAX};
 use weir_core::ids::{BrokerId, META_GROUP};
-use weir_core::meta::command::{ApplySubscription, ApplyTopic, Delete, Kind, Placement, SetPhase};
+use weir_core::meta::command::{ApplySubscription, ApplyTopic, Delete, Kind, Placement, SetPhase, TakeSnapshot};
 use weir_core::meta::placement;
 use weir_core::meta::state as core;
+use weir_core::pattern;
 use weir_proto::v1;
 use weir_proto::v1::admin_server::Admin;
 
@@ -16,6 +17,12 @@ use weir_proto::v1::admin_server::Admin;
 const PARTITIONS_MAX: u32 = 10_000;
 /// Largest batch a topic may take, bytes: what fits every message on the way.
 const MESSAGE_BYTES_MAX: u32 = 32 << 20;
+/// Patterns of routing keys of one subscription.
+const ROUTING_KEYS_MAX: usize = 32;
+/// Bytes of one pattern.
+const PATTERN_BYTES_MAX: usize = 255;
+/// Requests under way from one partition to a push endpoint.
+const PUSH_CONCURRENCY_MAX: u32 = 100;
 
 fn topic_spec(spec: Option<v1::TopicSpec>) -> Result<core::TopicSpec, Failure> {
     let spec = spec.ok_or_else(|| Failure::invalid("SPEC", "a topic needs a spec"))?;
@@ -52,6 +59,54 @@ pub(crate) fn placements(meta: &core::MetaState, partitions: u32, replicas: u32)
 fn delete(request: v1::DeleteRequest) -> Result<Delete, Failure> {
     let v1::DeleteRequest { name, owner_uid, release } = request;
     Ok(Delete { name: full_name(&name)?, owner_uid, release })
+}
+
+/// The topic of a subscription: a full name, or a pattern of a namespace's.
+fn topic_or_pattern(topic: &str) -> Result<String, Failure> {
+    if !pattern::is_pattern(topic) {
+        return full_name(topic);
+    }
+    let (namespace, names) = topic.split_once('/').unwrap_or(("default", topic));
+    // a word that a `*` or `#` could stand for
+    let instance = names.replace(['*', '#'], "x");
+    full_name(&format!("{namespace}/{instance}"))?;
+    if names.len() > PATTERN_BYTES_MAX || !pattern::is_well_formed(names) {
+        let text = format!("'{topic}' is not a pattern: * and # stand for whole words, between dots");
+        return Err(Failure::invalid("PATTERN", text));
+    }
+    Ok(format!("{namespace}/{names}"))
+}
+
+fn routing_keys(patterns: Vec<String>) -> Result<Vec<String>, Failure> {
+    if patterns.len() > ROUTING_KEYS_MAX {
+        return Err(Failure::invalid("ROUTING_KEYS", format!("{ROUTING_KEYS_MAX} patterns of routing keys at most")));
+    }
+    match patterns.iter().find(|p| p.len() > PATTERN_BYTES_MAX || !pattern::is_well_formed(p)) {
+        Some(bad) => {
+            let shown: String = bad.chars().take(60).collect();
+            let text = format!("'{shown}' is not a pattern of routing keys: words between dots, * for one, # for any");
+            Err(Failure::invalid("ROUTING_KEYS", text))
+        }
+        None => Ok(patterns),
+    }
+}
+
+fn push(push: Option<v1::Push>, mode: Mode) -> Result<Option<core::Push>, Failure> {
+    let Some(push) = push else { return Ok(None) };
+    crate::push::check_endpoint(&push.endpoint)?;
+    let ordered = matches!(mode, Mode::Exclusive | Mode::Failover);
+    let concurrency = if ordered { 1 } else { push.concurrency.clamp(1, PUSH_CONCURRENCY_MAX) };
+    let timeout_ms = if push.timeout_ms == 0 { 10_000 } else { push.timeout_ms.min(600_000) };
+    Ok(Some(core::Push { endpoint: push.endpoint, concurrency, timeout_ms }))
+}
+
+fn snapshot(request: v1::SnapshotRequest) -> Result<TakeSnapshot, Failure> {
+    let subscription = full_name(&request.subscription)?;
+    if request.name.contains('/') {
+        return Err(Failure::invalid("NAME", "a snapshot's name has no '/'"));
+    }
+    full_name(&request.name)?;
+    Ok(TakeSnapshot { subscription, name: request.name })
 }
 
 fn no_broker(id: u64) -> Failure {
@@ -108,7 +163,7 @@ impl Admin for Context {
         let mode = Mode::try_from(spec.mode)
             .map_err(|_| Failure::invalid("MODE", format!("this broker knows no mode {}", spec.mode)))?;
         let whole = core::SubscriptionSpec {
-            topic: full_name(&spec.topic)?,
+            topic: topic_or_pattern(&spec.topic)?,
             start: start.into(),
             ack_deadline_ms: or(spec.ack_deadline_ms, default.ack_deadline_ms).min(WAIT_MS_MAX),
             mode: mode.into(),
@@ -124,9 +179,19 @@ impl Admin for Context {
             messages_per_second: spec.messages_per_second,
             bytes_per_second: spec.bytes_per_second,
             burst_messages: spec.burst_messages,
+            in_flight_member_max: spec.in_flight_member_max,
+            priorities: spec.priorities,
+            routing_keys: routing_keys(spec.routing_keys)?,
+            push: push(spec.push, mode)?,
         };
-        if whole.dead_letter_topic == whole.topic {
+        let reads = |topic: &str| topic == whole.topic || pattern::matches_topic(&whole.topic, topic);
+        if !whole.dead_letter_topic.is_empty() && reads(&whole.dead_letter_topic) {
             return Err(Failure::invalid("DEAD_LETTER_TOPIC", "a topic cannot take its own dead letters").into());
+        }
+        if whole.priorities && mode != Mode::Shared {
+            return Err(
+                Failure::invalid("PRIORITIES", "priorities need the mode shared: in the others order is kept").into()
+            );
         }
         Filter::compile(&whole.filter)?;
         let change = ApplySubscription {
@@ -144,6 +209,23 @@ impl Admin for Context {
         request: Request<v1::DeleteRequest>,
     ) -> Result<Response<v1::ApplyResponse>, Status> {
         self.propose(Kind::DeleteSubscription(delete(request.into_inner())?)).await?;
+        Ok(self.applied())
+    }
+
+    async fn take_snapshot(
+        &self,
+        request: Request<v1::SnapshotRequest>,
+    ) -> Result<Response<v1::ApplyResponse>, Status> {
+        self.propose(Kind::TakeSnapshot(snapshot(request.into_inner())?)).await?;
+        Ok(self.applied())
+    }
+
+    async fn delete_snapshot(
+        &self,
+        request: Request<v1::SnapshotRequest>,
+    ) -> Result<Response<v1::ApplyResponse>, Status> {
+        let name = snapshot(request.into_inner())?.full_name();
+        self.propose(Kind::DeleteSubscription(Delete { name, ..Default::default() })).await?;
         Ok(self.applied())
     }
 

@@ -49,7 +49,7 @@ fn broker(broker: &core::Broker) -> v1::Broker {
     }
 }
 
-fn subscription(s: &core::Subscription) -> v1::Subscription {
+fn subscription(meta: &core::MetaState, s: &core::Subscription) -> v1::Subscription {
     let spec = v1::SubscriptionSpec {
         topic: s.spec.topic.clone(),
         from_earliest: s.spec.start() == core::Start::Earliest,
@@ -64,6 +64,14 @@ fn subscription(s: &core::Subscription) -> v1::Subscription {
         messages_per_second: s.spec.messages_per_second,
         bytes_per_second: s.spec.bytes_per_second,
         burst_messages: s.spec.burst_messages,
+        in_flight_member_max: s.spec.in_flight_member_max,
+        priorities: s.spec.priorities,
+        routing_keys: s.spec.routing_keys.clone(),
+        push: s.spec.push.as_ref().map(|p| v1::Push {
+            endpoint: p.endpoint.clone(),
+            concurrency: p.concurrency,
+            timeout_ms: p.timeout_ms,
+        }),
     };
     v1::Subscription {
         name: s.name.clone(),
@@ -71,6 +79,8 @@ fn subscription(s: &core::Subscription) -> v1::Subscription {
         spec: Some(spec),
         owner_uid: s.owner_uid.clone(),
         generation: s.generation,
+        snapshot_of: s.snapshot_of,
+        topics: meta.topics_of(&s.spec).map(|t| t.name.clone()).collect(),
     }
 }
 
@@ -147,7 +157,7 @@ impl Metadata for Context {
             version: meta.version,
             brokers: meta.brokers.values().map(broker).collect(),
             topics: topics.map(|t| topic(self, &meta, t)).collect(),
-            subscriptions: meta.subscriptions.values().map(subscription).collect(),
+            subscriptions: meta.subscriptions.values().map(|s| subscription(&meta, s)).collect(),
             answered_by: self.shared.broker.0,
             controller: self.shared.controller().map_or(0, |b| b.0),
             metadata_group: Some(partition(self, &meta, 0, META_GROUP.0)),

@@ -88,7 +88,7 @@ impl Context {
         let name = full_name(topic)?;
         let meta = self.shared.meta();
         let Some(found) = meta.topics.get(&name) else {
-            return Err(Failure::new(Code::NotFound, "NO_TOPIC", format!("topic {name} does not exist")));
+            return Err(self.missing("NO_TOPIC", format!("topic {name} does not exist")));
         };
         let Some(group) = found.groups.get(partition as usize) else {
             let text = format!("topic {name} has {} partitions, there is no partition {partition}", found.groups.len());
@@ -97,6 +97,15 @@ impl Context {
         let limit = found.spec.message_bytes_max;
         let batch_bytes_max = if limit == 0 { BATCH_BYTES_DEFAULT } else { limit };
         Ok(Found { group: GroupId(*group), batch_bytes_max, topic: name })
+    }
+
+    /// What is asked for is not known here; a broker that is not ready may just not have heard of it yet, and does not say that there is
+    /// none.
+    pub fn missing(&self, reason: &'static str, text: String) -> Failure {
+        match crate::metrics::why_not_ready(&self.shared) {
+            Some(why) => Failure::new(Code::Unavailable, "NOT_READY", format!("the broker cannot tell yet: {why}")),
+            None => Failure::new(Code::NotFound, reason, text),
+        }
     }
 
     /// The failure that tells who leads a group.

@@ -19,6 +19,18 @@ use weir_proto::records::{self, Compression, Record};
 use weir_proto::v1;
 use weir_proto::v1::publisher_server::Publisher;
 
+/// A plain message as a record; one without a time happened now.
+pub(crate) fn record(m: v1::Message) -> Record {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let now_ms = now.map_or(0, |d| d.as_millis() as i64);
+    Record {
+        key: (!m.key.is_empty()).then_some(m.key),
+        value: Some(m.value),
+        headers: m.headers.into_iter().collect(),
+        timestamp_ms: if m.timestamp_ms == 0 { now_ms } else { m.timestamp_ms },
+    }
+}
+
 type AckStream = Pin<Box<dyn Stream<Item = Result<v1::PublishAck, Status>> + Send>>;
 
 struct Checked {
@@ -62,14 +74,6 @@ impl Publisher for Context {
         let partition = match request.partition {
             Some(partition) => partition,
             None => choose_partition(self, &request).map_err(|f| self.rejected(f))?,
-        };
-        let now_ms =
-            std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_millis() as i64);
-        let record = |m: v1::Message| Record {
-            key: (!m.key.is_empty()).then_some(m.key),
-            value: Some(m.value),
-            headers: m.headers.into_iter().collect(),
-            timestamp_ms: if m.timestamp_ms == 0 { now_ms } else { m.timestamp_ms },
         };
         let scheduled = request.messages.iter().filter(|m| m.deliver_at_ms > 0).count();
         if scheduled > 0 {

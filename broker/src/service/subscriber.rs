@@ -1,7 +1,8 @@
 //! Streams and calls of subscribers; what they say goes to the [`crate::hub`] of their subscription and partition.
 
 use super::{Context, Found, full_name, log};
-use crate::hub::Command;
+use crate::hub::{Command, Outcome, SeekTo};
+use crate::outbox::Published;
 use crate::status::Failure;
 use futures::Stream;
 use std::pin::Pin;
@@ -14,6 +15,7 @@ use weir_core::cursor::Cursor;
 use weir_core::group::Machine;
 use weir_core::ids::{GroupId, SubscriptionId};
 use weir_core::meta::state::SubscriptionSpec;
+use weir_core::pattern;
 use weir_proto::v1;
 use weir_proto::v1::subscriber_server::Subscriber;
 
@@ -32,12 +34,32 @@ struct Resolved {
     spec: SubscriptionSpec,
 }
 
-fn resolve(context: &Context, name: &str, partition: u32) -> Result<Resolved, Failure> {
+/// Where a partition is of: a subscription, and the topic where it reads several.
+#[derive(Clone, Copy)]
+pub(crate) struct Place<'a> {
+    pub(crate) subscription: &'a str,
+    pub(crate) topic: &'a str,
+    pub(crate) partition: u32,
+}
+
+fn resolve(context: &Context, place: Place<'_>) -> Result<Resolved, Failure> {
+    let Place { subscription: name, topic, partition } = place;
     let name = full_name(name)?;
     let meta = context.shared.meta();
-    let missing = || Failure::new(Code::NotFound, "NO_SUBSCRIPTION", format!("subscription {name} does not exist"));
+    let missing = || context.missing("NO_SUBSCRIPTION", format!("subscription {name} does not exist"));
     let found = meta.subscriptions.get(&name).ok_or_else(missing)?;
-    let Found { group, topic, .. } = context.find(&found.spec.topic, partition)?;
+    let topic = match topic {
+        "" if pattern::is_pattern(&found.spec.topic) => {
+            let text = format!("{name} reads all topics of {}: say which one", found.spec.topic);
+            return Err(Failure::invalid("TOPIC", text));
+        }
+        "" => found.spec.topic.clone(),
+        topic => full_name(topic)?,
+    };
+    let Found { group, topic, .. } = context.find(&topic, partition)?;
+    if !meta.topics.get(&topic).is_some_and(|t| found.spec.reads(t)) {
+        return Err(Failure::invalid("TOPIC", format!("{name} reads {}, not {topic}", found.spec.topic)));
+    }
     if !context.shared.leads(group) {
         return Err(context.not_leader(group));
     }
@@ -69,9 +91,9 @@ pub(crate) async fn cursor(context: &Context, group: GroupId, subscription: Subs
 
 impl Context {
     /// The hub of a subscription in a partition led here, started where it does not run.
-    async fn hub(&self, name: &str, partition: u32) -> Result<mpsc::Sender<Command>, Failure> {
+    pub(crate) async fn hub(&self, place: Place<'_>) -> Result<mpsc::Sender<Command>, Failure> {
         // (of a hub that is found, the task may end at any time: a send then fails)
-        let Resolved { name, topic, group, subscription, spec } = resolve(self, name, partition)?;
+        let Resolved { name, topic, group, subscription, spec } = resolve(self, place)?;
         if let Some(hub) = self.hubs.find((group, subscription)) {
             return Ok(hub);
         }
@@ -80,25 +102,24 @@ impl Context {
     }
 
     /// Asks a hub and waits for its answer. One that ends at that moment answers nothing: it is asked again, anew.
-    async fn ask_hub<T, F>(&self, name: &str, partition: u32, command: F) -> Result<T, Failure>
+    async fn ask_hub<T, F>(&self, place: Place<'_>, command: F) -> Result<T, Failure>
     where
         F: Fn(oneshot::Sender<Result<T, Failure>>) -> Command,
     {
-        self.ask_a_hub(name, partition, command).await.map(|(answer, _)| answer)
+        self.ask_a_hub(place, command).await.map(|(answer, _)| answer)
     }
 
     /// As [`Self::ask_hub`], with the hub that answered.
-    async fn ask_a_hub<T, F>(
+    pub(crate) async fn ask_a_hub<T, F>(
         &self,
-        name: &str,
-        partition: u32,
+        place: Place<'_>,
         command: F,
     ) -> Result<(T, mpsc::Sender<Command>), Failure>
     where
         F: Fn(oneshot::Sender<Result<T, Failure>>) -> Command,
     {
         for _ in 0..3 {
-            let hub = self.hub(name, partition).await?;
+            let hub = self.hub(place).await?;
             let (answer, wait) = oneshot::channel();
             if hub.send(command(answer)).await.is_ok()
                 && let Ok(answer) = wait.await
@@ -112,20 +133,48 @@ impl Context {
         Err(Failure::new(Code::Unavailable, "BUSY", "the delivery begins anew; try again"))
     }
 
-    /// Partitions of a subscription's topic that this broker leads.
-    fn led_partitions(&self, name: &str) -> Result<Vec<u32>, Failure> {
+    /// Partitions of a subscription's topics that this broker leads.
+    fn led_partitions(&self, name: &str) -> Result<Vec<(String, u32)>, Failure> {
         let name = full_name(name)?;
         let meta = self.shared.meta();
-        let missing = || Failure::new(Code::NotFound, "NO_SUBSCRIPTION", format!("subscription {name} does not exist"));
+        let missing = || self.missing("NO_SUBSCRIPTION", format!("subscription {name} does not exist"));
         let found = meta.subscriptions.get(&name).ok_or_else(missing)?;
-        let topic = meta.topics.get(&found.spec.topic);
-        let groups = topic.map_or(&[][..], |t| &t.groups);
-        let led: Vec<u32> =
-            (0..).zip(groups).filter(|(_, g)| self.shared.leads(GroupId(**g))).map(|(p, _)| p).collect();
-        match (led.is_empty(), groups.first()) {
-            (true, Some(first)) => Err(self.not_leader(GroupId(*first))),
+        let (mut led, mut elsewhere) = (Vec::new(), None);
+        for topic in meta.topics_of(&found.spec) {
+            for (partition, group) in (0..).zip(topic.groups.iter().map(|g| GroupId(*g))) {
+                if self.shared.leads(group) {
+                    led.push((topic.name.clone(), partition));
+                } else {
+                    elsewhere.get_or_insert(group);
+                }
+            }
+        }
+        match elsewhere {
+            Some(group) if led.is_empty() => Err(self.not_leader(group)),
             _ => Ok(led),
         }
+    }
+}
+
+impl Context {
+    async fn seek_to_snapshot(
+        &self,
+        place: Place<'_>,
+        subscription: &str,
+        group: GroupId,
+        snapshot: &str,
+    ) -> Result<Response<v1::SeekResponse>, Status> {
+        let meta = self.shared.meta();
+        let missing = || {
+            let text = format!("{subscription} has no snapshot {snapshot}; see `weir subscription snapshots`");
+            self.missing("NO_SNAPSHOT", text)
+        };
+        let found = meta.subscriptions.get(&format!("{subscription}@{snapshot}")).ok_or_else(missing)?;
+        // every partition gets its part within moments; one that came later begins at its start, as the snapshot does there
+        cursor(self, group, SubscriptionId(found.id)).await?;
+        let seek = |answer| Command::Seek { to: SeekTo::Snapshot(SubscriptionId(found.id)), answer };
+        let offset = self.ask_hub(place, seek).await.map_err(|f| self.rejected(f))?;
+        Ok(Response::new(v1::SeekResponse { offset }))
     }
 }
 
@@ -160,7 +209,8 @@ impl Subscriber for Context {
         let (out, responses) = mpsc::channel(UNREAD_MAX);
         let attach =
             |answer| Command::Attach { name: open.member.clone(), messages: open.messages, out: out.clone(), answer };
-        let attached = self.ask_a_hub(&open.subscription, open.partition, attach).await;
+        let place = Place { subscription: &open.subscription, topic: &open.topic, partition: open.partition };
+        let attached = self.ask_a_hub(place, attach).await;
         let (member, hub) = attached.map_err(|f| self.rejected(f))?;
         self.metrics.open_streams.inc();
         let attached = Attached { hub: hub.clone(), member, context: self.clone() };
@@ -189,18 +239,23 @@ impl Subscriber for Context {
         let max = if request.messages_max == 0 { 100 } else { request.messages_max.min(MESSAGES_MAX) };
         let until = Instant::now() + Duration::from_millis(request.wait_ms.into()).min(WAIT_MAX);
         let partitions = match request.partition {
-            Some(partition) => vec![partition],
+            Some(partition) => vec![(request.topic.clone(), partition)],
             None => self.led_partitions(&request.subscription).map_err(|f| self.rejected(f))?,
         };
+        if partitions.is_empty() {
+            tokio::time::sleep(until.duration_since(Instant::now())).await; // a pattern that no topic has yet
+            return Ok(Response::new(v1::PullMessagesResponse::default()));
+        }
         loop {
             // not always the same one first: its backlog would starve the others
             self.turn.fetch_add(1, Ordering::Relaxed);
             let first = self.turn.load(Ordering::Relaxed) % partitions.len();
-            for partition in partitions.iter().cycle().skip(first).take(partitions.len()) {
+            for (topic, partition) in partitions.iter().cycle().skip(first).take(partitions.len()) {
                 // with one partition the hub waits; with several each is asked in turn
                 let wait = if partitions.len() == 1 { until.duration_since(Instant::now()) } else { Duration::ZERO };
                 let pull = |answer| Command::Pull { name: request.member.clone(), max: max.into(), wait, answer };
-                let pulled = self.ask_hub(&request.subscription, *partition, pull).await;
+                let place = Place { subscription: &request.subscription, topic, partition: *partition };
+                let pulled = self.ask_hub(place, pull).await;
                 let messages = pulled.map_err(|f| self.rejected(f))?;
                 if !messages.is_empty() {
                     return Ok(Response::new(v1::PullMessagesResponse { messages }));
@@ -217,15 +272,46 @@ impl Subscriber for Context {
         &self,
         request: Request<v1::AcknowledgeRequest>,
     ) -> Result<Response<v1::AcknowledgeResponse>, Status> {
-        let v1::AcknowledgeRequest { subscription, partition, offsets } = request.into_inner();
+        let v1::AcknowledgeRequest { subscription, partition, offsets, topic } = request.into_inner();
+        let place = Place { subscription: &subscription, topic: &topic, partition };
         let acknowledge = |answer| Command::Acknowledge { ranges: offsets.clone(), answer };
-        let acknowledged = self.ask_hub(&subscription, partition, acknowledge).await.map_err(|f| self.rejected(f))?;
+        let acknowledged = self.ask_hub(place, acknowledge).await.map_err(|f| self.rejected(f))?;
         Ok(Response::new(v1::AcknowledgeResponse { acknowledged }))
     }
 
+    async fn acknowledge_with_publish(
+        &self,
+        request: Request<v1::AcknowledgeWithPublishRequest>,
+    ) -> Result<Response<v1::AcknowledgeWithPublishResponse>, Status> {
+        let request = request.into_inner();
+        let to = full_name(&request.to)?;
+        if request.messages.is_empty() {
+            return Err(Failure::invalid("MESSAGES", "at least one message is published").into());
+        }
+        let records: Vec<_> = request.messages.into_iter().map(super::publisher::record).collect();
+        let place = Place { subscription: &request.subscription, topic: &request.topic, partition: request.partition };
+        let publish = |answer| Command::AcknowledgeWithPublish {
+            offset: request.offset,
+            to: to.clone(),
+            records: records.clone(),
+            answer,
+        };
+        let outcome = self.ask_hub(place, publish).await.map_err(|f| self.rejected(f))?;
+        let response = match outcome {
+            Outcome::Published(Published { partition, base_offset }) => {
+                v1::AcknowledgeWithPublishResponse { partition, base_offset, already: false }
+            }
+            Outcome::Already => v1::AcknowledgeWithPublishResponse { already: true, ..Default::default() },
+        };
+        Ok(Response::new(response))
+    }
+
     async fn nack(&self, request: Request<v1::NackRequest>) -> Result<Response<v1::NackResponse>, Status> {
-        let v1::NackRequest { subscription, partition, offsets } = request.into_inner();
-        let hub = self.hub(&subscription, partition).await.map_err(|f| self.rejected(f))?;
+        let v1::NackRequest { subscription, partition, offsets, topic } = request.into_inner();
+        let hub = self
+            .hub(Place { subscription: &subscription, topic: &topic, partition })
+            .await
+            .map_err(|f| self.rejected(f))?;
         let _ = hub.send(Command::Adjust { nacks: offsets, extensions: Vec::new() }).await;
         Ok(Response::new(v1::NackResponse {}))
     }
@@ -234,8 +320,11 @@ impl Subscriber for Context {
         &self,
         request: Request<v1::ExtendDeadlineRequest>,
     ) -> Result<Response<v1::ExtendDeadlineResponse>, Status> {
-        let v1::ExtendDeadlineRequest { subscription, partition, offsets } = request.into_inner();
-        let hub = self.hub(&subscription, partition).await.map_err(|f| self.rejected(f))?;
+        let v1::ExtendDeadlineRequest { subscription, partition, offsets, topic } = request.into_inner();
+        let hub = self
+            .hub(Place { subscription: &subscription, topic: &topic, partition })
+            .await
+            .map_err(|f| self.rejected(f))?;
         let _ = hub.send(Command::Adjust { nacks: Vec::new(), extensions: offsets }).await;
         Ok(Response::new(v1::ExtendDeadlineResponse {}))
     }
@@ -243,18 +332,22 @@ impl Subscriber for Context {
     async fn seek(&self, request: Request<v1::SeekRequest>) -> Result<Response<v1::SeekResponse>, Status> {
         use v1::seek_request::To;
         let request = request.into_inner();
-        let Resolved { group, .. } = resolve(self, &request.subscription, request.partition)?;
+        let place = Place { subscription: &request.subscription, topic: &request.topic, partition: request.partition };
+        let Resolved { group, name, .. } = resolve(self, place)?;
         let partition = self.led_partition(group)?;
+        if let Some(To::Snapshot(snapshot)) = &request.to {
+            return self.seek_to_snapshot(place, &name, group, snapshot).await;
+        }
         let offset = match request.to {
             Some(To::Offset(offset)) => offset,
             Some(To::TimeMs(time)) => partition.offset_at(time).map_err(Failure::from)?,
             Some(To::Earliest(_)) => partition.tail.start_offset(),
-            Some(To::Latest(_)) | None => partition.tail.high_watermark(),
+            Some(To::Latest(_) | To::Snapshot(_)) | None => partition.tail.high_watermark(),
         };
         log::check_range(&partition, offset)?;
         // through the hub: no ack of before may stand behind the seek
-        let seek = |answer| Command::Seek { offset, answer };
-        self.ask_hub(&request.subscription, request.partition, seek).await.map_err(|f| self.rejected(f))?;
+        let seek = |answer| Command::Seek { to: SeekTo::Offset(offset), answer };
+        self.ask_hub(place, seek).await.map_err(|f| self.rejected(f))?;
         Ok(Response::new(v1::SeekResponse { offset }))
     }
 }

@@ -115,6 +115,14 @@ async fn apply_to(
             messages_per_second: wanted.messages_per_second,
             bytes_per_second: wanted.bytes_per_second,
             burst_messages: wanted.burst_messages,
+            in_flight_member_max: wanted.in_flight_member_max,
+            priorities: wanted.priorities,
+            routing_keys: wanted.routing_keys.clone(),
+            push: wanted.push.clone().map(|(endpoint, concurrency, timeout_ms)| v1::Push {
+                endpoint,
+                concurrency,
+                timeout_ms,
+            }),
         };
         let request =
             v1::ApplySubscriptionRequest { name: wanted.name.clone(), spec: Some(spec), owner_uid: uid, generation };
@@ -126,8 +134,11 @@ async fn apply_to(
 }
 
 fn status(wanted: &ValidatedSubscription, snapshot: &Snapshot) -> (SubscriptionStatus, Said) {
-    let topic = snapshot.metadata.topics.iter().find(|t| t.name == wanted.topic);
-    let groups: Vec<u64> = topic.map(|t| t.partitions.iter().map(|p| p.group).collect()).unwrap_or_default();
+    let applied = snapshot.metadata.subscriptions.iter().find(|s| s.name == wanted.name);
+    let topics = applied.map(|s| s.topics.as_slice()).unwrap_or_default();
+    let read = snapshot.metadata.topics.iter().filter(|t| topics.contains(&t.name));
+    let groups: Vec<u64> = read.flat_map(|t| t.partitions.iter().map(|p| p.group)).collect();
+    let by_pattern = wanted.topic.contains(['*', '#']);
     let statuses = groups.iter().filter_map(|g| snapshot.statuses.get(g));
     let mine: Vec<&v1::SubscriptionStatus> =
         statuses.filter_map(|s| s.subscriptions.iter().find(|x| x.subscription == wanted.name)).collect();
@@ -140,8 +151,11 @@ fn status(wanted: &ValidatedSubscription, snapshot: &Snapshot) -> (SubscriptionS
         oldest_unacked_seconds: Some(oldest.unwrap_or(0).max(0) / 10_000 * 10),
         ..Default::default()
     };
-    let said = if mine.len() == groups.len() && !groups.is_empty() {
-        Said::new("Ready", true, "Serving", format!("reads {}", wanted.topic))
+    let said = if groups.is_empty() && by_pattern && applied.is_some() {
+        Said::new("Ready", true, "Serving", format!("reads all topics of {}; there is none yet", wanted.topic))
+    } else if mine.len() == groups.len() && !groups.is_empty() {
+        let many = if by_pattern { format!(", {} topics now", topics.len()) } else { String::new() };
+        Said::new("Ready", true, "Serving", format!("reads {}{many}", wanted.topic))
     } else {
         let text = format!("{} of {} partitions have its position", mine.len(), groups.len());
         Said::new("Ready", false, "Creating", text)

@@ -204,6 +204,7 @@ impl v1::admin_server::Admin for Scripted {
                 spec: asked.spec,
                 owner_uid: asked.owner_uid,
                 generation: asked.generation,
+                topics: vec!["shop/orders".into()],
                 ..Default::default()
             };
             state.subscriptions.insert(asked.name, subscription);
@@ -244,6 +245,14 @@ impl v1::admin_server::Admin for Scripted {
                 broker.phase = phase.into();
             }
         })?;
+        done()
+    }
+
+    async fn take_snapshot(&self, _: Request<v1::SnapshotRequest>) -> Applied {
+        done()
+    }
+
+    async fn delete_snapshot(&self, _: Request<v1::SnapshotRequest>) -> Applied {
         done()
     }
 

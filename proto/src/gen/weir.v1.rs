@@ -191,6 +191,9 @@ pub struct PullMessagesRequest {
     /// How long to wait for the first one, ms; 30 s at most.
     #[prost(uint32, tag = "5")]
     pub wait_ms: u32,
+    /// With `partition`, of a subscription that reads several topics.
+    #[prost(string, tag = "6")]
+    pub topic: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PullMessagesResponse {
@@ -212,6 +215,9 @@ pub struct ReceivedMessage {
     /// When the leader appended it.
     #[prost(uint64, tag = "5")]
     pub append_time_ms: u64,
+    /// Where the subscription reads several topics.
+    #[prost(string, tag = "6")]
+    pub topic: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AcknowledgeRequest {
@@ -221,6 +227,38 @@ pub struct AcknowledgeRequest {
     pub partition: u32,
     #[prost(message, repeated, tag = "3")]
     pub offsets: ::prost::alloc::vec::Vec<OffsetRange>,
+    /// Of a subscription that reads several topics; the same below.
+    #[prost(string, tag = "4")]
+    pub topic: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct AcknowledgeWithPublishRequest {
+    #[prost(string, tag = "1")]
+    pub subscription: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub topic: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "3")]
+    pub partition: u32,
+    /// The message that is done with. It must have been delivered by this leader: else FAILED_PRECONDITION, and it comes again.
+    #[prost(uint64, tag = "4")]
+    pub offset: u64,
+    /// The topic that takes the result.
+    #[prost(string, tag = "5")]
+    pub to: ::prost::alloc::string::String,
+    /// At least one; all go to one partition, that of the first one's key, in order.
+    #[prost(message, repeated, tag = "6")]
+    pub messages: ::prost::alloc::vec::Vec<Message>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AcknowledgeWithPublishResponse {
+    /// Where the result lies.
+    #[prost(uint32, tag = "1")]
+    pub partition: u32,
+    #[prost(uint64, tag = "2")]
+    pub base_offset: u64,
+    /// The message was acknowledged before, and nothing was published by this call.
+    #[prost(bool, tag = "3")]
+    pub already: bool,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct AcknowledgeResponse {
@@ -236,6 +274,8 @@ pub struct NackRequest {
     pub partition: u32,
     #[prost(message, repeated, tag = "3")]
     pub offsets: ::prost::alloc::vec::Vec<Nacked>,
+    #[prost(string, tag = "4")]
+    pub topic: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct NackResponse {}
@@ -247,6 +287,8 @@ pub struct ExtendDeadlineRequest {
     pub partition: u32,
     #[prost(message, repeated, tag = "3")]
     pub offsets: ::prost::alloc::vec::Vec<Extension>,
+    #[prost(string, tag = "4")]
+    pub topic: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ExtendDeadlineResponse {}
@@ -302,6 +344,9 @@ pub struct PullOpen {
     /// Messages one by one instead of whole batches. In the modes shared and keyShared they always come so.
     #[prost(bool, tag = "4")]
     pub messages: bool,
+    /// Of a subscription that reads several topics.
+    #[prost(string, tag = "5")]
+    pub topic: ::prost::alloc::string::String,
 }
 /// start inclusive, end exclusive.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -344,12 +389,15 @@ pub struct SeekRequest {
     pub subscription: ::prost::alloc::string::String,
     #[prost(uint32, tag = "2")]
     pub partition: u32,
-    #[prost(oneof = "seek_request::To", tags = "3, 4, 5, 6")]
+    /// Of a subscription that reads several topics.
+    #[prost(string, tag = "7")]
+    pub topic: ::prost::alloc::string::String,
+    #[prost(oneof = "seek_request::To", tags = "3, 4, 5, 6, 8")]
     pub to: ::core::option::Option<seek_request::To>,
 }
 /// Nested message and enum types in `SeekRequest`.
 pub mod seek_request {
-    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum To {
         #[prost(uint64, tag = "3")]
         Offset(u64),
@@ -359,10 +407,14 @@ pub mod seek_request {
         Earliest(bool),
         #[prost(bool, tag = "6")]
         Latest(bool),
+        /// Name of a snapshot of the subscription: its position and acks as they were then. Partitions that came later begin at their start.
+        #[prost(string, tag = "8")]
+        Snapshot(::prost::alloc::string::String),
     }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SeekResponse {
+    /// The new position; 0 where it is a snapshot's.
     #[prost(uint64, tag = "1")]
     pub offset: u64,
 }
@@ -552,9 +604,17 @@ pub struct Subscription {
     pub owner_uid: ::prost::alloc::string::String,
     #[prost(uint64, tag = "5")]
     pub generation: u64,
+    /// Of a snapshot, the id of its subscription.
+    #[prost(uint64, tag = "6")]
+    pub snapshot_of: u64,
+    /// Full names of the topics it reads now.
+    #[prost(string, repeated, tag = "7")]
+    pub topics: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SubscriptionSpec {
+    /// A topic, or a pattern of one namespace's topics: of the words between dots, `*` stands for one and `#` for any number. Topics that
+    /// are made later are read from their beginning.
     #[prost(string, tag = "1")]
     pub topic: ::prost::alloc::string::String,
     /// Start with the oldest record kept, not with the next one.
@@ -594,6 +654,31 @@ pub struct SubscriptionSpec {
     /// Messages that may go out at once after a pause; 0 for a tenth of a second's.
     #[prost(uint64, tag = "13")]
     pub burst_messages: u64,
+    /// Messages held at one time by one member in each partition; 0 for any number.
+    #[prost(uint32, tag = "14")]
+    pub in_flight_member_max: u32,
+    /// Messages go out by the digit in their header weir-priority, 9 first; every eighth is the oldest. Only SHARED.
+    #[prost(bool, tag = "15")]
+    pub priorities: bool,
+    /// The header weir-routing-key must match one of these patterns, as in `topic`; none for all messages.
+    #[prost(string, repeated, tag = "16")]
+    pub routing_keys: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Messages are pushed; absent: members come for them.
+    #[prost(message, optional, tag = "17")]
+    pub push: ::core::option::Option<Push>,
+}
+/// Messages as HTTP POSTs, CloudEvents 1.0 in binary content mode. An answer of 2xx acknowledges.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Push {
+    /// http: or https:.
+    #[prost(string, tag = "1")]
+    pub endpoint: ::prost::alloc::string::String,
+    /// Requests under way at one time from each partition; 0 for 1. EXCLUSIVE and FAILOVER: 1.
+    #[prost(uint32, tag = "2")]
+    pub concurrency: u32,
+    /// How long an answer may take; 0 for 10 s.
+    #[prost(uint64, tag = "3")]
+    pub timeout_ms: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct InboxRequest {}
@@ -639,6 +724,14 @@ pub struct ApplySubscriptionRequest {
     pub owner_uid: ::prost::alloc::string::String,
     #[prost(uint64, tag = "4")]
     pub generation: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotRequest {
+    #[prost(string, tag = "1")]
+    pub subscription: ::prost::alloc::string::String,
+    /// Among the snapshots of the subscription.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DeleteRequest {
@@ -2041,6 +2134,31 @@ pub mod subscriber_client {
             req.extensions_mut().insert(GrpcMethod::new("weir.v1.Subscriber", "Nack"));
             self.inner.unary(req, path, codec).await
         }
+        /// Done with one message, and publishes what came of it, in one step: repeated, after a failover too, it publishes once.
+        pub async fn acknowledge_with_publish(
+            &mut self,
+            request: impl tonic::IntoRequest<super::AcknowledgeWithPublishRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AcknowledgeWithPublishResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/weir.v1.Subscriber/AcknowledgeWithPublish",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("weir.v1.Subscriber", "AcknowledgeWithPublish"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Needs longer for messages.
         pub async fn extend_deadline(
             &mut self,
@@ -2135,6 +2253,14 @@ pub mod subscriber_server {
             &self,
             request: tonic::Request<super::NackRequest>,
         ) -> std::result::Result<tonic::Response<super::NackResponse>, tonic::Status>;
+        /// Done with one message, and publishes what came of it, in one step: repeated, after a failover too, it publishes once.
+        async fn acknowledge_with_publish(
+            &self,
+            request: tonic::Request<super::AcknowledgeWithPublishRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AcknowledgeWithPublishResponse>,
+            tonic::Status,
+        >;
         /// Needs longer for messages.
         async fn extend_deadline(
             &self,
@@ -2390,6 +2516,52 @@ pub mod subscriber_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = NackSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weir.v1.Subscriber/AcknowledgeWithPublish" => {
+                    #[allow(non_camel_case_types)]
+                    struct AcknowledgeWithPublishSvc<T: Subscriber>(pub Arc<T>);
+                    impl<
+                        T: Subscriber,
+                    > tonic::server::UnaryService<super::AcknowledgeWithPublishRequest>
+                    for AcknowledgeWithPublishSvc<T> {
+                        type Response = super::AcknowledgeWithPublishResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::AcknowledgeWithPublishRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Subscriber>::acknowledge_with_publish(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = AcknowledgeWithPublishSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
@@ -3453,6 +3625,50 @@ pub mod admin_client {
                 .insert(GrpcMethod::new("weir.v1.Admin", "DeleteSubscription"));
             self.inner.unary(req, path, codec).await
         }
+        /// Keeps a subscription's position and acks as they are, under a name: see SeekRequest. Until it is deleted it holds the records behind
+        /// it, as a subscription does.
+        pub async fn take_snapshot(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SnapshotRequest>,
+        ) -> std::result::Result<tonic::Response<super::ApplyResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/weir.v1.Admin/TakeSnapshot",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("weir.v1.Admin", "TakeSnapshot"));
+            self.inner.unary(req, path, codec).await
+        }
+        pub async fn delete_snapshot(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SnapshotRequest>,
+        ) -> std::result::Result<tonic::Response<super::ApplyResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/weir.v1.Admin/DeleteSnapshot",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("weir.v1.Admin", "DeleteSnapshot"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Names a broker that may join.
         pub async fn add_broker(
             &mut self,
@@ -3569,6 +3785,16 @@ pub mod admin_server {
         async fn delete_subscription(
             &self,
             request: tonic::Request<super::DeleteRequest>,
+        ) -> std::result::Result<tonic::Response<super::ApplyResponse>, tonic::Status>;
+        /// Keeps a subscription's position and acks as they are, under a name: see SeekRequest. Until it is deleted it holds the records behind
+        /// it, as a subscription does.
+        async fn take_snapshot(
+            &self,
+            request: tonic::Request<super::SnapshotRequest>,
+        ) -> std::result::Result<tonic::Response<super::ApplyResponse>, tonic::Status>;
+        async fn delete_snapshot(
+            &self,
+            request: tonic::Request<super::SnapshotRequest>,
         ) -> std::result::Result<tonic::Response<super::ApplyResponse>, tonic::Status>;
         /// Names a broker that may join.
         async fn add_broker(
@@ -3830,6 +4056,92 @@ pub mod admin_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = DeleteSubscriptionSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weir.v1.Admin/TakeSnapshot" => {
+                    #[allow(non_camel_case_types)]
+                    struct TakeSnapshotSvc<T: Admin>(pub Arc<T>);
+                    impl<T: Admin> tonic::server::UnaryService<super::SnapshotRequest>
+                    for TakeSnapshotSvc<T> {
+                        type Response = super::ApplyResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SnapshotRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Admin>::take_snapshot(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = TakeSnapshotSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weir.v1.Admin/DeleteSnapshot" => {
+                    #[allow(non_camel_case_types)]
+                    struct DeleteSnapshotSvc<T: Admin>(pub Arc<T>);
+                    impl<T: Admin> tonic::server::UnaryService<super::SnapshotRequest>
+                    for DeleteSnapshotSvc<T> {
+                        type Response = super::ApplyResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SnapshotRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Admin>::delete_snapshot(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DeleteSnapshotSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -2,6 +2,7 @@
 //! (see [`super::placement`]), so that applying stays the same in every version of the program.
 
 use super::state::*;
+use crate::pattern;
 use std::collections::BTreeMap;
 use thiserror::Error;
 
@@ -48,6 +49,24 @@ pub struct ApplySubscription {
     /// Its generation.
     #[prost(uint64, tag = "4")]
     pub generation: u64,
+}
+
+/// Keeps a subscription's position as it is, under a name.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct TakeSnapshot {
+    /// Full name of the subscription.
+    #[prost(string, tag = "1")]
+    pub subscription: String,
+    /// Name of the snapshot among those of the subscription.
+    #[prost(string, tag = "2")]
+    pub name: String,
+}
+
+impl TakeSnapshot {
+    /// Its name among subscriptions: no ordinary one has an `@`.
+    pub fn full_name(&self) -> String {
+        format!("{}@{}", self.subscription, self.name)
+    }
 }
 
 /// Deletes by name, if the owner agrees.
@@ -113,7 +132,7 @@ pub struct SetPhase {
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Command {
     /// Which.
-    #[prost(oneof = "Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
+    #[prost(oneof = "Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
     pub kind: Option<Kind>,
 }
 
@@ -153,7 +172,13 @@ pub enum Kind {
     /// An administrator names a broker that may join.
     #[prost(message, tag = "11")]
     Expect(Broker),
+    /// See [`TakeSnapshot`].
+    #[prost(message, tag = "12")]
+    TakeSnapshot(TakeSnapshot),
 }
+
+/// Snapshots of one subscription.
+pub const SNAPSHOTS_MAX: usize = 100;
 
 /// What a command answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -214,6 +239,7 @@ impl MetaState {
             Some(Kind::DeleteTopic(c)) => self.delete_topic(c),
             Some(Kind::ApplySubscription(c)) => self.apply_subscription(c),
             Some(Kind::DeleteSubscription(c)) => self.delete_subscription(c),
+            Some(Kind::TakeSnapshot(c)) => self.take_snapshot(c),
             Some(Kind::Reassign(c)) => self.reassign(c),
             Some(Kind::Settled(c)) => self.settle(c),
             Some(Kind::AllocateProducers(count)) => {
@@ -333,11 +359,15 @@ impl MetaState {
     }
 
     fn apply_subscription(&mut self, change: &ApplySubscription) -> Result<Answer, MetaError> {
-        let topic = self.topics.get(&change.spec.topic).ok_or_else(|| not_found("topic", &change.spec.topic))?.id;
+        let topic = if pattern::is_pattern(&change.spec.topic) {
+            0 // also topics that are made later
+        } else {
+            self.topics.get(&change.spec.topic).ok_or_else(|| not_found("topic", &change.spec.topic))?.id
+        };
         let existing = self.subscriptions.get(&change.name);
         if let Some(old) = existing {
             check_owner(&change.name, &old.owner_uid, &change.owner_uid)?;
-            if old.topic_id != topic {
+            if old.topic_id != topic || (topic == 0 && old.spec.topic != change.spec.topic) {
                 let text = format!("{} reads {}; its topic cannot change", change.name, old.spec.topic);
                 return Err(MetaError::Invalid(text));
             }
@@ -351,8 +381,27 @@ impl MetaState {
             topic_id: topic,
             owner_uid: change.owner_uid.clone(),
             generation: change.generation,
+            snapshot_of: 0,
         };
         self.subscriptions.insert(change.name.clone(), subscription);
+        Ok(Answer::Done)
+    }
+
+    fn take_snapshot(&mut self, change: &TakeSnapshot) -> Result<Answer, MetaError> {
+        let of = self.subscriptions.get(&change.subscription).filter(|s| s.snapshot_of == 0).cloned();
+        let of = of.ok_or_else(|| not_found("subscription", &change.subscription))?;
+        let name = change.full_name();
+        if self.subscriptions.contains_key(&name) {
+            return Err(MetaError::Invalid(format!("{} has a snapshot {}; delete it first", of.name, change.name)));
+        }
+        if self.subscriptions.values().filter(|s| s.snapshot_of == of.id).count() >= SNAPSHOTS_MAX {
+            let text = format!("{} has {SNAPSHOTS_MAX} snapshots; delete one first", of.name);
+            return Err(MetaError::Invalid(text));
+        }
+        let id = self.take_id();
+        let snapshot =
+            Subscription { id, name: name.clone(), snapshot_of: of.id, owner_uid: String::new(), generation: 0, ..of };
+        self.subscriptions.insert(name, snapshot);
         Ok(Answer::Done)
     }
 
@@ -362,7 +411,9 @@ impl MetaState {
         if change.release {
             self.subscriptions.entry(change.name.clone()).and_modify(|s| s.owner_uid.clear());
         } else {
+            let id = old.id;
             self.subscriptions.remove(&change.name);
+            self.subscriptions.retain(|_, s| s.snapshot_of != id);
         }
         Ok(Answer::Done)
     }

@@ -2,6 +2,7 @@
 
 use crate::delivery::{Mode, Policy};
 use crate::ids::{BrokerId, GroupId, META_GROUP, Replica, ReplicaId, SubscriptionId, TopicId};
+use crate::pattern;
 use std::collections::BTreeMap;
 
 /// Whether a broker takes replicas.
@@ -205,6 +206,32 @@ pub struct SubscriptionSpec {
     /// Messages that may go out at once after a pause; 0 for as many as a tenth of a second allows.
     #[prost(uint64, tag = "13")]
     pub burst_messages: u64,
+    /// Messages leased at one time to one member in each partition; 0 for any number.
+    #[prost(uint32, tag = "14")]
+    pub in_flight_member_max: u32,
+    /// Messages are given out by priority; in [`Mode::Shared`] only.
+    #[prost(bool, tag = "15")]
+    pub priorities: bool,
+    /// A message's routing key must match one of these patterns; none for all messages.
+    #[prost(string, repeated, tag = "16")]
+    pub routing_keys: Vec<String>,
+    /// Where messages are pushed to; none where members come for them.
+    #[prost(message, optional, tag = "17")]
+    pub push: Option<Push>,
+}
+
+/// Where and how messages are pushed.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Push {
+    /// An `http:` or `https:` URL.
+    #[prost(string, tag = "1")]
+    pub endpoint: String,
+    /// Requests under way at one time from each partition.
+    #[prost(uint32, tag = "2")]
+    pub concurrency: u32,
+    /// How long an answer may take, ms.
+    #[prost(uint64, tag = "3")]
+    pub timeout_ms: u64,
 }
 
 impl SubscriptionSpec {
@@ -218,7 +245,21 @@ impl SubscriptionSpec {
             // subscriptions made before there was a choice say 0
             leased_max: if self.in_flight_max == 0 { Policy::default().leased_max } else { self.in_flight_max.into() },
             deliveries_max: self.deliveries_max,
+            leased_by_member_max: match self.in_flight_member_max {
+                0 => u64::MAX,
+                max => max.into(),
+            },
+            priorities: self.priorities && self.mode() == Mode::Shared,
         }
+    }
+
+    /// Whether it reads a topic of this full name.
+    pub fn reads(&self, topic: &Topic) -> bool {
+        if !pattern::is_pattern(&self.topic) {
+            return self.topic == topic.name;
+        }
+        // what is scheduled comes through the topic it is scheduled for
+        topic.spec.schedule_for.is_empty() && pattern::matches_topic(&self.topic, &topic.name)
     }
 }
 
@@ -234,7 +275,7 @@ pub struct Subscription {
     /// What it promises.
     #[prost(message, required, tag = "3")]
     pub spec: SubscriptionSpec,
-    /// The topic's id when it was made.
+    /// The topic's id when it was made; 0 for one that reads all topics of a pattern.
     #[prost(uint64, tag = "4")]
     pub topic_id: u64,
     /// Who declared it.
@@ -243,6 +284,9 @@ pub struct Subscription {
     /// Generation of that resource.
     #[prost(uint64, tag = "6")]
     pub generation: u64,
+    /// The subscription whose position this one keeps as it was, and is not delivered itself; 0 for an ordinary one.
+    #[prost(uint64, tag = "7")]
+    pub snapshot_of: u64,
 }
 
 /// Everything the metadata group knows.
@@ -322,9 +366,24 @@ impl MetaState {
         self.topics.get(topic)?.groups.get(partition as usize).map(|g| GroupId(*g))
     }
 
-    /// Subscriptions of one topic.
+    /// Subscriptions that read one topic, snapshots among them.
     pub fn subscriptions_of(&self, topic: TopicId) -> impl Iterator<Item = &Subscription> {
-        self.subscriptions.values().filter(move |s| s.topic_id == topic.0)
+        let by_pattern = self.subscriptions.values().any(|s| s.topic_id == 0);
+        let found = by_pattern.then(|| self.topics.values().find(|t| t.id == topic.0)).flatten();
+        let reads = move |s: &&Subscription| match s.topic_id {
+            0 => found.is_some_and(|t| s.spec.reads(t)),
+            id => id == topic.0,
+        };
+        self.subscriptions.values().filter(reads)
+    }
+
+    /// Topics that a subscription reads.
+    pub fn topics_of<'a>(&'a self, spec: &'a SubscriptionSpec) -> impl Iterator<Item = &'a Topic> {
+        let (one, all) = match pattern::is_pattern(&spec.topic) {
+            false => (self.topics.get(&spec.topic), None),
+            true => (None, Some(self.topics.values().filter(|t| spec.reads(t)))),
+        };
+        one.into_iter().chain(all.into_iter().flatten())
     }
 
     /// A subscription by id.

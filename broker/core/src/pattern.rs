@@ -1,0 +1,91 @@
+//! Patterns of dotted names, as topic exchanges of AMQP 0-9-1 have them: `*` stands for one word, `#` for any number of words.
+
+/// Whether a name is a pattern.
+pub fn is_pattern(name: &str) -> bool {
+    name.contains(['*', '#'])
+}
+
+/// Whether a pattern is one: `*` and `#` are words of their own.
+pub fn is_well_formed(pattern: &str) -> bool {
+    pattern.split('.').all(|word| !word.is_empty() && (word == "*" || word == "#" || !is_pattern(word)))
+}
+
+/// Whether a dotted name matches. Takes time by the product of both lengths in words, whatever the pattern.
+pub fn matches(pattern: &str, name: &str) -> bool {
+    let words: Vec<&str> = if name.is_empty() { Vec::new() } else { name.split('.').collect() };
+    // reached[n]: the pattern so far matches the first n words
+    let mut reached = vec![false; words.len() + 1];
+    reached[0] = true;
+    for part in pattern.split('.') {
+        if part == "#" {
+            let first = reached.iter().position(|r| *r).unwrap_or(reached.len());
+            reached[first..].fill(true);
+            continue;
+        }
+        for n in (0..words.len()).rev() {
+            reached[n + 1] = reached[n] && (part == "*" || part == words[n]);
+        }
+        reached[0] = false;
+    }
+    reached[words.len()]
+}
+
+/// Whether a topic's full name, `namespace/name`, matches a pattern of one namespace's topics.
+pub fn matches_topic(pattern: &str, topic: &str) -> bool {
+    match (pattern.split_once('/'), topic.split_once('/')) {
+        (Some((wanted, pattern)), Some((namespace, name))) => wanted == namespace && matches(pattern, name),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn words_match_as_topic_exchanges_match_them() {
+        for (pattern, name, wanted) in [
+            ("orders.*", "orders.eu", true),
+            ("orders.*", "orders", false),
+            ("orders.*", "orders.eu.paid", false),
+            ("orders.#", "orders", true),
+            ("orders.#", "orders.eu.paid", true),
+            ("#", "anything.at.all", true),
+            ("#", "", true),
+            ("*", "", false),
+            ("*.paid", "eu.paid", true),
+            ("#.paid", "orders.eu.paid", true),
+            ("#.paid", "paid", true),
+            ("a.#.b.#.c", "a.x.b.c", true),
+            ("a.#.b.#.c", "a.x.c.b", false),
+            ("a.*.#", "a", false),
+            ("orders", "orders", true),
+        ] {
+            assert_eq!(matches(pattern, name), wanted, "{pattern} {name}");
+        }
+        assert!(matches_topic("shop/orders.*", "shop/orders.eu") && !matches_topic("shop/orders.*", "bank/orders.eu"));
+        assert!(is_well_formed("a.*.#") && !is_well_formed("a.b*") && !is_well_formed("a..b") && !is_well_formed(""));
+    }
+
+    fn plainly(pattern: &[&str], words: &[&str]) -> bool {
+        match (pattern.first(), words.first()) {
+            (None, None) => true,
+            (Some(&"#"), _) => plainly(&pattern[1..], words) || (!words.is_empty() && plainly(pattern, &words[1..])),
+            (Some(part), Some(word)) if *part == "*" || part == word => plainly(&pattern[1..], &words[1..]),
+            _ => false,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_table_agrees_with_the_definition(
+            pattern in proptest::collection::vec(prop_oneof!["a", "b", Just("*".to_owned()), Just("#".to_owned())], 1..6),
+            words in proptest::collection::vec("[ab]", 1..6),
+        ) {
+            let (p, w): (Vec<&str>, Vec<&str>) =
+                (pattern.iter().map(String::as_str).collect(), words.iter().map(String::as_str).collect());
+            prop_assert_eq!(matches(&pattern.join("."), &words.join(".")), plainly(&p, &w));
+        }
+    }
+}

@@ -162,7 +162,8 @@ impl Member {
     async fn deliver(&self, hub: &mpsc::Sender<Command>, member: u64, message: v1::ReceivedMessage) {
         let (start, end) = (message.offset, message.offset + 1);
         let mut pause = PAUSE_MIN;
-        loop {
+        // a hub that has ended begins anew, and delivers the message again
+        while !hub.is_closed() {
             // the lease lasts as long as the request may
             let deadline_ms = self.push.timeout_ms + self.ack_deadline_ms;
             let extensions = vec![v1::Extension { start, end, deadline_ms }];

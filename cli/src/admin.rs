@@ -298,12 +298,21 @@ pub(crate) async fn subscription(client: &Client, command: Subscription, output:
     Ok(())
 }
 
+/// How the partitions stand that a subscription reads.
+pub(crate) async fn read_by(
+    client: &Client,
+    subscription: &v1::Subscription,
+) -> Result<Vec<v1::PartitionStatus>, weir_client::Error> {
+    // asked for no topics, brokers tell of all
+    if subscription.topics.is_empty() { Ok(Vec::new()) } else { client.describe(&subscription.topics).await }
+}
+
 async fn list_snapshots(client: &Client, name: &str, output: Output) -> anyhow::Result<()> {
     let cluster = client.cluster();
     let full = weir_client::full_name(name);
     let found = cluster.subscription(&full);
     let found = found.ok_or_else(|| anyhow::anyhow!("subscription {name} does not exist"))?;
-    let statuses = if found.topics.is_empty() { Vec::new() } else { client.describe(&found.topics).await? };
+    let statuses = read_by(client, found).await?;
     let mut rows = Vec::new();
     for snapshot in cluster.metadata.subscriptions.iter().filter(|s| s.snapshot_of == found.id) {
         let short = snapshot.name.rsplit('@').next().unwrap_or_default().to_owned();
@@ -329,8 +338,8 @@ async fn describe_subscription(client: &Client, name: &str, output: Output) -> a
     let found = cluster.subscription(&full);
     let found = found.ok_or_else(|| anyhow::anyhow!("subscription {name} does not exist"))?;
     let topic = found.spec.as_ref().map_or("", |s| s.topic.as_str()).to_owned();
-    let statuses = if found.topics.is_empty() { Vec::new() } else { client.describe(&found.topics).await? };
-    let many = found.topics.len() > 1 || topic.contains(['*', '#']);
+    let statuses = read_by(client, found).await?;
+    let many = weir_proto::is_pattern(&topic);
     let now_ms = crate::data::now_ms();
     let mine = |p: &v1::PartitionStatus| p.subscriptions.iter().find(|s| s.subscription == full).cloned();
     let age = |s: &v1::SubscriptionStatus| if s.oldest_ms == 0 { 0 } else { now_ms.saturating_sub(s.oldest_ms as i64) };

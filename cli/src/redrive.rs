@@ -1,5 +1,6 @@
 //! `weir subscription redrive`: dead letters go back to the topic they came from, for the subscription that failed at them.
 
+use crate::admin::read_by;
 use anyhow::Context as _;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -67,14 +68,17 @@ pub(crate) async fn redrive(client: &Client, name: &str, max: u64) -> anyhow::Re
 pub(crate) async fn backlog(client: &Client, subscription: &str) -> anyhow::Result<u64> {
     let end = Instant::now() + Duration::from_secs(10);
     loop {
-        let topics = client.cluster().subscription(subscription).map(|s| s.topics.clone()).unwrap_or_default();
-        let statuses = if topics.is_empty() { Vec::new() } else { client.describe(&topics).await? };
-        let mine = statuses.iter().flat_map(|p| p.subscriptions.iter().find(|s| s.subscription == subscription));
-        let mine: Vec<u64> = mine.map(|s| s.backlog).collect();
-        if mine.len() == statuses.len() {
-            return Ok(mine.iter().sum());
+        if let Some(found) = client.cluster().subscription(subscription) {
+            let statuses = read_by(client, found).await?;
+            let mine = statuses.iter().flat_map(|p| p.subscriptions.iter().find(|s| s.subscription == subscription));
+            let mine: Vec<u64> = mine.map(|s| s.backlog).collect();
+            // of a pattern that no topic has yet, nothing is told
+            if mine.len() == statuses.len() && statuses.is_empty() == found.topics.is_empty() {
+                return Ok(mine.iter().sum());
+            }
         }
         anyhow::ensure!(Instant::now() < end, "the brokers do not tell how much there is");
         tokio::time::sleep(Duration::from_millis(100)).await;
+        client.refresh().await?;
     }
 }

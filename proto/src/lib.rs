@@ -7,6 +7,11 @@ pub mod v1;
 
 pub mod records;
 
+/// Whether a subscription's `topic` is a pattern of topics.
+pub fn is_pattern(topic: &str) -> bool {
+    topic.contains(['*', '#'])
+}
+
 /// For the reflection service: the contract as an encoded `FileDescriptorSet`.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!("gen/descriptor.bin");
 

@@ -78,19 +78,20 @@ pub async fn tend(context: Context) {
     let mut pushers: HashMap<(GroupId, SubscriptionId), Pusher> = HashMap::new();
     loop {
         let meta = context.shared.meta();
-        let mut wanted = Vec::new();
+        let mut wanted = HashMap::new();
         for subscription in meta.subscriptions.values().filter(|s| s.snapshot_of == 0) {
             let Some(push) = &subscription.spec.push else { continue };
             for topic in meta.topics_of(&subscription.spec) {
                 for (partition, group) in (0..).zip(topic.groups.iter().map(|g| GroupId(*g))) {
                     if context.shared.leads(group) {
-                        wanted.push(((group, SubscriptionId(subscription.id)), push, subscription, topic, partition));
+                        let key = (group, SubscriptionId(subscription.id));
+                        wanted.insert(key, (push, subscription, topic, partition));
                     }
                 }
             }
         }
-        pushers.retain(|key, pusher| wanted.iter().any(|(k, push, ..)| k == key && **push == pusher.push));
-        for (key, push, subscription, topic, partition) in wanted {
+        pushers.retain(|key, pusher| wanted.get(key).is_some_and(|(push, ..)| **push == pusher.push));
+        for (key, (push, subscription, topic, partition)) in wanted {
             if pushers.contains_key(&key) {
                 continue;
             }
@@ -165,9 +166,7 @@ impl Member {
         // a hub that has ended begins anew, and delivers the message again
         while !hub.is_closed() {
             // the lease lasts as long as the request may
-            let deadline_ms = self.push.timeout_ms + self.ack_deadline_ms;
-            let extensions = vec![v1::Extension { start, end, deadline_ms }];
-            let _ = hub.send(Command::Say(member, v1::PullRequest { extensions, ..Default::default() })).await;
+            self.hold(hub, member, start, self.push.timeout_ms).await;
             let mut said = v1::PullRequest { credit_messages: 1, ..Default::default() };
             let (outcome, wait) = match self.post(&message).await {
                 Answer::Taken => {
@@ -182,7 +181,7 @@ impl Member {
                 Answer::Later(after, why) => {
                     self.note(&message, &why);
                     self.context.metrics.pushed.with_label_values(&[&self.subscription, "later"]).inc();
-                    self.wait_holding(hub, member, (start, end), after.unwrap_or(pause)).await;
+                    self.wait_holding(hub, member, start, after.unwrap_or(pause)).await;
                     pause = (pause * 2).min(PAUSE_MAX);
                     continue;
                 }
@@ -196,8 +195,15 @@ impl Member {
         }
     }
 
+    /// Keeps a lease for so long, and an ack deadline beyond.
+    async fn hold(&self, hub: &mpsc::Sender<Command>, member: u64, offset: u64, for_ms: u64) {
+        let deadline_ms = for_ms + self.ack_deadline_ms;
+        let extensions = vec![v1::Extension { start: offset, end: offset + 1, deadline_ms }];
+        let _ = hub.send(Command::Say(member, v1::PullRequest { extensions, ..Default::default() })).await;
+    }
+
     /// Waits, and keeps the lease meanwhile.
-    async fn wait_holding(&self, hub: &mpsc::Sender<Command>, member: u64, at: (u64, u64), wait: Duration) {
+    async fn wait_holding(&self, hub: &mpsc::Sender<Command>, member: u64, offset: u64, wait: Duration) {
         let end = Instant::now() + wait;
         loop {
             let left = end.saturating_duration_since(Instant::now());
@@ -205,9 +211,7 @@ impl Member {
                 return;
             }
             let part = left.min(Duration::from_millis(self.ack_deadline_ms / 2).max(LOOK));
-            let deadline_ms = part.as_millis() as u64 + self.ack_deadline_ms;
-            let extensions = vec![v1::Extension { start: at.0, end: at.1, deadline_ms }];
-            let _ = hub.send(Command::Say(member, v1::PullRequest { extensions, ..Default::default() })).await;
+            self.hold(hub, member, offset, part.as_millis() as u64).await;
             tokio::time::sleep(part).await;
         }
     }

@@ -2,7 +2,7 @@
 
 mod cluster;
 
-use cluster::{Cluster, WEIR, make_topic, read_all};
+use cluster::{Cluster, make_topic, read_all, spec, subscribe, weir};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -15,17 +15,6 @@ use weir_client::{Client, Error, Record};
 use weir_proto::v1;
 
 const PATIENCE: Duration = Duration::from_secs(60);
-
-fn spec(topic: &str, mode: v1::SubscriptionMode) -> v1::SubscriptionSpec {
-    v1::SubscriptionSpec { topic: topic.into(), from_earliest: true, mode: mode.into(), ..Default::default() }
-}
-
-async fn subscribe(client: &Client, name: &str, spec: v1::SubscriptionSpec) -> Result<(), Error> {
-    let request = v1::ApplySubscriptionRequest { name: name.into(), spec: Some(spec), ..Default::default() };
-    client.admin().await?.apply_subscription(request).await?;
-    client.refresh().await?;
-    Ok(())
-}
 
 fn numbered(number: u64) -> Record {
     let headers = vec![("parity".to_owned(), if number.is_multiple_of(2) { "even".into() } else { "odd".into() })];
@@ -50,12 +39,6 @@ async fn publish(client: &Client, topic: &str, numbers: std::ops::Range<u64>) {
     for outcome in under_way {
         outcome.await.unwrap().unwrap();
     }
-}
-
-fn weir(cluster: &Cluster, args: &[&str]) -> String {
-    let output = std::process::Command::new(WEIR).args(args).env("WEIR_SERVER", &cluster.servers).output().unwrap();
-    assert!(output.status.success(), "weir {args:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
 }
 
 /// Takes messages until told to stop: those of `poison` are refused, the others acked.

@@ -2,7 +2,7 @@
 
 mod cluster;
 
-use cluster::{Cluster, WEIR, make_topic, read_all};
+use cluster::{Cluster, make_topic, read_all, spec, subscribe, weir};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -14,17 +14,6 @@ use weir_client::{Client, Error, Record};
 use weir_proto::v1;
 
 const PATIENCE: Duration = Duration::from_secs(60);
-
-fn spec(topic: &str, mode: v1::SubscriptionMode) -> v1::SubscriptionSpec {
-    v1::SubscriptionSpec { topic: topic.into(), from_earliest: true, mode: mode.into(), ..Default::default() }
-}
-
-async fn subscribe(client: &Client, name: &str, spec: v1::SubscriptionSpec) -> Result<(), Error> {
-    let request = v1::ApplySubscriptionRequest { name: name.into(), spec: Some(spec), ..Default::default() };
-    client.admin().await?.apply_subscription(request).await?;
-    client.refresh().await?;
-    Ok(())
-}
 
 fn record(value: &str, headers: &[(&str, &str)]) -> Record {
     let headers = headers.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned().into())).collect();
@@ -58,21 +47,6 @@ fn value(delivered: &Delivered) -> String {
 async fn next(subscriber: &mut Subscriber) -> Delivered {
     let next = tokio::time::timeout(PATIENCE, subscriber.next()).await.expect("a message in time");
     next.expect("an open subscription").unwrap()
-}
-
-fn weir(cluster: &Cluster, args: &[&str]) -> String {
-    let run = || std::process::Command::new(WEIR).args(args).env("WEIR_SERVER", &cluster.servers).output().unwrap();
-    let mut output = run();
-    // the metadata's leader may be the one that was killed: whoever changes something asks again
-    for _ in 0..50 {
-        if output.status.success() || !String::from_utf8_lossy(&output.stderr).contains("metadata leader") {
-            break;
-        }
-        std::thread::sleep(Duration::from_millis(200));
-        output = run();
-    }
-    assert!(output.status.success(), "weir {args:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -135,7 +135,7 @@ impl Subscriber {
             .subscription(&full)
             .ok_or_else(|| refused("NO_SUBSCRIPTION", format!("subscription {full} does not exist")))?;
         let wanted = found.spec.as_ref().map(|s| s.topic.clone()).unwrap_or_default();
-        let many = is_pattern(&wanted);
+        let many = weir_proto::is_pattern(&wanted);
         if !many && found.topics.is_empty() {
             return Err(refused("NO_TOPIC", format!("topic {wanted} does not exist")));
         }
@@ -188,10 +188,6 @@ impl Subscriber {
             }
         }
     }
-}
-
-fn is_pattern(topic: &str) -> bool {
-    topic.contains(['*', '#'])
 }
 
 /// Moves a subscription's position in all partitions, whoever reads it. What was leased before the move comes again where it lies

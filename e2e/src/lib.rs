@@ -289,6 +289,14 @@ impl Kubernetes {
         Ok(out.join(" and "))
     }
 
+    /// Deletes a namespace, and waits until that has finished.
+    pub async fn delete_namespace(&self, name: &str, within: Duration) -> anyhow::Result<Duration> {
+        let api: Api<Namespace> = Api::all(self.client.clone());
+        api.delete(name, &DeleteParams::default()).await?;
+        let gone = async || api.get_opt(name).await.is_ok_and(|n| n.is_none()).then_some(());
+        self.until(&format!("deleting the namespace {name} finishes"), within, gone).await
+    }
+
     /// Makes a namespace.
     pub async fn namespace(&self, name: &str) -> anyhow::Result<()> {
         let api: Api<Namespace> = Api::all(self.client.clone());

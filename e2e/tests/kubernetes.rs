@@ -397,12 +397,6 @@ async fn other_namespace(k: &Kubernetes) -> anyhow::Result<()> {
         let status = subscriptions.get("ads").await.ok()?.status?;
         status.conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True").then_some(())
     };
-    let namespaces: Api<k8s_openapi::api::core::v1::Namespace> = Api::all(k.client.clone());
-    let leave = async |what: &str| {
-        namespaces.delete("shop", &DeleteParams::default()).await?;
-        let gone = async || namespaces.get_opt("shop").await.is_ok_and(|n| n.is_none()).then_some(());
-        k.until(what, LONG, gone).await
-    };
     declare().await?;
     let reason = async || {
         let topic = topics.get("carts").await.ok()?;
@@ -410,14 +404,14 @@ async fn other_namespace(k: &Kubernetes) -> anyhow::Result<()> {
     };
     k.until("served in another namespace", LONG, async || (reason().await? == "Serving").then_some(())).await?;
     k.until("read in another namespace", LONG, read).await?;
-    let took = leave("deleting a namespace that is served finishes").await?;
+    let took = k.delete_namespace("shop", LONG).await?;
     println!("a namespace with a served Topic and Subscription deleted in {:.0} s", took.as_secs_f64());
     k.namespace("shop").await?;
     declare().await?;
     k.until("served again", LONG, async || (reason().await? == "Serving").then_some(())).await?;
     k.change_cluster(json!({"allowedNamespaces": []})).await?;
     k.until("not allowed any more", LONG, async || (reason().await? == "NamespaceNotAllowed").then_some(())).await?;
-    leave("deleting a namespace that is not allowed any more finishes").await?;
+    k.delete_namespace("shop", LONG).await?;
     println!("a topic in another namespace: served, then refused, then gone");
     Ok(())
 }
@@ -438,12 +432,9 @@ async fn reinstall(k: &Kubernetes) -> anyhow::Result<()> {
 }
 
 async fn remove(k: &Kubernetes) -> anyhow::Result<()> {
-    let namespaces: Api<k8s_openapi::api::core::v1::Namespace> = Api::all(k.client.clone());
     assert!(k.api::<StreamCluster>().get("default").await.is_ok());
     k.helm(&["uninstall", "weir", "-n", NAMESPACE])?;
-    namespaces.delete(NAMESPACE, &DeleteParams::default()).await?;
-    let gone = async || namespaces.get_opt(NAMESPACE).await.is_ok_and(|n| n.is_none()).then_some(());
-    let took = k.until("deleting the namespace finishes", LONG, gone).await?;
+    let took = k.delete_namespace(NAMESPACE, LONG).await?;
     println!("namespace deleted in {:.0} s", took.as_secs_f64());
     Ok(())
 }

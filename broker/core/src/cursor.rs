@@ -192,18 +192,12 @@ impl Cursors {
             self.0.remove(&update.subscription);
             return;
         }
-        if let Some(position) = update.seek {
-            let seeks = self.0.get(&update.subscription).map_or(0, |c| c.seeks) + 1;
-            self.0.insert(update.subscription, Cursor { seeks, ..Cursor::at(position) });
-        }
-        let known = self.0.get(&update.subscription).map(|c| c.seeks);
-        for from in [update.snapshot_of, update.return_to].into_iter().filter(|id| *id != 0) {
-            if (known.is_none() || from == update.return_to)
-                && let Some(copied) = self.0.get(&from).cloned()
-            {
-                let seeks = known.unwrap_or(0) + 1;
-                self.0.insert(update.subscription, Cursor { seeks, plan: None, ..copied });
-            }
+        let seeks = self.0.get(&update.subscription).map(|c| c.seeks);
+        let copied = if seeks.is_none() && update.snapshot_of != 0 { update.snapshot_of } else { update.return_to };
+        let moved = update.seek.map(Cursor::at).or_else(|| self.0.get(&copied).cloned()); // no subscription has the id 0
+        if let Some(moved) = moved {
+            let seeks = seeks.unwrap_or(0) + 1;
+            self.0.insert(update.subscription, Cursor { seeks, plan: None, ..moved });
         }
         if let Some(cursor) = self.0.get_mut(&update.subscription) {
             update.acked.iter().for_each(|range| cursor.ack(*range));

@@ -136,8 +136,8 @@ struct Slot {
 #[derive(Debug, Default)]
 struct Pool {
     by_rank: BTreeSet<(u8, u64)>,
-    /// the same by age, where there are ranks
-    by_age: Option<BTreeSet<u64>>,
+    /// the same by age, with their ranks, where there are any
+    by_age: Option<BTreeMap<u64, u8>>,
     taken: u64,
 }
 
@@ -145,7 +145,7 @@ impl Pool {
     fn insert(&mut self, rank: u8, offset: u64) {
         self.by_rank.insert((rank, offset));
         if let Some(by_age) = &mut self.by_age {
-            by_age.insert(offset);
+            by_age.insert(offset, rank);
         }
     }
 
@@ -156,15 +156,13 @@ impl Pool {
         }
     }
 
-    /// The next to go out; `rank_of` tells the rank of an offset in it.
-    fn take(&mut self, rank_of: impl Fn(u64) -> u8) -> Option<u64> {
+    /// The next to go out.
+    fn take(&mut self) -> Option<u64> {
         self.taken += 1;
-        let oldest = self.by_age.as_ref().filter(|_| self.taken.is_multiple_of(OLDEST_EVERY));
-        let offset = match oldest.and_then(|by_age| by_age.first().copied()) {
-            Some(oldest) => oldest,
-            None => self.by_rank.first()?.1,
-        };
-        self.remove(rank_of(offset), offset);
+        let by_age = self.by_age.as_ref().filter(|_| self.taken.is_multiple_of(OLDEST_EVERY));
+        let oldest = by_age.and_then(BTreeMap::first_key_value).map(|(offset, rank)| (*rank, *offset));
+        let (rank, offset) = oldest.or_else(|| self.by_rank.first().copied())?;
+        self.remove(rank, offset);
         Some(offset)
     }
 }
@@ -233,7 +231,7 @@ impl Delivery {
             window: VecDeque::new(),
             members: BTreeMap::new(),
             lanes: HashMap::new(),
-            pool: Pool { by_age: policy.priorities.then(BTreeSet::new), ..Pool::default() },
+            pool: Pool { by_age: policy.priorities.then(BTreeMap::new), ..Pool::default() },
             due: BTreeSet::new(),
             turn: 0,
             leased: 0,
@@ -554,8 +552,7 @@ impl Delivery {
         let mut hungry: VecDeque<(MemberId, u64)> = after.filter_map(room).collect();
         while out.len() < max && self.leased < self.policy.leased_max {
             let Some((id, room)) = hungry.pop_front() else { break };
-            let (window, base) = (&self.window, self.base);
-            let Some(offset) = self.pool.take(|o| window[(o - base) as usize].rank) else { break };
+            let Some(offset) = self.pool.take() else { break };
             out.push(self.lease(id, offset, now_ms));
             self.turn = id;
             if room > 1 {

@@ -14,7 +14,8 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use weir_core::cursor::Cursor;
 use weir_core::group::Machine;
 use weir_core::ids::{GroupId, SubscriptionId};
-use weir_core::meta::state::SubscriptionSpec;
+use weir_core::meta::command::TakeSnapshot;
+use weir_core::meta::state::{MetaState, Subscription, SubscriptionSpec};
 use weir_core::pattern;
 use weir_proto::v1;
 use weir_proto::v1::subscriber_server::Subscriber;
@@ -43,11 +44,10 @@ pub(crate) struct Place<'a> {
 }
 
 fn resolve(context: &Context, place: Place<'_>) -> Result<Resolved, Failure> {
-    let Place { subscription: name, topic, partition } = place;
-    let name = full_name(name)?;
+    let Place { subscription, topic, partition } = place;
     let meta = context.shared.meta();
-    let missing = || context.missing("NO_SUBSCRIPTION", format!("subscription {name} does not exist"));
-    let found = meta.subscriptions.get(&name).ok_or_else(missing)?;
+    let found = context.subscription(&meta, subscription)?;
+    let name = found.name.clone();
     let topic = match topic {
         "" if pattern::is_pattern(&found.spec.topic) => {
             let text = format!("{name} reads all topics of {}: say which one", found.spec.topic);
@@ -90,6 +90,13 @@ pub(crate) async fn cursor(context: &Context, group: GroupId, subscription: Subs
 }
 
 impl Context {
+    /// A subscription by name.
+    fn subscription<'a>(&self, meta: &'a MetaState, name: &str) -> Result<&'a Subscription, Failure> {
+        let name = full_name(name)?;
+        let missing = || self.missing("NO_SUBSCRIPTION", format!("subscription {name} does not exist"));
+        meta.subscriptions.get(&name).ok_or_else(missing)
+    }
+
     /// The hub of a subscription in a partition led here, started where it does not run.
     pub(crate) async fn hub(&self, place: Place<'_>) -> Result<mpsc::Sender<Command>, Failure> {
         // (of a hub that is found, the task may end at any time: a send then fails)
@@ -135,10 +142,8 @@ impl Context {
 
     /// Partitions of a subscription's topics that this broker leads.
     fn led_partitions(&self, name: &str) -> Result<Vec<(String, u32)>, Failure> {
-        let name = full_name(name)?;
         let meta = self.shared.meta();
-        let missing = || self.missing("NO_SUBSCRIPTION", format!("subscription {name} does not exist"));
-        let found = meta.subscriptions.get(&name).ok_or_else(missing)?;
+        let found = self.subscription(&meta, name)?;
         let (mut led, mut elsewhere) = (Vec::new(), None);
         for topic in meta.topics_of(&found.spec) {
             for (partition, group) in (0..).zip(topic.groups.iter().map(|g| GroupId(*g))) {
@@ -169,7 +174,8 @@ impl Context {
             let text = format!("{subscription} has no snapshot {snapshot}; see `weir subscription snapshots`");
             self.missing("NO_SNAPSHOT", text)
         };
-        let found = meta.subscriptions.get(&format!("{subscription}@{snapshot}")).ok_or_else(missing)?;
+        let wanted = TakeSnapshot { subscription: subscription.to_owned(), name: snapshot.to_owned() };
+        let found = meta.subscriptions.get(&wanted.full_name()).ok_or_else(missing)?;
         // every partition gets its part within moments; one that came later begins at its start, as the snapshot does there
         cursor(self, group, SubscriptionId(found.id)).await?;
         let seek = |answer| Command::Seek { to: SeekTo::Snapshot(SubscriptionId(found.id)), answer };

@@ -6,8 +6,8 @@ use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
-use weir_client::Client;
 use weir_client::consumer::{From, Message, read_partition};
+use weir_client::{Client, Error};
 use weir_proto::v1;
 
 pub(crate) const WEIR: &str = env!("CARGO_BIN_EXE_weir");
@@ -112,10 +112,36 @@ pub(crate) async fn make_topic(client: &Client, name: &str, partitions: u32, rep
 
 /// A subscription from the beginning, with its position in every partition.
 pub(crate) async fn make_subscription(client: &Client, name: &str, topic: &str, mode: v1::SubscriptionMode) {
-    let spec =
-        v1::SubscriptionSpec { topic: topic.into(), from_earliest: true, mode: mode.into(), ..Default::default() };
+    subscribe(client, name, spec(topic, mode)).await.unwrap();
+}
+
+/// A subscription from the beginning.
+pub(crate) fn spec(topic: &str, mode: v1::SubscriptionMode) -> v1::SubscriptionSpec {
+    v1::SubscriptionSpec { topic: topic.into(), from_earliest: true, mode: mode.into(), ..Default::default() }
+}
+
+/// Declares a subscription.
+pub(crate) async fn subscribe(client: &Client, name: &str, spec: v1::SubscriptionSpec) -> Result<(), Error> {
     let request = v1::ApplySubscriptionRequest { name: name.into(), spec: Some(spec), ..Default::default() };
-    client.admin().await.unwrap().apply_subscription(request).await.unwrap();
+    client.admin().await?.apply_subscription(request).await?;
+    client.refresh().await?;
+    Ok(())
+}
+
+/// What the command line prints; it must succeed.
+pub(crate) fn weir(cluster: &Cluster, args: &[&str]) -> String {
+    let run = || Command::new(WEIR).args(args).env("WEIR_SERVER", &cluster.servers).output().unwrap();
+    let mut output = run();
+    // the metadata's leader may be the one that was killed: whoever changes something asks again
+    for _ in 0..50 {
+        if output.status.success() || !String::from_utf8_lossy(&output.stderr).contains("metadata leader") {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(200));
+        output = run();
+    }
+    assert!(output.status.success(), "weir {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
 }
 
 /// All messages of a topic, partition by partition, from the beginning to where it ends now.

@@ -138,7 +138,7 @@ fn status(wanted: &ValidatedSubscription, snapshot: &Snapshot) -> (SubscriptionS
     let topics = applied.map(|s| s.topics.as_slice()).unwrap_or_default();
     let read = snapshot.metadata.topics.iter().filter(|t| topics.contains(&t.name));
     let groups: Vec<u64> = read.flat_map(|t| t.partitions.iter().map(|p| p.group)).collect();
-    let by_pattern = wanted.topic.contains(['*', '#']);
+    let by_pattern = weir_proto::is_pattern(&wanted.topic);
     let statuses = groups.iter().filter_map(|g| snapshot.statuses.get(g));
     let mine: Vec<&v1::SubscriptionStatus> =
         statuses.filter_map(|s| s.subscriptions.iter().find(|x| x.subscription == wanted.name)).collect();

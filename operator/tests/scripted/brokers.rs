@@ -193,7 +193,7 @@ impl v1::admin_server::Admin for Scripted {
             }
             state.deleted.push(asked);
         })?;
-        if found { done() } else { Err(weir_proto_not_found()) }
+        if found { done() } else { Err(not_found()) }
     }
 
     async fn apply_subscription(&self, request: Request<v1::ApplySubscriptionRequest>) -> Applied {
@@ -219,7 +219,7 @@ impl v1::admin_server::Admin for Scripted {
             state.subscriptions.remove(&asked.name);
             state.deleted.push(asked);
         })?;
-        if found { done() } else { Err(weir_proto_not_found()) }
+        if found { done() } else { Err(not_found()) }
     }
 
     async fn add_broker(
@@ -265,7 +265,7 @@ impl v1::admin_server::Admin for Scripted {
     }
 }
 
-fn weir_proto_not_found() -> Status {
+fn not_found() -> Status {
     use tonic_types::{ErrorDetails, StatusExt as _};
     let details = ErrorDetails::with_error_info("NOT_FOUND", "weir.dev", std::collections::HashMap::new());
     Status::with_error_details(tonic::Code::NotFound, "there is none", details)

@@ -58,9 +58,12 @@ impl Origin {
     }
 }
 
-/// A producer id of a broker's own: far beyond those the metadata group gives, which count up from 1.
+/// Producer ids from here on are brokers' own: far beyond those the metadata group gives, which count up from 1.
+pub const OWN_PRODUCERS: u64 = 1 << 62;
+
+/// A producer id of a broker's own.
 pub fn own_producer(seed: u64) -> u64 {
-    (1 << 62) | (mix(seed) >> 2)
+    OWN_PRODUCERS | (mix(seed) >> 2)
 }
 
 /// Publishes a dead letter. One that is too large for its topic goes without its value, which a header then says.

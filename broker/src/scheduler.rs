@@ -373,12 +373,13 @@ impl Context {
         Ok(())
     }
 
-    /// Stores messages until they are due; each with its time. Gives the offset of the first.
+    /// Stores messages until they are due; each with its time, and all once where they have a stamp. Gives the offset of the first.
     pub(crate) async fn schedule(
         &self,
         topic: &str,
         partition: u32,
         mut list: Vec<(Record, u64)>,
+        stamp: Option<Stamp>,
     ) -> Result<u64, tonic::Status> {
         self.prepare_schedule(topic).await?;
         for (record, due_ms) in &mut list {
@@ -386,7 +387,7 @@ impl Context {
             record.headers.push((DELIVER_AT.to_owned(), due_ms.to_string().into()));
         }
         let list: Vec<Record> = list.into_iter().map(|(record, _)| record).collect();
-        let batch = records::encode(&list, Compression::None, None).map_err(|e| Failure::invalid("RECORDS", e))?;
+        let batch = records::encode(&list, Compression::None, stamp).map_err(|e| Failure::invalid("RECORDS", e))?;
         let name = name_for(topic);
         // a topic that has just been made gets its leaders within moments
         let mut tries = 0;

@@ -167,7 +167,7 @@ async fn garbage_and_frames_that_are_too_large_are_refused_and_the_connection_li
     let after = status(&mut metadata).await;
     assert_eq!(after.high_watermark, before.high_watermark);
     let message = v1::Message { value: "x".into(), ..Default::default() };
-    let request = v1::PublishRequest { topic: "t".into(), partition: Some(0), messages: vec![message] };
+    let request = v1::PublishRequest { topic: "t".into(), partition: Some(0), messages: vec![message], producer: None };
     let mut publisher = v1::publisher_client::PublisherClient::new(channel);
     assert_eq!(publisher.publish(request).await.unwrap().into_inner().base_offset, after.high_watermark);
     running.stop().await;
@@ -186,7 +186,7 @@ async fn refused(running: &Running, reason: &str) -> u64 {
 
 fn publish(value: impl Into<Bytes>) -> v1::PublishRequest {
     let message = v1::Message { value: value.into(), ..Default::default() };
-    v1::PublishRequest { topic: "t".into(), partition: Some(0), messages: vec![message] }
+    v1::PublishRequest { topic: "t".into(), partition: Some(0), messages: vec![message], producer: None }
 }
 
 async fn subscribe(running: &Running, ack_deadline_ms: u64) {

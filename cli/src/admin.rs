@@ -45,7 +45,7 @@ pub(crate) enum Subscription {
     #[command(after_help = "Examples:
   weir subscription seek mail --to earliest
   weir subscription seek mail --to-snapshot before-upgrade
-TO is earliest, latest, an offset, or a time as ms since the epoch (from 1000000000000 on).")]
+TO is earliest, latest, an offset, or a time such as 2026-01-31T08:00:00Z, or one as ms since the epoch (from 1000000000000 on).")]
     Seek {
         name: String,
         /// The place.
@@ -111,6 +111,7 @@ pub(crate) async fn apply_subscription(client: &Client, subscription: &Validated
     let spec = v1::SubscriptionSpec {
         topic: subscription.topic.clone(),
         from_earliest: subscription.from_earliest,
+        start_ms: subscription.start_ms,
         ack_deadline_ms: subscription.ack_deadline_ms,
         mode: subscription.mode as i32,
         backoff_min_ms: subscription.backoff_min_ms,

@@ -142,7 +142,7 @@ async fn publish_later(
 #[command(after_help = "Examples:
   weir consume --topic orders --from earliest
   weir consume --subscription mail --max 10 -o json
-FROM is earliest, latest, an offset, or a time as ms since the epoch (from 1000000000000 on).")]
+FROM is earliest, latest, an offset, or a time such as 2026-01-31T08:00:00Z, or one as ms since the epoch (from 1000000000000 on).")]
 pub(crate) struct Consume {
     /// Read as this subscription, and acknowledge what was printed.
     #[arg(long, conflicts_with = "topic", required_unless_present = "topic")]
@@ -164,7 +164,10 @@ pub(crate) fn parse_from(text: &str) -> Result<From, String> {
         ("latest", _) => Ok(From::Latest),
         (_, Ok(n)) if n >= 1_000_000_000_000 => Ok(From::Time(n)),
         (_, Ok(n)) => Ok(From::Offset(n)),
-        _ => Err("not earliest, latest, an offset or a time in ms".to_owned()),
+        _ => match humantime::parse_rfc3339(text).map(|t| t.duration_since(std::time::UNIX_EPOCH)) {
+            Ok(Ok(time)) => Ok(From::Time(time.as_millis() as u64)),
+            _ => Err("not earliest, latest, an offset, a time such as 2026-01-31T08:00:00Z, or one in ms".to_owned()),
+        },
     }
 }
 

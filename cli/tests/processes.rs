@@ -244,6 +244,7 @@ async fn bad_requests_are_refused_by_name() {
         topic: topic.to_owned(),
         partition: Some(partition),
         messages: vec![v1::Message { value: vec![7; bytes].into(), ..Default::default() }],
+        producer: None,
     };
     let mut codes = Vec::new();
     for request in

@@ -50,6 +50,34 @@ async fn next(subscriber: &mut Subscriber) -> Delivered {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_subscription_starts_at_the_time_it_declares() {
+    let cluster = Cluster::start(3);
+    let client = Client::new(&cluster.servers).unwrap();
+    make_topic(&client, "t", 2, 3).await;
+    publish(&client, "t", (0..20).map(|n| record(&format!("before {n}"), &[])).collect()).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let time = std::time::SystemTime::now();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    publish(&client, "t", (0..20).map(|n| record(&format!("after {n}"), &[])).collect()).await;
+    let start_ms = time.duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64;
+    let timed = v1::SubscriptionSpec { start_ms, from_earliest: false, ..spec("t", v1::SubscriptionMode::Shared) };
+    subscribe(&client, "timed", timed).await.unwrap();
+    let mut reader = Subscriber::open(&client, "timed", Default::default()).await.unwrap();
+    let mut found = BTreeSet::new();
+    while found.len() < 20 {
+        let delivered = next(&mut reader).await;
+        found.insert(value(&delivered));
+        delivered.ack();
+    }
+    assert!(found.iter().all(|v| v.starts_with("after")), "{found:?}");
+    reader.close().await;
+    // the same by hand
+    weir(&cluster, &["subscription", "seek", "timed", "--to", &humantime::format_rfc3339_millis(time).to_string()]);
+    let mut reader = Subscriber::open(&client, "timed", Default::default()).await.unwrap();
+    assert!(value(&next(&mut reader).await).starts_with("after"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_pattern_reads_topics_that_come_later_from_their_beginning_and_routing_keys_choose() {
     let cluster = Cluster::start(3);
     let client = Client::new(&cluster.servers).unwrap();

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use weir_client::consumer::Message;
 use weir_client::schedule::{cancel, schedule};
-use weir_client::{Client, Error, Record};
+use weir_client::{Client, Error, Record, proto as v1};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -57,6 +57,9 @@ async fn scheduled_messages_come_once_when_they_are_due_and_not_once_cancelled_w
         let scheduled = schedule(&client, "t", list).await.unwrap();
         due.extend(numbers.clone().map(|number| (number, ms(at(number)))));
         handles.extend(numbers.zip(scheduled));
+        if call == 6 {
+            cluster.kill("weir-2");
+        }
     }
     // those due last, every third
     let late = |number: &u64| due[number] > ms(SystemTime::now() + Duration::from_secs(4)) && number.is_multiple_of(3);
@@ -88,13 +91,53 @@ async fn scheduled_messages_come_once_when_they_are_due_and_not_once_cancelled_w
     assert_eq!(seen, due.keys().copied().collect::<Vec<_>>());
     let late = lateness(&messages, &due);
     println!(
-        "{} scheduled messages, each once over 3 killed brokers; late: median {} ms, worst {} ms",
+        "{} scheduled messages, each once over 4 killed brokers; late: median {} ms, worst {} ms",
         seen.len(),
         late[late.len() / 2],
         late[late.len() - 1]
     );
     let Err(Error::Refused { reason, .. }) = cancel(&client, &handles[&seen[0]]).await else { panic!("too late") };
     assert_eq!(reason, "NOT_SCHEDULED");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_is_repeated_is_stored_once() {
+    let cluster = Cluster::start(1);
+    let client = Client::new(&cluster.servers).unwrap();
+    make_topic(&client, "t", 1, 1).await;
+    let channel = client.channel(&cluster.servers).unwrap();
+    let mut publisher = v1::publisher_client::PublisherClient::new(channel);
+    let id = publisher.allocate_producer_ids(v1::AllocateProducerIdsRequest { count: 1 }).await.unwrap();
+    let id = id.into_inner().first_id;
+    let request = |sequence, deliver_at_ms| v1::PublishRequest {
+        topic: "t".into(),
+        partition: Some(0),
+        messages: vec![v1::Message { value: "v".into(), deliver_at_ms, ..Default::default() }],
+        producer: Some(v1::ProducerStamp { id, sequence }),
+    };
+    for sequence in [0, 1] {
+        let first = publisher.publish(request(sequence, 0)).await.unwrap().into_inner();
+        let again = publisher.publish(request(sequence, 0)).await.unwrap().into_inner();
+        assert_eq!((first.base_offset, &again), (sequence as u64, &first));
+    }
+    // what is scheduled counts for itself
+    let at = ms(SystemTime::now() + Duration::from_secs(1));
+    let first = publisher.publish(request(0, at)).await.unwrap().into_inner();
+    assert_eq!(publisher.publish(request(0, at)).await.unwrap().into_inner(), first);
+    let refused = |request| {
+        let mut publisher = publisher.clone();
+        async move { publisher.publish(request).await.unwrap_err().code() }
+    };
+    let gap = refused(request(7, 0)).await;
+    let nowhere = refused(v1::PublishRequest { partition: None, ..request(2, 0) }).await;
+    let nobody = refused(v1::PublishRequest { producer: Some(v1::ProducerStamp::default()), ..request(2, 0) }).await;
+    let own = v1::ProducerStamp { id: 1 << 62, sequence: 0 };
+    let own = refused(v1::PublishRequest { producer: Some(own), ..request(2, 0) }).await;
+    use tonic::Code::InvalidArgument;
+    assert_eq!([nowhere, nobody, own], [InvalidArgument; 3]);
+    assert_ne!(gap, tonic::Code::Ok);
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
+    assert_eq!(read_all(&client, "t", 1).await.len(), 3, "two at once, and the one that was due");
 }
 
 /// `SCHEDULED=1000000` for the figure in the README.

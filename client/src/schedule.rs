@@ -3,8 +3,10 @@
 use crate::consumer::message_of;
 use crate::{Client, Error};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tonic::transport::Channel;
 use weir_proto::records::{self, Record};
 use weir_proto::v1;
+use weir_proto::v1::publisher_client::PublisherClient;
 
 /// A call is tried for this long.
 const ANSWER_WITHIN: Duration = Duration::from_secs(15);
@@ -25,8 +27,13 @@ fn message(record: Record, at: SystemTime) -> v1::Message {
     v1::Message { deliver_at_ms: ms, ..message_of(record) }
 }
 
+fn publisher(client: &Client, address: &str) -> Result<PublisherClient<Channel>, tonic::Status> {
+    let channel = client.channel(address).map_err(|e| tonic::Status::internal(e.to_string()))?;
+    Ok(PublisherClient::new(channel).max_encoding_message_size(weir_proto::MESSAGE_BYTES_MAX))
+}
+
 /// Has records published to a topic, each at its time or (where that is past) at once. Those of one key keep their order where their
-/// times do. Stored when this returns. Should it fail they may be stored all the same: a call that is repeated may schedule twice.
+/// times do. Stored when this returns, once, whatever fails under way. Should it end with an error they may be stored all the same.
 pub async fn schedule(client: &Client, topic: &str, list: Vec<(Record, SystemTime)>) -> Result<Vec<Scheduled>, Error> {
     let cluster = client.connect(ANSWER_WITHIN).await?;
     let missing = || Error::Refused {
@@ -40,20 +47,24 @@ pub async fn schedule(client: &Client, topic: &str, list: Vec<(Record, SystemTim
         let partition = record.key.as_ref().map_or(0, |key| records::partition_of(key, partitions));
         calls.entry(partition).or_default().push((at, message(record, when)));
     }
+    // a producer of this call's own: what is sent again is known to be there
+    let id = client
+        .anywhere(|address| async move {
+            let mut publisher = publisher(client, &address)?;
+            Ok(publisher.allocate_producer_ids(v1::AllocateProducerIdsRequest { count: 1 }).await?.into_inner())
+        })
+        .await?
+        .first_id;
+    let producer = Some(v1::ProducerStamp { id, sequence: 0 });
     let mut out = Vec::new();
     for (partition, messages) in calls {
         let (places, messages): (Vec<usize>, Vec<v1::Message>) = messages.into_iter().unzip();
-        let request = v1::PublishRequest { topic: topic.to_owned(), partition: Some(partition), messages };
+        let request = v1::PublishRequest { topic: topic.to_owned(), partition: Some(partition), messages, producer };
         // any broker takes it and passes it on
         let answer = client
             .anywhere(|address| {
                 let request = request.clone();
-                async move {
-                    let channel = client.channel(&address).map_err(|e| tonic::Status::internal(e.to_string()))?;
-                    let publisher = v1::publisher_client::PublisherClient::new(channel);
-                    let mut publisher = publisher.max_encoding_message_size(weir_proto::MESSAGE_BYTES_MAX);
-                    Ok(publisher.publish(request).await?.into_inner())
-                }
+                async move { Ok(publisher(client, &address)?.publish(request).await?.into_inner()) }
             })
             .await?;
         for (at, place) in places.into_iter().enumerate() {
@@ -71,10 +82,7 @@ pub async fn cancel(client: &Client, scheduled: &Scheduled) -> Result<(), Error>
     let request = v1::CancelScheduledRequest { topic: topic.clone(), partition, offset };
     let call = |address: String| {
         let request = request.clone();
-        async move {
-            let channel = client.channel(&address).map_err(|e| tonic::Status::internal(e.to_string()))?;
-            Ok(v1::publisher_client::PublisherClient::new(channel).cancel_scheduled(request).await?.into_inner())
-        }
+        async move { Ok(publisher(client, &address)?.cancel_scheduled(request).await?.into_inner()) }
     };
     client.refresh().await?;
     client.at_leader(&format!("{topic}.scheduled"), partition, ANSWER_WITHIN, call).await.map(drop)

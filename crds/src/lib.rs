@@ -19,6 +19,8 @@ use serde::{Deserialize, Serialize};
 
 /// Durations as people write them: `90s`, `12h`, `7d`.
 pub const DURATION_PATTERN: &str = "^([0-9]+(ms|s|m|h|d|w))+$";
+/// Times in UTC: `2026-01-31T08:00:00Z`.
+pub const TIME_PATTERN: &str = "^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\\.[0-9]+)?Z$";
 /// Sizes as people write them: `512Mi`, `10Gi`.
 pub const SIZE_PATTERN: &str = "^[0-9]+(Ki|Mi|Gi|Ti|k|M|G|T)?$";
 /// Replicas where neither the topic nor its cluster says how many.
@@ -235,6 +237,10 @@ pub struct SubscriptionSpec {
     /// Where it starts when it is made: `latest` (the default), with messages published from then on; `earliest`, with the oldest kept.
     #[serde(default)]
     pub start: StartPosition,
+    /// It starts with the first message appended at or after this time, such as `2026-01-31T08:00:00Z`, whatever `start` says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = TIME_PATTERN))]
+    pub start_time: Option<String>,
     /// How long a consumer may hold a message unacknowledged, such as `30s` (the default).
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = DURATION_PATTERN))]
@@ -386,6 +392,8 @@ pub struct ValidatedSubscription {
     pub topic: String,
     /// Starts with the oldest record.
     pub from_earliest: bool,
+    /// Starts with the first record appended at or after this time, ms since the epoch; 0 for what `from_earliest` says.
+    pub start_ms: u64,
     /// ms, 0 for the default.
     pub ack_deadline_ms: u64,
     /// How messages are shared.
@@ -543,10 +551,18 @@ impl Subscription {
             push,
             topic,
             from_earliest: self.spec.start == StartPosition::Earliest,
+            start_ms: time_ms("spec.startTime", &self.spec.start_time)?,
             ack_deadline_ms: millis("spec.ackDeadline", &self.spec.ack_deadline)?,
             name,
         })
     }
+}
+
+fn time_ms(field: &'static str, text: &Option<String>) -> Result<u64, Invalid> {
+    let Some(text) = text else { return Ok(0) };
+    let wrong = || invalid(field, format!("'{text}' is not a time in UTC such as 2026-01-31T08:00:00Z"));
+    let time = humantime::parse_rfc3339(text).map_err(|_| wrong())?;
+    time.duration_since(std::time::UNIX_EPOCH).map(|d| d.as_millis() as u64).map_err(|_| wrong())
 }
 
 fn millis(field: &'static str, text: &Option<String>) -> Result<u64, Invalid> {

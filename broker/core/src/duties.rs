@@ -90,7 +90,14 @@ impl Node {
         let begin = |s: &Subscription| {
             // of a topic that was made after it, it misses nothing
             let all = s.spec.start() == Start::Earliest || topic.0 > s.id;
-            let start = if all { tail.start_offset() } else { state.next_offset };
+            let start = match s.spec.start_ms {
+                time_ms if time_ms > 0 => group
+                    .log()
+                    .offset_at(time_ms)
+                    .clamp(tail.start_offset(), state.next_offset.max(tail.start_offset())),
+                _ if all => tail.start_offset(),
+                _ => state.next_offset,
+            };
             let known = s.snapshot_of != 0 && state.cursors.get(s.snapshot_of).is_some();
             let seek = (!known).then_some(start);
             let snapshot_of = if known { s.snapshot_of } else { 0 };

@@ -206,6 +206,16 @@ impl GroupLog {
         dropped
     }
 
+    /// Offset of the first record appended at or after `time_ms`; where the store cannot tell, of the first one kept. Reads the store.
+    pub fn offset_at(&self, time_ms: u64) -> u64 {
+        match self.store.offset_at(self.group, time_ms) {
+            Ok(stored) => {
+                stored.into_iter().chain(self.tail.offset_at(time_ms)).min().unwrap_or(self.tail.end_offset())
+            }
+            Err(_) => self.tail.start_offset(),
+        }
+    }
+
     /// Moves the truncation point to one of the checkpoints; `None` where it is not in the store yet.
     pub fn truncate(&mut self, index: u64) -> Result<Option<CheckpointInfo>, StoreError> {
         let Some(checkpoint) = self.store.checkpoint(self.group, index)? else { return Ok(None) };

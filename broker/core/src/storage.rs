@@ -1,6 +1,7 @@
 //! What the core asks of a disk. Implemented in `weir-store` over RocksDB and over memory.
 //! Writes are gathered into rounds: one atomic batch over all groups, then (at most) one sync.
 
+use crate::entry::Context;
 use crate::ids::{GroupId, ReplicaId};
 use bytes::Bytes;
 use raft::eraftpb::{ConfState, Entry};
@@ -155,6 +156,12 @@ pub trait Store: Send + Sync + 'static {
     fn locate_offset(&self, group: GroupId, offset: u64) -> Result<Option<u64>, StoreError>;
     /// Index of the first entry from which on a record at or after `time_ms` may stand.
     fn locate_time(&self, group: GroupId, time_ms: u64) -> Result<Option<u64>, StoreError>;
+    /// Offset of the first record of that entry: what reads from `time_ms` on.
+    fn offset_at(&self, group: GroupId, time_ms: u64) -> Result<Option<u64>, StoreError> {
+        let Some(index) = self.locate_time(group, time_ms)? else { return Ok(None) };
+        let entry = self.entries(group, index, index + 1, 0)?;
+        Ok(entry.first().and_then(Context::of).map(|c| c.base_offset))
+    }
     /// A checkpoint by index.
     fn checkpoint(&self, group: GroupId, index: u64) -> Result<Option<Checkpoint>, StoreError>;
     /// Applies a round atomically; readable afterwards, durable only after [`Self::sync`].

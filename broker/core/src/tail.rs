@@ -183,6 +183,13 @@ impl Tail {
         inner.held.get(at).filter(|h| h.base_offset <= offset).map(|h| h.entry.index)
     }
 
+    /// Offset of the first batch held that was appended at or after `time_ms`, committed or not.
+    pub fn offset_at(&self, time_ms: u64) -> Option<u64> {
+        let inner = self.read();
+        let batches = inner.held.iter().filter_map(|h| LogBatch::of(&h.entry));
+        batches.filter(|b| b.append_time_ms >= time_ms).map(|b| b.base_offset).next()
+    }
+
     /// Committed batches from the one that holds `offset` on, up to `bytes_max` but at least one;
     /// `None` where `offset` lies before what is held.
     pub fn batches(&self, offset: u64, bytes_max: usize) -> Option<Vec<LogBatch>> {
@@ -231,7 +238,9 @@ mod tests {
         assert_eq!(tail.append(&[entry(4, 5, 7)]), Some((4, 5)));
         assert_eq!(tail.end_offset(), 12);
         assert_eq!(tail.index_of(11), Some(4));
+        assert_eq!((tail.offset_at(5), tail.offset_at(6)), (Some(0), None));
         tail.evict(2, 0);
+        assert_eq!(tail.offset_at(0), Some(3));
         assert_eq!(tail.batches(1, 1000), None);
         assert_eq!(tail.first_index(), 3);
     }

@@ -183,6 +183,7 @@ impl Admin for Context {
             priorities: spec.priorities,
             routing_keys: routing_keys(spec.routing_keys)?,
             push: push(spec.push, mode)?,
+            start_ms: spec.start_ms,
         };
         let reads = |topic: &str| topic == whole.topic || pattern::matches_topic(&whole.topic, topic);
         if !whole.dead_letter_topic.is_empty() && reads(&whole.dead_letter_topic) {

@@ -53,6 +53,7 @@ fn subscription(meta: &core::MetaState, s: &core::Subscription) -> v1::Subscript
     let spec = v1::SubscriptionSpec {
         topic: s.spec.topic.clone(),
         from_earliest: s.spec.start() == core::Start::Earliest,
+        start_ms: s.spec.start_ms,
         ack_deadline_ms: s.spec.ack_deadline_ms,
         mode: s.spec.mode,
         backoff_min_ms: s.spec.backoff_min_ms,

@@ -2,6 +2,7 @@
 
 use super::{Context, Found, full_name};
 use crate::node_loop::{Event, ReplyTo};
+use crate::outbox;
 use crate::status::Failure;
 use bytes::Bytes;
 use futures::Stream;
@@ -15,7 +16,7 @@ use weir_core::batch::BatchHeader;
 use weir_core::ids::GroupId;
 use weir_core::meta::command::Kind;
 use weir_core::node::Reply;
-use weir_proto::records::{self, Compression, Record};
+use weir_proto::records::{self, Compression, Record, Stamp};
 use weir_proto::v1;
 use weir_proto::v1::publisher_server::Publisher;
 
@@ -75,6 +76,7 @@ impl Publisher for Context {
             Some(partition) => partition,
             None => choose_partition(self, &request).map_err(|f| self.rejected(f))?,
         };
+        let stamp = stamp(&request).map_err(|f| self.rejected(f))?;
         let scheduled = request.messages.iter().filter(|m| m.deliver_at_ms > 0).count();
         if scheduled > 0 {
             if scheduled < request.messages.len() {
@@ -84,11 +86,11 @@ impl Publisher for Context {
             let topic = self.find(&request.topic, partition).map_err(|f| self.rejected(f))?.topic;
             let timed = |m: v1::Message| (m.deliver_at_ms, record(m));
             let list = request.messages.into_iter().map(timed).map(|(at, record)| (record, at)).collect();
-            let base_offset = self.schedule(&topic, partition, list).await?;
+            let base_offset = self.schedule(&topic, partition, list, stamp).await?;
             return Ok(Response::new(v1::PublishResponse { partition, base_offset, scheduled: true }));
         }
         let list: Vec<Record> = request.messages.into_iter().map(record).collect();
-        let batch = records::encode(&list, Compression::None, None).map_err(|e| Failure::invalid("RECORDS", e))?;
+        let batch = records::encode(&list, Compression::None, stamp).map_err(|e| Failure::invalid("RECORDS", e))?;
         let bytes = batch.len();
         let checked = check(self, &request.topic, partition, batch).map_err(|f| self.rejected(f))?;
         let _permit = budget(&self.budget, bytes).await;
@@ -209,6 +211,27 @@ fn answer(
         };
         Poll::Ready(Some(Ok(v1::PublishAck { id, outcome: Some(outcome) })))
     })
+}
+
+/// What makes a call one that may be repeated.
+fn stamp(request: &v1::PublishRequest) -> Result<Option<Stamp>, Failure> {
+    let Some(v1::ProducerStamp { id, sequence }) = request.producer else { return Ok(None) };
+    if request.partition.is_none() {
+        return Err(Failure::invalid(
+            "PARTITION",
+            "a call with a producer names its partition: sequences count for each",
+        ));
+    }
+    // a broker's own producers have ids beyond these
+    if id == 0 || id >= outbox::OWN_PRODUCERS || sequence < 0 {
+        return Err(Failure::invalid(
+            "PRODUCER",
+            format!(
+                "producer {id} with sequence {sequence} is none: ids come from AllocateProducerIds, sequences count up from 0"
+            ),
+        ));
+    }
+    Ok(Some(Stamp { id: id as i64, epoch: 0, sequence }))
 }
 
 /// By the first message's key, else the partition led here, so that a plain call needs no second hop.

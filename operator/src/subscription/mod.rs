@@ -104,6 +104,7 @@ async fn apply_to(
         let spec = v1::SubscriptionSpec {
             topic: wanted.topic.clone(),
             from_earliest: wanted.from_earliest,
+            start_ms: wanted.start_ms,
             ack_deadline_ms: wanted.ack_deadline_ms,
             mode: wanted.mode as i32,
             backoff_min_ms: wanted.backoff_min_ms,

@@ -30,6 +30,19 @@ pub struct PublishRequest {
     /// At least one; all go to one partition, in order, or none does.
     #[prost(message, repeated, tag = "3")]
     pub messages: ::prost::alloc::vec::Vec<Message>,
+    /// With it the call may be repeated, anywhere: the messages are stored once. Needs the partition to be named.
+    #[prost(message, optional, tag = "4")]
+    pub producer: ::core::option::Option<ProducerStamp>,
+}
+/// Who publishes, and which of its messages to one partition come next. A repeated call carries the same stamp.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ProducerStamp {
+    /// Of AllocateProducerIds.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// Place of the first message among all of this producer's to the partition, from 0 on.
+    #[prost(int32, tag = "2")]
+    pub sequence: i32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PublishResponse {
@@ -666,6 +679,9 @@ pub struct SubscriptionSpec {
     /// Messages are pushed; absent: members come for them.
     #[prost(message, optional, tag = "17")]
     pub push: ::core::option::Option<Push>,
+    /// Start with the first record appended at or after this time, ms since the epoch; 0: as `from_earliest` says.
+    #[prost(uint64, tag = "18")]
+    pub start_ms: u64,
 }
 /// Messages as HTTP POSTs, CloudEvents 1.0 in binary content mode. An answer of 2xx acknowledges.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

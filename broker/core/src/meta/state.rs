@@ -218,6 +218,9 @@ pub struct SubscriptionSpec {
     /// Where messages are pushed to; none where members come for them.
     #[prost(message, optional, tag = "17")]
     pub push: Option<Push>,
+    /// It starts with the first record appended at or after this time, ms since the epoch; 0 for what `start` says.
+    #[prost(uint64, tag = "18")]
+    pub start_ms: u64,
 }
 
 /// Where and how messages are pushed.

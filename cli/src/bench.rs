@@ -259,40 +259,47 @@ async fn consume(client: &Client, load: &Reading) -> anyhow::Result<Outcome> {
 
 async fn share(client: &Client, work: &Share) -> anyhow::Result<Outcome> {
     let progress = bar(work.records);
+    // from the first member's opening until all have said their last ack
+    let started = Instant::now();
     let mut members = Vec::new();
     for at in 0..work.members {
         let options = subscriber::Options { member: format!("member-{at}"), credit: work.credit };
         members.push(Subscriber::open(client, &work.subscription, options).await?);
     }
     let (done, bytes) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
-    let started = Instant::now();
+    let (all, _) = tokio::sync::watch::channel(false);
+    let all = Arc::new(all);
     let mut tasks = tokio::task::JoinSet::new();
     for mut member in members {
         let (done, bytes, progress, records) = (done.clone(), bytes.clone(), progress.clone(), work.records);
+        let (all, mut over) = (all.clone(), all.subscribe());
         tasks.spawn(async move {
-            while done.load(Ordering::Relaxed) < records {
-                let next = tokio::time::timeout(Duration::from_secs(2), member.next()).await;
-                let Ok(next) = next else { continue };
+            loop {
+                let next = tokio::select! {
+                    next = member.next() => next,
+                    _ = over.wait_for(|over| *over) => break,
+                };
                 let delivered = next.context("the subscription ended")??;
                 let size = delivered.message.record.value.as_ref().map_or(0, Bytes::len);
                 bytes.fetch_add(size as u64, Ordering::Relaxed);
                 delivered.ack();
-                if done.fetch_add(1, Ordering::Relaxed).is_multiple_of(4_096) {
+                let before = done.fetch_add(1, Ordering::Relaxed);
+                if before.is_multiple_of(4_096) {
                     progress.inc(4_096);
                 }
+                if before + 1 >= records {
+                    all.send_replace(true);
+                    break;
+                }
             }
-            let ended = Instant::now();
             member.close().await;
-            anyhow::Ok(ended)
+            anyhow::Ok(())
         });
     }
-    let mut ended: Option<Instant> = None;
     while let Some(task) = tasks.join_next().await {
-        // when the last message was taken: others may have waited longer, for nothing
-        let at = task??;
-        ended = Some(ended.map_or(at, |e| e.min(at)));
+        task??;
     }
-    let seconds = (ended.unwrap_or(started) - started).as_secs_f64();
+    let seconds = started.elapsed().as_secs_f64();
     progress.finish_and_clear();
     let (records, bytes) = (done.load(Ordering::Relaxed), bytes.load(Ordering::Relaxed));
     Ok(Outcome { records, bytes, seconds, latency_us: histogram() })

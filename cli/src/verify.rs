@@ -3,10 +3,10 @@
 
 use crate::Output;
 use clap::Args;
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
+use weir_checker::{Event, History, Log, Place};
 use weir_client::consumer::{From, read_partition};
 use weir_client::producer::{Options, Producer};
 use weir_client::{Client, Record};
@@ -35,8 +35,8 @@ pub(crate) struct Verify {
 
 #[derive(Default)]
 struct Seen {
-    /// (key, number) → (partition, offset)
-    acknowledged: HashMap<(u32, u64), (u32, u64)>,
+    /// records are (key, number)
+    history: History<(u32, u64)>,
     /// no ack within the producer's deadline: they may be stored or not
     failed: u64,
     longest: Duration,
@@ -49,40 +49,34 @@ struct Pause {
     length: Duration,
 }
 
-#[derive(Default)]
-struct Verdict {
-    stored: u64,
-    lost: u64,
-    twice: u64,
-    out_of_order: u64,
-}
-
 /// Fails where a promise was broken.
 pub(crate) async fn run(client: &Client, args: Verify, output: Output) -> anyhow::Result<()> {
     let run = uuid::Uuid::new_v4().simple().to_string();
     let seen = publish(client, &args, &run).await?;
     let partitions = client.connect(Duration::from_secs(30)).await?;
     let partitions = partitions.topic(&args.topic).map_or(0, |t| t.partitions.len() as u32);
-    let verdict = read_back(client, &args.topic, partitions, &run, &seen).await?;
+    let logs = read_back(client, &args.topic, partitions, &run).await?;
+    let stored: usize = logs.iter().map(|l| l.records.len()).sum();
+    let acknowledged = seen.history.acknowledged();
+    let report = seen.history.check(&logs);
+    let (lost, twice, out_of_order) = (report.count("lost"), report.count("duplicated"), report.count("reordered"));
     let longest = seen.longest.as_millis() as u64;
-    let Verdict { stored, lost, twice, out_of_order } = verdict;
     if output == Output::Json {
         let pause =
             |p: &Pause| serde_json::json!({"at_ms": p.at.as_millis() as u64, "ms": p.length.as_millis() as u64});
         println!(
             "{}",
-            serde_json::json!({"acknowledged": seen.acknowledged.len(), "stored": stored, "failed": seen.failed,
+            serde_json::json!({"acknowledged": acknowledged, "stored": stored, "failed": seen.failed,
                 "lost": lost, "twice": twice, "out_of_order": out_of_order, "longest_pause_ms": longest,
                 "pauses": seen.pauses.iter().map(pause).collect::<Vec<_>>()})
         );
     } else {
         println!(
-            "{} acknowledged, {stored} stored, {} failed; {lost} lost, {twice} twice, {out_of_order} out of order; longest pause {longest} ms",
-            seen.acknowledged.len(),
+            "{acknowledged} acknowledged, {stored} stored, {} failed; {lost} lost, {twice} twice, {out_of_order} out of order; longest pause {longest} ms",
             seen.failed
         );
     }
-    anyhow::ensure!(lost + twice + out_of_order == 0, "a promise was broken");
+    anyhow::ensure!(report.0.is_empty(), "a promise was broken: {report}");
     Ok(())
 }
 
@@ -108,6 +102,8 @@ async fn publish(client: &Client, args: &Verify, run: &str) -> anyhow::Result<Se
                 let record =
                     Record { key: Some(format!("k{key}").into()), value: Some(value.into()), ..Default::default() };
                 let asked = Instant::now();
+                let offered = Event::Offered { producer: key.into(), value: (key, number) };
+                seen.lock().unwrap_or_else(PoisonError::into_inner).history.push(offered);
                 let outcome = producer.send(record).await?.await;
                 let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
                 let length = asked.elapsed();
@@ -116,7 +112,10 @@ async fn publish(client: &Client, args: &Verify, run: &str) -> anyhow::Result<Se
                     seen.pauses.push(Pause { at: begun.elapsed(), length });
                 }
                 match outcome {
-                    Ok(Ok(at)) => drop(seen.acknowledged.insert((key, number), (at.partition, at.offset))),
+                    Ok(Ok(at)) => {
+                        let at = Place { partition: at.partition, offset: at.offset };
+                        seen.history.push(Event::Acked { value: (key, number), at });
+                    }
                     _ => seen.failed += 1,
                 }
             }
@@ -129,26 +128,22 @@ async fn publish(client: &Client, args: &Verify, run: &str) -> anyhow::Result<Se
     Ok(std::mem::take(&mut *seen.lock().unwrap_or_else(PoisonError::into_inner)))
 }
 
-async fn read_back(client: &Client, topic: &str, partitions: u32, run: &str, seen: &Seen) -> anyhow::Result<Verdict> {
-    let mut verdict = Verdict::default();
-    let mut found: HashMap<(u32, u64), (u32, u64)> = HashMap::new();
+/// The records of this run, partition by partition.
+async fn read_back(client: &Client, topic: &str, partitions: u32, run: &str) -> anyhow::Result<Vec<Log<(u32, u64)>>> {
+    let mut logs = Vec::new();
     for partition in 0..partitions {
         let (sender, mut receiver) = mpsc::channel(16);
         tokio::spawn(read_partition(client.clone(), topic.to_owned(), partition, From::Earliest, true, sender));
-        let mut newest: HashMap<u32, u64> = HashMap::new();
+        let mut log = Log { of: "reader".to_owned(), partition, start: 0, records: Vec::new() };
         while let Some(messages) = receiver.recv().await {
             for message in messages? {
                 let value = message.record.value.unwrap_or_default();
-                let Some((key, number)) = parse(&value, run) else { continue };
-                verdict.stored += 1;
-                let place = (partition, message.offset);
-                verdict.twice += u64::from(found.insert((key, number), place).is_some());
-                verdict.out_of_order += u64::from(newest.insert(key, number).is_some_and(|before| before >= number));
+                log.records.extend(parse(&value, run).map(|name| (message.offset, name)));
             }
         }
+        logs.push(log);
     }
-    verdict.lost = seen.acknowledged.iter().filter(|(name, place)| found.get(name) != Some(place)).count() as u64;
-    Ok(verdict)
+    Ok(logs)
 }
 
 fn parse(value: &[u8], run: &str) -> Option<(u32, u64)> {

@@ -30,6 +30,7 @@ fn crates_import_only_what_they_may() {
     };
     never("weir-core", &["weir-*", "tokio*", "tonic*", "kube", "rocksdb", "rand"]);
     never("weir-proto", &["weir-*"]);
+    never("weir-checker", &["weir-*"]);
     never("weir-crds", &["weir-*"]);
     never("weir-store", &["weir-proto", "weir-client", "weir-broker", "tokio*", "tonic*"]);
     never("weir-broker", &["kube", "k8s-openapi", "weir-crds", "weir-client"]);

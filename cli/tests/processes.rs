@@ -9,17 +9,18 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+use weir_checker::{Event, History, Log, Place};
 use weir_client::consumer::{From, read_partition};
 use weir_client::producer::{Options, Producer};
 use weir_client::{Client, Record};
 use weir_proto::v1;
 
-/// What was acknowledged: (partition, offset) → value.
-type Acked = Arc<Mutex<HashMap<(u32, u64), String>>>;
+/// What was offered and acknowledged: records are (key, number).
+type Seen = History<(u32, u64)>;
 
 struct Writer {
     stop: Arc<AtomicBool>,
-    acked: Acked,
+    seen: Arc<Mutex<Seen>>,
     /// of each key: its last ack, and the longest gap between two
     last_ack: Arc<Mutex<HashMap<u32, (Instant, Duration)>>>,
     unknown: Arc<AtomicU64>,
@@ -31,7 +32,7 @@ impl Writer {
     async fn start(client: &Client, topic: &str) -> Self {
         let writer = Self {
             stop: Arc::default(),
-            acked: Arc::default(),
+            seen: Arc::default(),
             last_ack: Arc::default(),
             unknown: Arc::default(),
             tasks: Vec::new(),
@@ -39,16 +40,17 @@ impl Writer {
         let producer = Producer::open(client, topic, Options::default()).await.unwrap();
         let mut writer = writer;
         for key in 0..12 {
-            let (producer, acked, stop) = (producer.clone(), writer.acked.clone(), writer.stop.clone());
+            let (producer, seen, stop) = (producer.clone(), writer.seen.clone(), writer.stop.clone());
             let (last_ack, unknown) = (writer.last_ack.clone(), writer.unknown.clone());
             writer.tasks.push(tokio::spawn(async move {
                 let mut number = 0u64;
                 while !stop.load(Ordering::Relaxed) {
                     let mut under_way = Vec::new();
                     for _ in 0..20 {
-                        let name = format!("{key}-{number}");
+                        let name = (key, number);
                         number += 1;
-                        let mut value = name.clone().into_bytes();
+                        seen.lock().unwrap().push(Event::Offered { producer: key.into(), value: name });
+                        let mut value = format!("{key}-{}", name.1).into_bytes();
                         value.resize(1024, b' ');
                         let record = Record {
                             key: Some(format!("k{key}").into()),
@@ -60,8 +62,8 @@ impl Writer {
                     for (name, outcome) in under_way {
                         match outcome.await {
                             Ok(Ok(at)) => {
-                                let before = acked.lock().unwrap().insert((at.partition, at.offset), name.clone());
-                                assert_eq!(before, None, "two acks for one offset");
+                                let at = Place { partition: at.partition, offset: at.offset };
+                                seen.lock().unwrap().push(Event::Acked { value: name, at });
                                 let mut all = last_ack.lock().unwrap();
                                 let last = all.entry(key).or_insert((Instant::now(), Duration::ZERO));
                                 last.1 = last.1.max(last.0.elapsed());
@@ -84,42 +86,34 @@ impl Writer {
         gap
     }
 
-    async fn finish(self) -> (HashMap<(u32, u64), String>, u64) {
+    async fn finish(self) -> (Seen, u64) {
         self.stop.store(true, Ordering::Relaxed);
         for task in self.tasks {
             task.await.unwrap();
         }
-        let acked = std::mem::take(&mut *self.acked.lock().unwrap());
-        (acked, self.unknown.load(Ordering::Relaxed))
+        let seen = std::mem::take(&mut *self.seen.lock().unwrap());
+        (seen, self.unknown.load(Ordering::Relaxed))
     }
 }
 
-/// Reads all partitions from the beginning and compares: every acknowledged record once, at its offset, in order for each key.
-async fn check(client: &Client, topic: &str, partitions: u32, acked: &HashMap<(u32, u64), String>) {
-    let mut seen: HashMap<String, (u32, u64)> = HashMap::new();
+/// Reads all partitions from the beginning and holds them against what was seen.
+async fn check(client: &Client, topic: &str, partitions: u32, seen: &Seen) {
+    let mut logs = Vec::new();
     for partition in 0..partitions {
         let (sender, mut receiver) = tokio::sync::mpsc::channel(16);
         tokio::spawn(read_partition(client.clone(), topic.to_owned(), partition, From::Earliest, true, sender));
-        let mut next = 0;
-        let mut newest: HashMap<String, u64> = HashMap::new();
+        let mut records = Vec::new();
         while let Some(messages) = receiver.recv().await {
             for message in messages.unwrap() {
-                assert_eq!(message.offset, next, "offsets run on without gaps");
-                next += 1;
+                assert_eq!(message.offset, records.len() as u64, "offsets run on without gaps");
                 let value = message.record.value.unwrap();
-                let name = std::str::from_utf8(&value).unwrap().trim_end().to_owned();
-                let (key, number) = name.split_once('-').unwrap();
-                let number: u64 = number.parse().unwrap();
-                if let Some(before) = newest.insert(key.to_owned(), number) {
-                    assert!(number > before, "key {key}: {number} after {before} in partition {partition}");
-                }
-                assert_eq!(seen.insert(name.clone(), (partition, message.offset)), None, "{name} stands twice");
+                let (key, number) = std::str::from_utf8(&value).unwrap().trim_end().split_once('-').unwrap();
+                records.push((message.offset, (key.parse().unwrap(), number.parse().unwrap())));
             }
         }
+        logs.push(Log { of: "reader".to_owned(), partition, start: 0, records });
     }
-    for (at, name) in acked {
-        assert_eq!(seen.get(name), Some(at), "acknowledged {name} was lost or moved");
-    }
+    seen.check(&logs).assert_clean();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -137,16 +131,16 @@ async fn one_broker_killed_after_the_other_loses_nothing() {
         tokio::time::sleep(Duration::from_millis(3_500)).await;
         gaps.push(writer.take_gap());
     }
-    let (acked, unknown) = writer.finish().await;
+    let (seen, unknown) = writer.finish().await;
     gaps.sort();
     println!(
         "{kills} kills, {} records acknowledged, {unknown} unknown; longest gap in a key's acks: median {:?}, worst {:?}",
-        acked.len(),
+        seen.acknowledged(),
         gaps[gaps.len() / 2],
         gaps[gaps.len() - 1]
     );
-    assert!(acked.len() > 1_000);
-    check(&client, "t", 6, &acked).await;
+    assert!(seen.acknowledged() > 1_000);
+    check(&client, "t", 6, &seen).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -160,10 +154,10 @@ async fn all_killed_at_once_come_back_with_every_acknowledged_record() {
         ["weir-0", "weir-1", "weir-2"].into_iter().for_each(|name| cluster.kill(name));
         tokio::time::sleep(Duration::from_secs(4)).await;
     }
-    let (acked, unknown) = writer.finish().await;
-    println!("3 times all killed, {} records acknowledged, {unknown} unknown", acked.len());
-    assert!(acked.len() > 1_000);
-    check(&client, "t", 3, &acked).await;
+    let (seen, unknown) = writer.finish().await;
+    println!("3 times all killed, {} records acknowledged, {unknown} unknown", seen.acknowledged());
+    assert!(seen.acknowledged() > 1_000);
+    check(&client, "t", 3, &seen).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -191,9 +185,9 @@ async fn a_broker_whose_folder_is_removed_is_rebuilt_from_the_others() {
     // the rebuilt one and one other are a majority: what they have is enough
     cluster.kill("weir-2");
     tokio::time::sleep(Duration::from_secs(4)).await;
-    let (acked, unknown) = writer.finish().await;
-    println!("rebuilt; {} records acknowledged, {unknown} unknown", acked.len());
-    check(&client, "t", 3, &acked).await;
+    let (seen, unknown) = writer.finish().await;
+    println!("rebuilt; {} records acknowledged, {unknown} unknown", seen.acknowledged());
+    check(&client, "t", 3, &seen).await;
 }
 
 fn remove(folder: &Path) {

@@ -42,6 +42,7 @@ async fn a_cluster_from_installation_to_removal() -> anyhow::Result<()> {
     declare(&k).await?;
     invalid_resources_are_refused(&k).await?;
     publish_and_consume(&k).await?;
+    by_pattern_key_and_time(&k).await?;
     kill_and_delete(&k).await?;
     drift(&k).await?;
     scale(&k).await?;
@@ -171,6 +172,42 @@ async fn publish_and_consume(k: &Kubernetes) -> anyhow::Result<()> {
     println!(
         "a Job published 10000 records over the Service's name, another read them, a third half of them as a subscription"
     );
+    Ok(())
+}
+
+/// One subscription reads a topic, and one that comes later, of a pattern; what its routing keys choose, and what is published later.
+async fn by_pattern_key_and_time(k: &Kubernetes) -> anyhow::Result<()> {
+    let topic = |name: &str| {
+        format!(
+            "apiVersion: weir.dev/v1alpha1\nkind: Topic\nmetadata: {{name: {name}}}\nspec: {{partitions: 2, replicas: 3}}\n"
+        )
+    };
+    k.apply(&topic("events.eu")).await?;
+    let paid = "apiVersion: weir.dev/v1alpha1\nkind: Subscription\nmetadata: {name: paid}\nspec: {topic: 'events.*', routingKeys: ['*.paid'], mode: shared, start: earliest}\n";
+    k.apply(paid).await?;
+    k.topic_ready("events.eu").await?;
+    let publish = async |job: &str, topic: &str, key: &str, more: &[&str]| {
+        let header = format!("weir-routing-key={key}");
+        let begin = ["publish", topic, "--file", "/etc/hostname", "--header", &header];
+        k.start(job, &[&begin[..], more].concat()).await?;
+        let (published, log) = k.finish(job, LONG).await?;
+        anyhow::ensure!(published, "{log}");
+        Ok(())
+    };
+    publish("publish-later", "weir/events.eu", "eu.paid", &["--delay", "3s"]).await?;
+    publish("publish-open", "weir/events.eu", "eu.open", &[]).await?;
+    k.apply(&topic("events.us")).await?;
+    k.topic_ready("events.us").await?;
+    publish("publish-us", "weir/events.us", "us.paid", &[]).await?;
+    k.start("subscriber-paid", &["consume", "--subscription", "weir/paid", "--max", "2", "-o", "json"]).await?;
+    let (consumed, log) = k.finish("subscriber-paid", LONG).await?;
+    let read = |key: &str| log.lines().filter(|l| l.contains(&format!("\"{key}\""))).count();
+    assert!(consumed && (read("eu.paid"), read("us.paid"), read("eu.open")) == (1, 1, 0), "{log}");
+    k.api::<Subscription>().delete("paid", &DeleteParams::default()).await?;
+    for topic in ["events.eu", "events.us"] {
+        k.api::<Topic>().delete(topic, &DeleteParams::default()).await?;
+    }
+    println!("a subscription by pattern and routing key read two topics, and what was published later");
     Ok(())
 }
 

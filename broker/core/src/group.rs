@@ -18,7 +18,7 @@ use raft::eraftpb::{
     ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2, ConfState, Entry, EntryType, Message,
     MessageType,
 };
-use raft::{Config, RawNode, StateRole, Storage};
+use raft::{Config, Progress, ProgressState, RawNode, SnapshotStatus, StateRole, Storage};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -111,7 +111,12 @@ pub struct Group {
     pub(crate) leader_since_ms: u64,
     /// the leader's broker is known to have ended: no need to wait out the election timeout
     hurry: bool,
+    /// ticks since followers were sent a checkpoint that they have not answered
+    checkpoints_sent: BTreeMap<u64, u32>,
 }
+
+/// A checkpoint that was not answered by then is sent again: it, or its answer, was lost with a connection. Raft would wait for ever.
+const CHECKPOINT_ANSWER_TICKS: u32 = 40;
 
 /// Ticks between the turns of those that hurry to replace a leader.
 const HURRY_TICKS: usize = 3;
@@ -170,6 +175,7 @@ impl Group {
             limits: limits.clone(),
             leader_since_ms: 0,
             hurry: false,
+            checkpoints_sent: BTreeMap::new(),
         })
     }
 
@@ -246,6 +252,11 @@ impl Group {
         self.is_leader() && self.conf.voters_outgoing.is_empty() && others > voters.len() / 2
     }
 
+    /// Term of the last entry applied, where it is known: a leader's own once it has applied all that was committed before it.
+    pub fn term_applied(&self) -> u64 {
+        self.log().term(self.applied).unwrap_or(0)
+    }
+
     /// How many entries a replica lacks, as the leader knows.
     pub fn lag(&self, replica: u64) -> Option<u64> {
         let last = self.raft.raft.raft_log.last_index();
@@ -256,6 +267,23 @@ impl Group {
     pub fn tick(&mut self, salt: u64) {
         self.raft.tick();
         self.choose_timeout(salt);
+        if self.is_leader() {
+            self.watch_checkpoints();
+        }
+    }
+
+    fn watch_checkpoints(&mut self) {
+        let waits = |(id, progress): (&u64, &Progress)| (progress.state == ProgressState::Snapshot).then_some(*id);
+        let waiting: Vec<u64> = self.raft.raft.prs().iter().filter_map(waits).collect();
+        self.checkpoints_sent.retain(|id, _| waiting.contains(id));
+        for id in waiting {
+            let ticks = self.checkpoints_sent.entry(id).or_default();
+            *ticks += 1;
+            if *ticks >= CHECKPOINT_ANSWER_TICKS {
+                *ticks = 0;
+                self.raft.report_snapshot(id, SnapshotStatus::Failure);
+            }
+        }
     }
 
     /// raft-rs draws election timeouts from the thread's randomness; ours come from the node's seed, so a schedule can be run again.
@@ -587,8 +615,14 @@ impl Group {
 
     fn apply_membership(&mut self, entry: &Entry) {
         let change = decode_change(&entry.data);
-        if let Ok(conf) = self.raft.apply_conf_change(&change) {
-            self.conf = conf;
+        let Ok(conf) = self.raft.apply_conf_change(&change) else { return };
+        let votes = conf.voters.contains(&self.replica.0) || conf.voters_outgoing.contains(&self.replica.0);
+        self.conf = conf;
+        // no leader removes itself, but one that was elected after its removal was proposed does. Raft would let it lead on, and
+        // panic at the next acknowledgement
+        if self.is_leader() && !votes {
+            let term = self.term();
+            self.raft.raft.become_follower(term, raft::INVALID_ID);
         }
     }
 

@@ -1,7 +1,7 @@
 //! The store in memory, which keeps what was only written apart from what was synced: [`MemStore::crash`] forgets the former.
 //! For tests and the simulation.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use weir_core::entry::{Context, Kind};
 use weir_core::eraftpb::Entry;
@@ -31,7 +31,10 @@ type Groups = BTreeMap<GroupId, Held>;
 struct Inner {
     written: Groups,
     synced: Groups,
-    unsynced: Vec<WriteOp>,
+    /// rounds, in order
+    unsynced: Vec<Vec<WriteOp>>,
+    /// entries that cannot be read any more
+    damaged: BTreeSet<(GroupId, u64)>,
 }
 
 /// See the module.
@@ -43,17 +46,22 @@ impl MemStore {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Power is lost: what was not synced is gone, except the first `kept` writes of it.
+    /// Power is lost: what was not synced is gone, except the first `kept` rounds of it.
     pub fn crash(&self, kept: usize) {
         let mut inner = self.inner();
         let unsynced = std::mem::take(&mut inner.unsynced);
-        unsynced.iter().take(kept).for_each(|op| apply(&mut inner.synced, op));
+        unsynced.iter().take(kept).flatten().for_each(|op| apply(&mut inner.synced, op));
         inner.written = inner.synced.clone();
     }
 
-    /// Writes that a crash now would lose.
-    pub fn unsynced(&self) -> usize {
-        self.inner().unsynced.len()
+    /// Entries that cannot be read any more.
+    pub fn damaged(&self) -> Vec<(GroupId, u64)> {
+        self.inner().damaged.iter().copied().collect()
+    }
+
+    /// An entry cannot be read any more, until its group's data is removed or replaced.
+    pub fn damage(&self, group: GroupId, index: u64) {
+        self.inner().damaged.insert((group, index));
     }
 }
 
@@ -135,6 +143,10 @@ impl Store for MemStore {
             if !out.is_empty() && bytes > bytes_max {
                 break;
             }
+            if inner.damaged.contains(&(group, *index)) {
+                let what = "a bit has flipped".to_owned();
+                return Err(StoreError::Damaged { group, index: *index, what });
+            }
             out.push(entry.clone());
         }
         if out.is_empty() {
@@ -166,15 +178,19 @@ impl Store for MemStore {
         let mut inner = self.inner();
         for op in ops {
             apply(&mut inner.written, op);
-            inner.unsynced.push(op.clone());
+            if let WriteOp::Create { group, .. } | WriteOp::Destroy { group, .. } | WriteOp::Install { group, .. } = op
+            {
+                inner.damaged.retain(|(g, _)| g != group);
+            }
         }
+        inner.unsynced.push(ops.to_vec());
         Ok(())
     }
 
     fn sync(&self) -> Result<(), StoreError> {
         let mut inner = self.inner();
         let unsynced = std::mem::take(&mut inner.unsynced);
-        unsynced.iter().for_each(|op| apply(&mut inner.synced, op));
+        unsynced.iter().flatten().for_each(|op| apply(&mut inner.synced, op));
         Ok(())
     }
 }

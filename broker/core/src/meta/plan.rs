@@ -18,15 +18,17 @@ pub fn plan(meta: &MetaState) -> Vec<Command> {
     out.extend(plan_meta_group(meta));
     let mut moving = meta.groups.values().filter(|a| a.topic != 0 && !a.is_settled()).count();
     let replicas: BTreeMap<u64, u32> = meta.topics.values().map(|t| (t.id, t.spec.replicas)).collect();
-    for (group, assignment) in meta.groups.iter().filter(|(_, a)| a.topic != 0 && a.is_settled()) {
-        if moving >= MOVES_MAX {
-            break;
+    for (group, assignment) in meta.groups.iter().filter(|(_, a)| a.topic != 0) {
+        // a change under way is left alone, unless it waits for a broker that will never come
+        let under_way = !assignment.is_settled();
+        if if under_way { !waits_for_the_lost(meta, assignment) } else { moving >= MOVES_MAX } {
+            continue;
         }
         let Some(wanted) = replicas.get(&assignment.topic) else { continue };
         if let Some(brokers) = changed_brokers(meta, assignment, *wanted as usize) {
             let change = Reassign { group: *group, expected_epoch: assignment.epoch, brokers, ..Default::default() };
             out.push(Kind::Reassign(change).into());
-            moving += 1;
+            moving += usize::from(!under_way);
         }
     }
     if out.is_empty() && moving == 0 {
@@ -36,10 +38,16 @@ pub fn plan(meta: &MetaState) -> Vec<Command> {
     out
 }
 
+/// Whether a replica is wanted on a broker whose disk is gone.
+fn waits_for_the_lost(meta: &MetaState, assignment: &Assignment) -> bool {
+    let lost = |id: u64| meta.brokers.get(&id).is_none_or(|b| b.phase() == Phase::Lost);
+    assignment.replicas.iter().any(|r| lost(r.broker))
+}
+
 /// The metadata group has a replica on every broker that takes part, the first [`META_VOTERS_MAX`] voting.
 fn plan_meta_group(meta: &MetaState) -> Option<Command> {
     let assignment = meta.assignment(META_GROUP)?;
-    if !assignment.is_settled() {
+    if !assignment.is_settled() && !waits_for_the_lost(meta, assignment) {
         return None;
     }
     // one that is drained leads groups until it holds none, and must hear what becomes of them
@@ -131,6 +139,27 @@ mod tests {
         let topic = ApplyTopic { name: "default/t".into(), spec, placements, ..Default::default() };
         state.apply(&Kind::ApplyTopic(topic).into()).unwrap();
         state
+    }
+
+    /// Found by a seed: nothing of a change settles where the broker it added lost its disk again.
+    #[test]
+    fn a_broker_lost_before_it_caught_up_is_replaced() {
+        let mut state = cluster(3, 2);
+        let come = |state: &mut MetaState| {
+            let broker = Broker { name: "b-3".into(), ..Default::default() };
+            let Ok(Answer::Broker(id)) = state.apply(&Kind::Register(broker).into()) else { panic!("it may join") };
+            for command in plan(state) {
+                state.apply(&command).unwrap();
+            }
+            assert_eq!(plan(state), [], "what is under way is left alone");
+            id
+        };
+        let (first, second) = (come(&mut state), come(&mut state));
+        for assignment in state.groups.values() {
+            assert!(!assignment.is_settled());
+            let brokers: Vec<u64> = assignment.replicas.iter().map(|r| r.broker).collect();
+            assert!(brokers.contains(&second) && !brokers.contains(&first), "{brokers:?}");
+        }
     }
 
     /// Runs the plan with every move settling at once, until it has nothing to say.

@@ -1,0 +1,266 @@
+//! Simulated clients: producers that repeat what has no answer, a reader that acknowledges, and one that takes producer ids.
+
+use crate::World;
+use bytes::Bytes;
+use stateright::semantics::{ConsistencyTester as _, LinearizabilityTester, SequentialSpec};
+use weir_checker::{Event, Place};
+use weir_core::batch::{BatchHeader, ProducerStamp, synthetic};
+use weir_core::cursor::{CursorUpdate, OffsetRange};
+use weir_core::entry::Control;
+use weir_core::group::Machine;
+use weir_core::ids::{BrokerId, META_GROUP};
+use weir_core::meta::command::{Answer, Kind};
+use weir_core::node::Reply;
+use weir_core::storage::Store as _;
+use weir_core::tail::LogBatch;
+
+/// What one simulated producer is doing.
+pub(crate) struct Producer {
+    id: u64,
+    partition: u32,
+    sequence: i32,
+    /// value of the batch under way and when to offer it again
+    offer: Option<(u64, u64)>,
+}
+
+impl Producer {
+    pub(crate) fn new(id: u64, partition: u32) -> Self {
+        Self { id, partition, sequence: 0, offer: None }
+    }
+}
+
+/// What was asked of a broker.
+#[derive(Clone, Debug)]
+pub(crate) enum Asked {
+    /// A publish, of this producer.
+    Publish(usize),
+    /// An acknowledgement in this partition.
+    Ack(u32),
+    /// Producer ids, as this thread of the allocator.
+    Allocate(u64),
+    /// An id for the broker of this name, asked for the how manieth time.
+    Join(String, u32),
+    /// Something of the administrator's.
+    Administer,
+}
+
+/// Producer ids by one client after another, some at the same time: a counter that only grows.
+#[derive(Clone, Debug)]
+pub(crate) struct Counter(u64);
+
+impl SequentialSpec for Counter {
+    type Op = u64;
+    type Ret = u64;
+
+    fn invoke(&mut self, op: &u64) -> u64 {
+        let first = self.0;
+        self.0 += op;
+        first
+    }
+}
+
+/// Operations of one history: checking takes exponential time in those that overlap.
+const ALLOCATIONS_MAX: u64 = 60;
+/// At one time.
+const ALLOCATIONS_OPEN: usize = 2;
+/// Of those that got no answer, which may take effect at any later time.
+const UNANSWERED_MAX: usize = 4;
+
+pub(crate) struct Allocator {
+    pub tester: LinearizabilityTester<u64, Counter>,
+    next: u64,
+    open: usize,
+    pub unanswered: usize,
+    pub answered: usize,
+}
+
+impl Default for Allocator {
+    fn default() -> Self {
+        // ids are given from 1 on
+        let tester = LinearizabilityTester::new(Counter(1));
+        Self { tester, next: 0, open: 0, unanswered: 0, answered: 0 }
+    }
+}
+
+/// The value in a batch that holds one.
+pub(crate) fn value_of(data: &[u8]) -> u64 {
+    u64::from_be_bytes(data[61..69].try_into().expect("a synthetic batch holds its value"))
+}
+
+impl World {
+    pub(crate) fn produce(&mut self) {
+        for at in 0..self.producers.len() {
+            let due = self.producers[at].offer.is_none_or(|(_, again)| again <= self.now);
+            if !due || !self.dice.chance(30) {
+                continue;
+            }
+            let producer = &self.producers[at];
+            let group = self.groups[producer.partition as usize];
+            let value = match producer.offer {
+                Some((value, _)) => value,
+                None => {
+                    let value = self.next_value;
+                    self.next_value += 1;
+                    self.history.push(Event::Offered { producer: producer.id, value });
+                    value
+                }
+            };
+            // a real client follows the leader it was told of; a confused one guesses
+            let ids: Vec<BrokerId> = self.hosts.keys().copied().collect();
+            let guess = self.dice.chance(40);
+            let leader = self.leader_of(group).filter(|_| !guess);
+            let to = leader.or_else(|| self.dice.pick(&ids)).expect("there are hosts");
+            let wait = 300 + self.dice.roll(500);
+            let producer = &mut self.producers[at];
+            producer.offer = Some((value, self.now + wait));
+            let stamp = ProducerStamp { id: producer.id, epoch: 0, sequence: producer.sequence };
+            let data = synthetic(1, Some(stamp), &value.to_be_bytes());
+            let header = BatchHeader::validate(&data).expect("a right batch");
+            let ticket = self.ticket(to, Asked::Publish(at));
+            if let Some(node) = self.node(to) {
+                node.publish(ticket, group, Bytes::from(data), &header);
+                self.pump(to);
+            }
+        }
+    }
+
+    pub(crate) fn replied(&mut self, ticket: weir_core::ids::Ticket, reply: Reply) {
+        let Some((broker, asked)) = self.tickets.remove(&ticket) else { return };
+        match asked {
+            Asked::Publish(at) => self.published(at, &reply),
+            Asked::Ack(partition) => {
+                if reply == Reply::Done {
+                    self.saw_position(broker, partition);
+                }
+            }
+            Asked::Allocate(thread) => match reply {
+                Reply::Meta(Ok(Answer::Producers(first))) => {
+                    self.allocator.open -= 1;
+                    self.allocator.answered += 1;
+                    self.allocator.tester.on_return(thread, first).expect("it was invoked");
+                    self.note(&[first]);
+                }
+                _ => self.unanswered(Asked::Allocate(thread)),
+            },
+            Asked::Join(name, asked) => {
+                if let Reply::Meta(Ok(Answer::Broker(id))) = reply {
+                    self.joined(&name, asked, BrokerId(id));
+                }
+            }
+            Asked::Administer => {}
+        }
+    }
+
+    /// Nobody will answer any more; whether it was done is not known.
+    pub(crate) fn unanswered(&mut self, asked: Asked) {
+        if let Asked::Allocate(_) = asked {
+            self.allocator.open -= 1;
+            self.allocator.unanswered += 1;
+        }
+    }
+
+    fn published(&mut self, at: usize, reply: &Reply) {
+        let now = self.now;
+        let producer = &mut self.producers[at];
+        let Some((value, again)) = producer.offer else { return };
+        match reply {
+            Reply::Published { base_offset, .. } => {
+                let at_place = Place { partition: producer.partition, offset: *base_offset };
+                producer.offer = None;
+                producer.sequence += 1;
+                self.history.push(Event::Acked { value, at: at_place });
+                self.note(&[value, *base_offset]);
+                // older offers of the same batch are answered alike; forget them
+                self.tickets.retain(|_, (_, asked)| !matches!(asked, Asked::Publish(p) if *p == at));
+            }
+            _ => producer.offer = Some((value, again.min(now + 20))),
+        }
+    }
+
+    /// Reads on from the subscription's position at whoever takes itself for the leader, and acknowledges.
+    pub(crate) fn consume(&mut self) {
+        for partition in 0..self.groups.len() as u32 {
+            if !self.dice.chance(4) {
+                continue;
+            }
+            let id = self.groups[partition as usize];
+            let claims =
+                |(b, h): (&BrokerId, &crate::Host)| h.node.as_ref()?.group(id).filter(|g| g.is_leader()).map(|_| *b);
+            let leaders: Vec<BrokerId> = self.hosts.iter().filter_map(claims).collect();
+            let Some(at) = self.dice.pick(&leaders) else { continue };
+            let Some(position) = self.position(at, partition) else { continue };
+            let batches = self.read(at, partition, position);
+            let Some(end) = batches.last().map(LogBatch::end_offset) else { continue };
+            for batch in &batches {
+                let place = Place { partition, offset: batch.base_offset };
+                self.history.push(Event::Read { at: place, value: value_of(&batch.data) });
+            }
+            // some of it at once, some not in order
+            let start = if self.dice.chance(20) { (position + 1).min(end - 1) } else { position };
+            let acked = vec![OffsetRange { start, end }];
+            let update = CursorUpdate { subscription: self.subscription, acked, ..Default::default() };
+            let ticket = self.ticket(at, Asked::Ack(partition));
+            if let Some(node) = self.node(at) {
+                node.control(ticket, id, &Control { cursors: vec![update] });
+            }
+            self.pump(at);
+        }
+    }
+
+    pub(crate) fn position(&self, at: BrokerId, partition: u32) -> Option<u64> {
+        let group = self.hosts.get(&at)?.node.as_ref()?.group(self.groups[partition as usize])?;
+        let Machine::Partition(state) = group.machine() else { return None };
+        state.cursors.get(self.subscription).map(|c| c.position())
+    }
+
+    /// A leader told a position. What one of an older term tells late is what was true then.
+    pub(crate) fn saw_position(&mut self, at: BrokerId, partition: u32) {
+        let group = self.hosts[&at].node.as_ref().and_then(|n| n.group(self.groups[partition as usize]));
+        // and one that has just come to lead knows what it has applied
+        let Some(term) = group.filter(|g| g.is_leader() && g.term_applied() == g.term()).map(|g| g.term()) else {
+            return;
+        };
+        let newest = self.position_terms.entry(partition).or_default();
+        if term < *newest {
+            return;
+        }
+        *newest = term;
+        if let Some(offset) = self.position(at, partition) {
+            self.history.push(Event::Position { subscription: self.subscription, partition, offset });
+        }
+    }
+
+    fn read(&self, at: BrokerId, partition: u32, offset: u64) -> Vec<LogBatch> {
+        let host = &self.hosts[&at];
+        let id = self.groups[partition as usize];
+        let Some(group) = host.node.as_ref().and_then(|n| n.group(id)) else { return Vec::new() };
+        let tail = group.log().tail();
+        if let Some(batches) = tail.batches(offset, 2_000) {
+            return batches;
+        }
+        let Ok(Some(low)) = host.store.locate_offset(id, offset) else { return Vec::new() };
+        let entries = host.store.entries(id, low, tail.first_index(), 2_000).unwrap_or_default();
+        let limit = tail.high_watermark();
+        entries.iter().filter_map(LogBatch::of).filter(|b| b.end_offset() <= limit).collect()
+    }
+
+    /// Takes producer ids, at the metadata's leader or at one that takes itself for it.
+    pub(crate) fn allocate(&mut self) {
+        let all = &self.allocator;
+        let may = all.next < ALLOCATIONS_MAX && all.open < ALLOCATIONS_OPEN && all.unanswered < UNANSWERED_MAX;
+        if !may || !self.dice.chance(1) {
+            return;
+        }
+        let leads = |(b, h): (&BrokerId, &crate::Host)| {
+            h.node.as_ref()?.group(META_GROUP).filter(|g| g.is_leader()).map(|_| *b)
+        };
+        let leaders: Vec<BrokerId> = self.hosts.iter().filter_map(leads).collect();
+        let Some(at) = self.dice.pick(&leaders) else { return };
+        let count = 1 + self.dice.roll(3);
+        let thread = self.allocator.next;
+        self.allocator.next += 1;
+        self.allocator.open += 1;
+        self.allocator.tester.on_invoke(thread, count).expect("a thread of its own");
+        self.propose(at, Asked::Allocate(thread), Kind::AllocateProducers(count as u32));
+    }
+}

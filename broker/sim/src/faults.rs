@@ -1,0 +1,324 @@
+//! What breaks, and the administrator who drains brokers and brings in new ones meanwhile.
+
+use crate::clients::Asked;
+use crate::{GONE, Host, World};
+use std::sync::Arc;
+use weir_core::ids::{BrokerId, GroupId};
+use weir_core::meta::command::{Kind, SetPhase};
+use weir_core::meta::state::{Broker, Phase};
+use weir_core::node::mix;
+use weir_core::storage::{Store as _, StoreError, StoredGroup};
+
+/// Which faults happen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Faults {
+    /// None.
+    None,
+    /// Of networks and processes: crashes, power losses, pauses, cuts, bridges, loss, duplication, reordering.
+    Crashes,
+    /// These, and of disks and clocks, and drained, lost and added brokers.
+    All,
+}
+
+/// How the network is.
+#[derive(Default)]
+pub(crate) struct Weather {
+    pub loss_percent: u64,
+    pub no_acks_of: Option<BrokerId>,
+}
+
+/// A broker with an empty disk that asks for an id.
+pub(crate) struct Joining {
+    pub name: String,
+    /// how often it has asked: it takes the answer to its last question
+    pub asked: u32,
+    /// it asks again then
+    pub again_at: u64,
+    /// the broker that had the disk it replaces
+    pub old: Option<BrokerId>,
+}
+
+/// A broker that was silent for this long may be replaced by one with its name, ms.
+const SILENCE_MS: u64 = 2_000;
+
+impl World {
+    pub(crate) fn break_something(&mut self, faults: Faults) {
+        match faults {
+            Faults::None => {}
+            Faults::Crashes => self.break_network_or_process(),
+            Faults::All => {
+                self.break_network_or_process();
+                self.break_disk_or_members();
+            }
+        }
+    }
+
+    fn count(&mut self, fault: &'static str) {
+        *self.faults.entry(fault).or_default() += 1;
+        let id = fault.bytes().fold(0, |hash, byte| mix(hash ^ u64::from(byte)));
+        self.note(&[id]);
+    }
+
+    fn any(&mut self) -> BrokerId {
+        let ids: Vec<BrokerId> = self.hosts.iter().filter(|(_, h)| h.name != GONE).map(|(id, _)| *id).collect();
+        self.dice.pick(&ids).expect("there are hosts")
+    }
+
+    fn break_network_or_process(&mut self) {
+        match self.dice.roll(1_500) {
+            0..=3 => {
+                self.count("crash");
+                let victim = self.any();
+                self.crash(victim);
+            }
+            4 => {
+                self.count("power loss of all");
+                let all: Vec<BrokerId> = self.hosts.keys().copied().collect();
+                all.into_iter().for_each(|id| self.crash(id));
+            }
+            5..=9 => {
+                // one-way cuts too
+                self.count("cut");
+                let pair = (self.any(), self.any());
+                self.cut.insert(pair);
+                if self.dice.chance(50) {
+                    self.cut.insert((pair.1, pair.0));
+                }
+            }
+            10..=14 => self.cut.clear(),
+            15 => self.bridge(),
+            16..=17 => {
+                self.count("loss, duplication, reordering");
+                self.weather.loss_percent = self.dice.roll(30);
+            }
+            18..=20 => {
+                let pair = (self.any(), self.any());
+                self.lose_contact(pair.0, pair.1);
+            }
+            21..=22 => {
+                self.count("pause");
+                let (victim, ms) = (self.any(), 200 + self.dice.roll(5_000));
+                let until = self.now + ms;
+                self.hosts.get_mut(&victim).expect("a host").paused_until = until;
+            }
+            _ => {}
+        }
+    }
+
+    /// Two sides that reach each other only over one broker, which reaches all.
+    fn bridge(&mut self) {
+        self.count("bridge");
+        let ids: Vec<BrokerId> = self.hosts.keys().copied().collect();
+        let turn = self.dice.roll(ids.len() as u64) as usize;
+        let middle = ids.len() / 2;
+        for a in 0..middle {
+            for b in middle + 1..ids.len() {
+                let pair = (ids[(a + turn) % ids.len()], ids[(b + turn) % ids.len()]);
+                self.cut.insert(pair);
+                self.cut.insert((pair.1, pair.0));
+            }
+        }
+    }
+
+    fn break_disk_or_members(&mut self) {
+        let victim = self.any();
+        let (length, clock) = (self.dice.roll(4_000), self.dice.roll(3) as i64 - 1);
+        let until = self.now + length;
+        let roll = self.dice.roll(4_000);
+        let host = self.hosts.get_mut(&victim).expect("a host");
+        match roll {
+            0..=1 => {
+                host.slow_until = until;
+                self.count("slow disk");
+            }
+            2..=3 => {
+                host.failing = true;
+                self.count("failed sync");
+            }
+            4..=5 => {
+                host.full_until = until;
+                self.count("full disk");
+            }
+            6..=7 => {
+                // seen when the process starts next: while it runs, it goes by the monotonic clock
+                host.wall_off = clock * 3_600_000;
+                self.count("clock jump");
+            }
+            8..=10 if self.is_well() => self.lose_volume(victim),
+            11..=13 if self.is_well() => self.flip_bit(victim),
+            14..=16 if self.is_well() => self.drain(victim),
+            _ => {}
+        }
+    }
+
+    /// What one broker says it has taken reaches nobody, until all is healed; what it refuses does.
+    pub fn lose_acks_of(&mut self, broker: BrokerId) {
+        self.weather.no_acks_of = Some(broker);
+    }
+
+    /// Heals network, disks and processes.
+    pub fn heal(&mut self) {
+        self.cut.clear();
+        self.weather = Weather::default();
+        let now = self.now;
+        for host in self.hosts.values_mut() {
+            host.restart_at = host.restart_at.min(now);
+            host.paused_until = host.paused_until.min(now);
+            host.full_until = 0;
+            host.slow_until = 0;
+            host.failing = false;
+        }
+    }
+
+    /// A connection breaks, whether or not the other end lives.
+    pub fn lose_contact(&mut self, at: BrokerId, with: BrokerId) {
+        if let Some(node) = self.node(at) {
+            node.lost_contact(with);
+        }
+    }
+
+    /// Ends a broker's process; its unsynced writes may be gone.
+    pub fn crash(&mut self, id: BrokerId) {
+        let down_ms = 50 + self.dice.roll(3_000);
+        let now = self.now;
+        let keep = self.dice.roll(4) as usize;
+        let host = self.hosts.get_mut(&id).expect("a host");
+        if host.node.take().is_none() {
+            return;
+        }
+        // some of what was written, but not synced, may have reached the disk all the same, in order
+        host.store.crash(if keep == 3 { usize::MAX } else { keep });
+        host.disk.clear();
+        host.reads.clear();
+        host.failing = false;
+        host.restart_at = now + down_ms;
+        let lost: Vec<Asked> =
+            self.tickets.extract_if(.., |_, (broker, _)| *broker == id).map(|(_, (_, asked))| asked).collect();
+        lost.into_iter().for_each(|asked| self.unanswered(asked));
+        // a process that ends breaks its connections; a machine that loses power says nothing
+        let others: Vec<BrokerId> = self.hosts.keys().copied().filter(|b| *b != id).collect();
+        for other in others {
+            if self.dice.chance(50) {
+                self.lose_contact(other, id);
+            }
+        }
+    }
+
+    /// A reader at a broker finds old data of the first partition damaged.
+    pub fn find_damage(&mut self, at: BrokerId) {
+        let group = self.group();
+        self.injured = true;
+        let damage = StoreError::Damaged { group, index: 2, what: "a bit has flipped".to_owned() };
+        if let Some(node) = self.node(at) {
+            node.found_damage(group, damage);
+        }
+        self.pump(at);
+    }
+
+    /// An entry on a broker's disk, of those it reads when it starts, cannot be read any more.
+    fn flip_bit(&mut self, at: BrokerId) {
+        self.crash(at);
+        let store = self.hosts[&at].store.clone();
+        let newest = |g: &StoredGroup| g.checkpoints.last().map_or(g.last_index, |c| c.index);
+        let groups: Vec<(GroupId, u64, u64)> =
+            store.load().expect("memory").iter().map(|g| (g.group, newest(g), g.last_index)).collect();
+        let Some((group, newest, last)) = self.dice.pick(&groups).filter(|(_, newest, last)| last > newest) else {
+            return;
+        };
+        self.count("flipped bit");
+        self.injured = true;
+        store.damage(group, newest + 1 + self.dice.roll(last - newest));
+    }
+
+    /// A broker's disk is gone; one with an empty disk comes under its name.
+    pub fn lose_volume(&mut self, at: BrokerId) {
+        self.count("lost volume");
+        self.injured = true;
+        self.crash(at);
+        let again_at = self.now + self.dice.roll(3_000);
+        let host = self.hosts.get_mut(&at).expect("a host");
+        host.store = Arc::default();
+        let name = std::mem::replace(&mut host.name, GONE.to_owned());
+        self.joining.push(Joining { name, asked: 0, again_at, old: Some(at) });
+    }
+
+    fn drain(&mut self, broker: BrokerId) {
+        let spare = self.hosts.values().filter(|h| h.name != GONE).count() > 3;
+        let Some(controller) = self.controller().filter(|_| spare && self.draining.is_none()) else { return };
+        self.count("drained broker");
+        self.draining = Some(broker);
+        self.propose_drain(controller, broker);
+    }
+
+    fn propose_drain(&mut self, controller: BrokerId, broker: BrokerId) {
+        let phase = SetPhase { broker: broker.0, phase: Phase::Draining.into(), removed: false };
+        self.propose(controller, Asked::Administer, Kind::SetPhase(phase));
+    }
+
+    pub(crate) fn propose(&mut self, at: BrokerId, asked: Asked, kind: Kind) {
+        let ticket = self.ticket(at, asked);
+        if let Some(node) = self.node(at) {
+            node.command(ticket, &kind.into());
+        }
+        self.pump(at);
+    }
+
+    /// Brings in brokers for those that went, and takes out those that are drained.
+    pub(crate) fn administer(&mut self) {
+        if self.joining.is_empty() && self.draining.is_none() && !self.injured {
+            return;
+        }
+        let Some(controller) = self.controller() else { return };
+        let meta = self.hosts[&controller].node.as_ref().expect("it leads").meta().clone();
+        if let Some(drained) = self.draining {
+            let phase = meta.broker(drained).map(|b| b.phase());
+            if phase.is_none() && self.hosts.contains_key(&drained) {
+                // its process ends, and another broker comes
+                self.crash(drained);
+                self.hosts.remove(&drained);
+                self.draining = None;
+                let name = format!("b-{}-after", drained.0);
+                self.joining.push(Joining { name, asked: 0, again_at: self.now, old: None });
+            } else if phase == Some(Phase::Active) && self.dice.chance(1) {
+                self.propose_drain(controller, drained); // nobody heard of it
+            }
+        }
+        for at in 0..self.joining.len() {
+            if self.joining[at].again_at > self.now {
+                continue;
+            }
+            self.joining[at].again_at = self.now + 1_000;
+            self.joining[at].asked += 1;
+            let Joining { name, old, asked, .. } = &self.joining[at];
+            let broker = Broker { name: name.clone(), ..Default::default() };
+            let known = meta.broker_named(name);
+            let silent = old
+                .is_none_or(|old| self.hosts[&controller].node.as_ref().is_some_and(|n| n.is_silent(old, SILENCE_MS)));
+            let asked = Asked::Join(name.clone(), *asked);
+            match known {
+                None => self.propose(controller, Asked::Administer, Kind::Expect(broker)),
+                Some(_) if silent => self.propose(controller, asked, Kind::Register(broker)),
+                Some(_) => {}
+            }
+        }
+        if self.injured && self.joining.is_empty() && self.is_whole() {
+            self.injured = false;
+        }
+    }
+
+    /// A broker was given an id, and starts.
+    pub(crate) fn joined(&mut self, name: &str, asked: u32, id: BrokerId) {
+        let Some(at) = self.joining.iter().position(|j| j.name == name && j.asked == asked) else { return };
+        let joining = self.joining.remove(at);
+        if let Some(old) = joining.old {
+            self.hosts.remove(&old);
+        }
+        let drift = self.dice.roll(41) as i64 - 20;
+        self.hosts.insert(id, Host::new(name.to_owned(), drift));
+    }
+
+    /// Nothing is lost, drained or joining, and every replica has everything.
+    fn is_well(&self) -> bool {
+        !self.injured && self.joining.is_empty() && self.draining.is_none() && self.is_whole()
+    }
+}

@@ -5,12 +5,12 @@
 use crate::filter::Filter;
 use crate::node_loop::{Event, ReplyTo};
 use crate::outbox::{self, Origin, Published, Reason};
-use crate::service::{Context, log};
+use crate::service::{Context, log, publisher, subscriber};
 use crate::shared::Partition;
 use crate::status::Failure;
 use crate::throttle::Throttle;
 use bytes::Bytes;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
@@ -48,6 +48,8 @@ const TURN_COMMANDS: usize = 1_024;
 const AHEAD_BYTES_MAX: usize = 4 << 20;
 /// Bytes of unpacked records beyond which no further batch is unpacked.
 const UNPACKED_BYTES_MAX: usize = 64 << 20;
+/// Bytes of batches read anew for one member's turn, beyond which the rest waits for the next.
+const GIVEN_BYTES_MAX: usize = 8 << 20;
 /// Bytes of one call's messages: what clients take without being told to.
 const CALL_BYTES_MAX: usize = 3 << 20;
 /// Between two looks at deadlines, leadership and the subscription.
@@ -113,7 +115,7 @@ pub enum SeekTo {
 /// A result that was published, or not, and who waits for the ack.
 struct Resulted {
     offset: u64,
-    published: Result<Published, Failure>,
+    published: Result<Option<Published>, Failure>,
     answer: oneshot::Sender<Result<Outcome, Failure>>,
 }
 
@@ -160,6 +162,7 @@ impl Hubs {
             to_bury: VecDeque::new(),
             burials: JoinSet::new(),
             results: JoinSet::new(),
+            resulting: BTreeSet::new(),
             delivery: Delivery::new(policy, cursor),
             begun: Instant::now(),
             members: BTreeMap::new(),
@@ -225,14 +228,14 @@ impl Ahead {
 /// Whom to tell that acks are in the log.
 enum Confirm {
     Acks(u64, oneshot::Sender<Result<u64, Failure>>),
-    Result(Published, oneshot::Sender<Result<Outcome, Failure>>),
+    Result(Outcome, oneshot::Sender<Result<Outcome, Failure>>),
 }
 
 impl Confirm {
     fn tell(self, failure: Option<Failure>) {
         match self {
             Self::Acks(count, answer) => drop(answer.send(failure.map_or(Ok(count), Err))),
-            Self::Result(at, answer) => drop(answer.send(failure.map_or(Ok(Outcome::Published(at)), Err))),
+            Self::Result(outcome, answer) => drop(answer.send(failure.map_or(Ok(outcome), Err))),
         }
     }
 }
@@ -253,6 +256,8 @@ struct Hub {
     burials: JoinSet<(Failed, Result<(), Failure>)>,
     /// results being published
     results: JoinSet<Resulted>,
+    /// of these messages
+    resulting: BTreeSet<u64>,
     delivery: Delivery,
     begun: Instant,
     members: BTreeMap<MemberId, Member>,
@@ -313,6 +318,11 @@ impl Hub {
         }
         self.unwritten.clear();
         self.unwritten_failed.clear();
+        // a snapshot that was just declared is of the position before
+        let meta = self.context.shared.meta();
+        for snapshot in meta.subscriptions.values().filter(|s| s.snapshot_of == self.subscription.0) {
+            subscriber::cursor(&self.context, self.group, SubscriptionId(snapshot.id)).await?;
+        }
         let mut update = CursorUpdate { subscription: self.subscription.0, ..Default::default() };
         let offset = match to {
             SeekTo::Offset(offset) => *update.seek.insert(offset),
@@ -489,11 +499,20 @@ impl Hub {
             }
             Standing::Given => {}
         }
+        if !self.resulting.insert(offset) {
+            let text = "a result of the message is being published already";
+            return drop(answer.send(Err(Failure::new(Code::Unavailable, "UNDER_WAY", text))));
+        }
+        // it is nobody else's until its result is there
+        let held_ms = outbox::ANSWER_MAX.as_millis() as u64 + self.policy.ack_deadline_ms;
+        self.delivery.extend(OffsetRange { start: offset, end: offset + 1 }, held_ms, self.now_ms());
         let seeks = self.delivery.cursor().seeks();
         let origin =
             Origin { subscription: self.subscription, group: self.group, offset, seeks, reason: Reason::Result };
         let context = self.context.clone();
         self.results.spawn(async move {
+            let value = |r: &Record| r.value.as_ref().map_or(0, Bytes::len);
+            let _budget = publisher::budget(&context.budget, records.iter().map(value).sum()).await;
             let published = outbox::publish(&context, &to, &records, origin).await;
             Resulted { offset, published, answer }
         });
@@ -502,10 +521,14 @@ impl Hub {
     /// The result is published: the message is done with.
     fn resulted(&mut self, done: Result<Resulted, tokio::task::JoinError>) {
         let Ok(Resulted { offset, published, answer }) = done else { return };
+        self.resulting.remove(&offset);
         match published {
             Ok(at) => {
                 self.ack(&[v1::OffsetRange { start: offset, end: offset + 1 }]);
-                self.confirm.push(Confirm::Result(at, answer));
+                // its member may have gone meanwhile, for the last time it may: it is no dead letter
+                self.unwritten.extend(self.delivery.bury(offset));
+                let outcome = at.map_or(Outcome::Already, Outcome::Published);
+                self.confirm.push(Confirm::Result(outcome, answer));
                 self.write_acks();
             }
             Err(failure) => drop(answer.send(Err(failure))),
@@ -514,6 +537,10 @@ impl Hub {
 
     fn adjust(&mut self, nacks: &[v1::Nacked], extensions: &[v1::Extension], now_ms: u64) {
         for n in nacks {
+            // what has a result under way is done with, or will come again
+            if self.resulting.range(n.start..n.end.max(n.start)).next().is_some() {
+                continue;
+            }
             self.delivery.nack(OffsetRange { start: n.start, end: n.end }, n.delay_ms, now_ms);
         }
         for e in extensions {
@@ -642,6 +669,13 @@ impl Hub {
         self.to_bury.extend(self.delivery.take_dying().into_iter().map(|failed| (failed, now)));
         while self.burials.len() < BURIALS_MAX && self.to_bury.front().is_some_and(|(_, from)| *from <= now) {
             let Some((failed, _)) = self.to_bury.pop_front() else { break };
+            if self.resulting.contains(&failed.offset) {
+                self.to_bury.push_back((failed, now + TICK)); // its result decides
+                continue;
+            }
+            if !self.delivery.is_dying(failed.offset) {
+                continue;
+            }
             if self.spec.dead_letter_topic.is_empty() {
                 self.context.metrics.dead_letters.with_label_values(&[&self.topic, "dropped"]).inc();
                 self.unwritten.extend(self.delivery.bury(failed.offset));
@@ -805,9 +839,22 @@ impl Hub {
     }
 
     async fn give(&mut self, id: MemberId, grants: &[Grant], partition: &Partition) -> Result<(), Failure> {
-        for grant in grants {
+        let held = |this: &Self| this.ahead.iter().map(|a| a.batch.data.len() + a.unpacked).sum::<usize>();
+        let before = held(self);
+        let mut count = grants.len();
+        for (at, grant) in grants.iter().enumerate() {
             self.hold(grant.offset, partition).await?;
+            // what comes again may lie far apart, a batch each: the rest waits for its turn
+            if at % 16 == 15 && held(self) > before + GIVEN_BYTES_MAX {
+                count = at + 1;
+                break;
+            }
         }
+        for rest in &grants[count..] {
+            self.delivery.take_back(OffsetRange { start: rest.offset, end: rest.offset + 1 });
+            self.delivery.credit(id, 1);
+        }
+        let grants = &grants[..count];
         self.charge(grants);
         let high_watermark = partition.tail.high_watermark();
         let Some(member) = self.members.get(&id) else { return Ok(()) };

@@ -140,6 +140,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         turn,
         throttles,
         inboxes,
+        channels: Default::default(),
         schedulers,
     };
     let _ = running.set(context.clone());
@@ -174,7 +175,11 @@ fn serve_clients(
         .add_service(reflection(&["Publisher", "Subscriber", "Requester", "Log", "Metadata"])?)
         .add_service(health)
         .add_service(v1::publisher_server::PublisherServer::new(c()).max_decoding_message_size(limit))
-        .add_service(v1::subscriber_server::SubscriberServer::new(c()).max_encoding_message_size(limit))
+        .add_service(
+            v1::subscriber_server::SubscriberServer::new(c())
+                .max_encoding_message_size(limit)
+                .max_decoding_message_size(limit),
+        )
         .add_service(v1::requester_server::RequesterServer::new(c()).max_decoding_message_size(limit))
         .add_service(v1::log_server::LogServer::new(c()).max_encoding_message_size(limit))
         .add_service(v1::metadata_server::MetadataServer::new(c()))

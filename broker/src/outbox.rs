@@ -6,17 +6,42 @@ use crate::peers;
 use crate::service::{Context, Found};
 use crate::status::Failure;
 use bytes::Bytes;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tonic::Code;
+use tonic::transport::Channel;
 use weir_core::batch::BatchHeader;
 use weir_core::ids::{GroupId, SubscriptionId};
 use weir_core::node::{Reply, mix};
+use weir_core::producer::OWN_PRODUCERS;
 use weir_proto::records::{self, Compression, Record, Stamp};
 use weir_proto::v1;
 use weir_proto::v1::publish_ack::Outcome;
 
+/// Connections kept.
+const CHANNELS_MAX: usize = 64;
 /// A move that takes longer is tried again.
-const ANSWER_MAX: Duration = Duration::from_secs(5);
+pub const ANSWER_MAX: Duration = Duration::from_secs(5);
+
+/// Connections to other brokers, one to each.
+#[derive(Clone, Default)]
+pub struct Channels(Arc<Mutex<HashMap<String, Channel>>>);
+
+impl Channels {
+    fn to(&self, address: &str) -> Result<Channel, tonic::transport::Error> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(channel) = all.get(address) {
+            return Ok(channel.clone());
+        }
+        if all.len() >= CHANNELS_MAX {
+            all.clear(); // brokers come and go; those in use are opened again
+        }
+        let channel = peers::endpoint(address)?.connect_lazy();
+        all.insert(address.to_owned(), channel.clone());
+        Ok(channel)
+    }
+}
 
 /// Where a message that is moved comes from.
 #[derive(Clone, Copy, Debug)]
@@ -58,9 +83,6 @@ impl Origin {
     }
 }
 
-/// Producer ids from here on are brokers' own: far beyond those the metadata group gives, which count up from 1.
-pub const OWN_PRODUCERS: u64 = 1 << 62;
-
 /// A producer id of a broker's own.
 pub fn own_producer(seed: u64) -> u64 {
     OWN_PRODUCERS | (mix(seed) >> 2)
@@ -68,18 +90,24 @@ pub fn own_producer(seed: u64) -> u64 {
 
 /// Publishes a dead letter. One that is too large for its topic goes without its value, which a header then says.
 pub async fn bury(context: &Context, topic: &str, mut record: Record, origin: Origin) -> Result<(), Failure> {
-    match publish(context, topic, std::slice::from_ref(&record), origin).await.map(drop) {
+    match publish(context, topic, std::slice::from_ref(&record), origin).await {
         Err(failure) if failure.reason == "TOO_LARGE" => {
             let bytes = record.value.take().map_or(0, |v| v.len());
             record.headers.push(("weir-dead-value-bytes".to_owned(), bytes.to_string().into()));
             publish(context, topic, &[record], origin).await.map(drop)
         }
-        other => other,
+        other => other.map(drop),
     }
 }
 
-/// Publishes records to a topic, to the partition of the first one's key; once, however often it is repeated.
-pub async fn publish(context: &Context, topic: &str, records: &[Record], origin: Origin) -> Result<Published, Failure> {
+/// Publishes records to a topic, to the partition of the first one's key; once, however often it is repeated while the partition
+/// remembers it and the topic does not grow. `None` where others were published for the same origin before: those stand.
+pub async fn publish(
+    context: &Context,
+    topic: &str,
+    records: &[Record],
+    origin: Origin,
+) -> Result<Option<Published>, Failure> {
     let partitions = context.shared.meta().topics.get(topic).map_or(0, |t| t.groups.len() as u32);
     if partitions == 0 {
         return Err(Failure::new(Code::NotFound, "NO_TOPIC", format!("topic {topic} does not exist")));
@@ -90,8 +118,12 @@ pub async fn publish(context: &Context, topic: &str, records: &[Record], origin:
     };
     let stamp = Stamp { id: origin.producer_id(), epoch: 0, sequence: 0 };
     let batch = records::encode(records, Compression::None, Some(stamp)).map_err(|e| Failure::invalid("RECORDS", e))?;
-    let base_offset = send(context, topic, partition, batch).await?;
-    Ok(Published { partition, base_offset })
+    match send(context, topic, partition, batch).await {
+        Ok(base_offset) => Ok(Some(Published { partition, base_offset })),
+        // a producer of this origin's own has another number of records there
+        Err(failure) if failure.reason == "SEQUENCE" => Ok(None),
+        Err(failure) => Err(failure),
+    }
 }
 
 /// Publishes a batch to a partition, wherever its leader is; gives its offset. Not repeated here.
@@ -118,8 +150,7 @@ async fn try_send(context: &Context, topic: &str, partition: u32, batch: Bytes) 
     }
     let address = context.not_leader(group).leader;
     let unreachable = |what: String| Failure::new(Code::Unavailable, "NOT_LEADER", what);
-    let channel = peers::endpoint(&address).map_err(|e| unreachable(e.to_string()))?;
-    let channel = channel.connect().await.map_err(|e| unreachable(format!("{address}: {e}")))?;
+    let channel = context.channels.to(&address).map_err(|e| unreachable(e.to_string()))?;
     let mut client =
         v1::publisher_client::PublisherClient::new(channel).max_encoding_message_size(weir_proto::MESSAGE_BYTES_MAX);
     let batch = v1::PublishBatch { id: 1, topic: topic.to_owned(), partition, batch };

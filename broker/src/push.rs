@@ -2,8 +2,9 @@
 //! binary content mode (<https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/bindings/http-protocol-binding.md>). To its hub each
 //! of the requests under way is a member with credit for one message; so order, back-off, dead letters and rates are the hub's.
 //!
-//! An answer of 2xx is an ack. An endpoint that cannot be reached, or says 429, 502, 503 or 504, is waited for with the message in hand:
-//! that is no failed delivery. Any other answer, or none in time, is.
+//! An answer of 2xx is an ack. An endpoint that takes no connection, or says 429, 502, 503 or 504, is waited for with the message in hand:
+//! that is no failed delivery. Any other answer is, none in time, and a connection that breaks once the message was sent: it may be
+//! the message that breaks the endpoint.
 
 use crate::hub::Command;
 use crate::service::Context;
@@ -34,6 +35,10 @@ const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// Longest wait an endpoint may ask for.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(300);
+/// An endpoint that takes no connection by then is away. An answer may take its time besides.
+const CONNECT_MAX: Duration = Duration::from_secs(2);
+/// Headers of a message that go along; one with more is refused.
+const HEADERS_MAX: usize = 256;
 /// Unread responses of a hub.
 const UNREAD_MAX: usize = 16;
 
@@ -51,8 +56,12 @@ pub fn check_endpoint(endpoint: &str) -> Result<(), Failure> {
 }
 
 fn client() -> Http {
+    let mut http = HttpConnector::new();
+    http.enforce_http(false);
+    http.set_nodelay(true);
+    http.set_connect_timeout(Some(CONNECT_MAX));
     let https = match HttpsConnectorBuilder::new().with_native_roots() {
-        Ok(builder) => builder.https_or_http().enable_http1().build(),
+        Ok(builder) => builder.https_or_http().enable_http1().wrap_connector(http),
         Err(error) => {
             tracing::warn!(%error, "no certificates of authorities here: https endpoints cannot be pushed to");
             let none = rustls::ClientConfig::builder().with_root_certificates(rustls::RootCertStore::empty());
@@ -60,7 +69,7 @@ fn client() -> Http {
                 .with_tls_config(none.with_no_client_auth())
                 .https_or_http()
                 .enable_http1()
-                .build()
+                .wrap_connector(http)
         }
     };
     Client::builder(TokioExecutor::new()).pool_idle_timeout(Duration::from_secs(30)).build(https)
@@ -68,7 +77,7 @@ fn client() -> Http {
 
 struct Pusher {
     push: Push,
-    _requests: JoinSet<()>,
+    requests: JoinSet<()>,
 }
 
 /// Keeps requests under way for each partition led here of each subscription that is pushed.
@@ -90,6 +99,8 @@ pub async fn tend(context: Context) {
                 }
             }
         }
+        // a request's task ends only by a fault of ours: all of them begin anew
+        pushers.retain(|_, pusher| pusher.requests.try_join_next().is_none());
         pushers.retain(|key, pusher| wanted.get(key).is_some_and(|(push, ..)| **push == pusher.push));
         for (key, (push, subscription, topic, partition)) in wanted {
             if pushers.contains_key(&key) {
@@ -110,7 +121,7 @@ pub async fn tend(context: Context) {
                 };
                 requests.spawn(member.run());
             }
-            pushers.insert(key, Pusher { push: push.clone(), _requests: requests });
+            pushers.insert(key, Pusher { push: push.clone(), requests });
         }
         tokio::time::sleep(LOOK).await;
     }
@@ -166,7 +177,7 @@ impl Member {
         // a hub that has ended begins anew, and delivers the message again
         while !hub.is_closed() {
             // the lease lasts as long as the request may
-            self.hold(hub, member, start, self.push.timeout_ms).await;
+            self.hold(hub, member, start, self.answer_max().as_millis() as u64).await;
             let mut said = v1::PullRequest { credit_messages: 1, ..Default::default() };
             let (outcome, wait) = match self.post(&message).await {
                 Answer::Taken => {
@@ -181,7 +192,7 @@ impl Member {
                 Answer::Later(after, why) => {
                     self.note(&message, &why);
                     self.context.metrics.pushed.with_label_values(&[&self.subscription, "later"]).inc();
-                    self.wait_holding(hub, member, start, after.unwrap_or(pause)).await;
+                    self.wait_holding(hub, member, start, after.map_or(pause, |a| a.max(pause))).await;
                     pause = (pause * 2).min(PAUSE_MAX);
                     continue;
                 }
@@ -228,12 +239,16 @@ impl Member {
         );
     }
 
+    fn answer_max(&self) -> Duration {
+        CONNECT_MAX + Duration::from_millis(self.push.timeout_ms)
+    }
+
     async fn post(&self, message: &v1::ReceivedMessage) -> Answer {
         let request = match to_request(&self.push.endpoint, &self.topic, message) {
             Ok(request) => request,
-            Err(error) => return Answer::Refused(None, error.to_string()),
+            Err(why) => return Answer::Refused(None, why),
         };
-        let answered = tokio::time::timeout(Duration::from_millis(self.push.timeout_ms), self.http.request(request));
+        let answered = tokio::time::timeout(self.answer_max(), self.http.request(request));
         let response = match answered.await {
             Err(_) => return Answer::Refused(None, format!("no answer within {} ms", self.push.timeout_ms)),
             Ok(Err(error)) => {
@@ -243,7 +258,7 @@ impl Member {
                     let _ = write!(why, ": {cause}");
                     source = cause.source();
                 }
-                return Answer::Later(None, why);
+                return if error.is_connect() { Answer::Later(None, why) } else { Answer::Refused(None, why) };
             }
             Ok(Ok(response)) => response,
         };
@@ -256,7 +271,8 @@ impl Member {
             | StatusCode::BAD_GATEWAY
             | StatusCode::SERVICE_UNAVAILABLE
             | StatusCode::GATEWAY_TIMEOUT => Answer::Later(after, format!("the endpoint says {status}")),
-            _ => Answer::Refused(after, format!("the endpoint says {status}")),
+            // none at all is by the subscription's back-off
+            _ => Answer::Refused(after.filter(|a| !a.is_zero()), format!("the endpoint says {status}")),
         }
     }
 }
@@ -276,10 +292,13 @@ fn encoded(value: &str) -> HeaderValue {
 
 /// A message as a CloudEvent. Its headers `ce_…` (as the Kafka binding has them) are the event's attributes, `content-type` the type of
 /// its data; others go along as `x-weir-…`.
-fn to_request(endpoint: &str, topic: &str, message: &v1::ReceivedMessage) -> Result<Request<Full<Bytes>>, http::Error> {
+fn to_request(endpoint: &str, topic: &str, message: &v1::ReceivedMessage) -> Result<Request<Full<Bytes>>, String> {
     let empty = v1::Message::default();
     let body = message.message.as_ref().unwrap_or(&empty);
-    let mut request = Request::post(endpoint).body(Full::new(body.value.clone()))?;
+    if body.headers.len() > HEADERS_MAX {
+        return Err(format!("it has {} headers, at most {HEADERS_MAX} can be pushed", body.headers.len()));
+    }
+    let mut request = Request::post(endpoint).body(Full::new(body.value.clone())).map_err(|e| e.to_string())?;
     let headers = request.headers_mut();
     let at = chrono::DateTime::from_timestamp_millis(body.timestamp_ms).unwrap_or_default();
     let place = format!("{topic}/{}/{}", message.partition, message.offset);
@@ -367,5 +386,13 @@ mod tests {
         assert_eq!(get("x-weir-region"), Some("Z%C3%BCrich%201"));
         assert_eq!(get("x-weir-delivery"), Some("2"));
         assert_eq!(request.headers().keys().filter(|k| k.as_str().contains("bad")).count(), 0);
+    }
+
+    #[test]
+    fn a_message_with_very_many_headers_is_refused() {
+        let headers = (0..30_000).map(|n| (format!("h{n}"), Bytes::from("v"))).collect();
+        let message = Some(v1::Message { headers, ..Default::default() });
+        let message = v1::ReceivedMessage { message, ..Default::default() };
+        assert!(to_request("http://h/x", "t", &message).unwrap_err().contains("30000 headers"));
     }
 }

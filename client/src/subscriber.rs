@@ -3,8 +3,8 @@
 use crate::consumer::message_of;
 use crate::consumer::{From, Message, Pull};
 use crate::{Client, Error, Record, full_name, waits};
-use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
+use std::collections::{HashSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use weir_proto::v1;
@@ -141,6 +141,7 @@ impl Subscriber {
         }
         let (lists, receiver) = mpsc::channel(LISTS_MAX);
         let (task, tasks) = mpsc::channel(1);
+        let open = Open::default();
         let partition = |topic: &str, partition| Partition {
             client: client.clone(),
             subscription: full.clone(),
@@ -149,23 +150,22 @@ impl Subscriber {
             many,
             options: options.clone(),
             lists: lists.clone(),
+            open: open.clone(),
             _task: task.clone(),
         };
         // one after the other: two that open an exclusive subscription at once do not share it between them
         let mut opened = Vec::new();
-        let mut known = HashMap::new();
         for topic in &found.topics {
             let count = cluster.topic(topic).map_or(0, |t| t.partitions.len() as u32);
             for at in 0..count {
                 let partition = partition(topic, at);
                 opened.push((partition.open().await?, partition));
             }
-            known.insert(topic.clone(), count);
         }
         for (pull, partition) in opened {
-            tokio::spawn(partition.run(pull));
+            partition.spawn(pull);
         }
-        tokio::spawn(follow_growth(partition("", 0), known));
+        tokio::spawn(follow_growth(partition("", 0)));
         Ok(Self { lists: receiver, here: VecDeque::new(), tasks })
     }
 
@@ -235,8 +235,8 @@ async fn seek_all(client: &Client, subscription: &str, to: v1::seek_request::To)
     Ok(())
 }
 
-/// Opens partitions that appear until the subscriber is dropped; `known` says how many of each topic are open.
-async fn follow_growth(like: Partition, mut known: HashMap<String, u32>) {
+/// Opens partitions that appear until the subscriber is dropped; those of a topic made again under its name too.
+async fn follow_growth(like: Partition) {
     let look = if like.many { TOPICS_LOOK } else { GROWTH_LOOK };
     loop {
         tokio::select! {
@@ -248,23 +248,25 @@ async fn follow_growth(like: Partition, mut known: HashMap<String, u32>) {
         if found.topics.is_empty() && !like.many {
             return;
         }
-        known.retain(|topic, _| found.topics.contains(topic)); // one made again under its name is another
         for topic in &found.topics {
-            let opened = known.entry(topic.clone()).or_default();
-            let count = cluster.topic(topic).map_or(0, |t| t.partitions.len() as u32);
-            while *opened < count {
-                let next = Partition { topic: topic.clone(), partition: *opened, ..like.clone() };
+            for partition in 0..cluster.topic(topic).map_or(0, |t| t.partitions.len() as u32) {
+                let next = Partition { topic: topic.clone(), partition, ..like.clone() };
+                if next.is_open() {
+                    continue;
+                }
                 match next.open().await {
-                    Ok(pull) => drop(tokio::spawn(next.run(pull))),
+                    Ok(pull) => next.spawn(pull),
                     Err(Error::Deadline { .. }) => break, // it has no leader yet: the next look tries again
                     Err(error) if next.is_gone(&error) => break,
                     Err(error) => return drop(like.lists.send(Err(error)).await),
                 }
-                *opened += 1;
             }
         }
     }
 }
+
+/// Partitions that are read, by topic and number.
+type Open = Arc<Mutex<HashSet<(String, u32)>>>;
 
 /// How a stream ended.
 enum Ended {
@@ -284,6 +286,7 @@ struct Partition {
     many: bool,
     options: Options,
     lists: Lists,
+    open: Open,
     _task: mpsc::Sender<()>,
 }
 
@@ -291,6 +294,25 @@ impl Partition {
     async fn open(&self) -> Result<Pull, Error> {
         let Options { member, credit } = &self.options;
         Pull::open(&self.client, &self.subscription, &self.topic, self.partition, member, *credit).await
+    }
+
+    fn all_open(&self) -> MutexGuard<'_, HashSet<(String, u32)>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_open(&self) -> bool {
+        self.all_open().contains(&(self.topic.clone(), self.partition))
+    }
+
+    /// Reads it in a task of its own.
+    fn spawn(self, pull: Pull) {
+        let key = (self.topic.clone(), self.partition);
+        self.all_open().insert(key.clone());
+        let open = self.open.clone();
+        tokio::spawn(async move {
+            self.run(pull).await;
+            open.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
+        });
     }
 
     /// Whether a topic among many was deleted.

@@ -54,6 +54,9 @@ pub const OLDEST_EVERY: u64 = 8;
 /// With priorities, so many messages are held ready, to choose from.
 pub const PRIORITY_AHEAD: u64 = 10_000;
 
+/// Messages a partition's window holds at least: one that waits long must not hold up the others where few may be leased.
+const WINDOW_MIN: u64 = 2 * PRIORITY_AHEAD;
+
 impl Default for Policy {
     fn default() -> Self {
         Self {
@@ -275,14 +278,15 @@ impl Delivery {
         };
         let room = self.policy.leased_max.saturating_sub(self.leased);
         if self.policy.priorities && credit > 0 && room > 0 {
-            let window = (self.policy.leased_max * 2).max(PRIORITY_AHEAD * 2);
+            let window = (self.policy.leased_max * 2).max(WINDOW_MIN);
             return PRIORITY_AHEAD.saturating_sub(self.ready).min(window.saturating_sub(self.window.len() as u64));
         }
         // of several keys, what is ready may be one's that is held up or whose member takes nothing: others go on
         let ready = if self.policy.mode == Mode::KeyShared { 0 } else { self.ready };
         let wanted = credit.min(room).saturating_sub(ready);
         // a key whose member is slow must not hold up the others for ever, nor grow the window without bound
-        wanted.min((self.policy.leased_max * 2).saturating_sub(self.window.len() as u64))
+        let window = (self.policy.leased_max * 2).max(WINDOW_MIN);
+        wanted.min(window.saturating_sub(self.window.len() as u64))
     }
 
     fn active(&self) -> Option<MemberId> {
@@ -442,6 +446,12 @@ impl Delivery {
             .collect()
     }
 
+    /// Whether a message waits to be buried.
+    pub fn is_dying(&self, offset: u64) -> bool {
+        let at = offset.checked_sub(self.base).and_then(|at| self.window.get(at as usize));
+        at.is_some_and(|slot| slot.state == State::Dying)
+    }
+
     /// A dying message was put elsewhere: it counts as acked; returned for the log.
     pub fn bury(&mut self, offset: u64) -> Option<OffsetRange> {
         let at = usize::try_from(offset.checked_sub(self.base)?).ok()?;
@@ -531,13 +541,16 @@ impl Delivery {
             return self.share(now_ms, max);
         }
         let mut out = Vec::new();
-        let ids: Vec<MemberId> = self.members.keys().copied().collect();
+        // beginning after the one that got the last: a rate lets a few through at a time, and all are to have their share
+        let after = self.members.range(self.turn + 1..).chain(self.members.range(..=self.turn));
+        let ids: Vec<MemberId> = after.map(|(id, _)| *id).collect();
         for id in ids {
             while out.len() < max && self.leased < self.policy.leased_max {
                 let Some(member) = self.members.get_mut(&id).filter(|m| m.room() > 0) else { break };
                 let Some(lane) = member.lanes.pop_front() else { break };
                 if let Some(grant) = self.grant(id, lane, now_ms) {
                     out.push(grant);
+                    self.turn = id;
                 }
             }
         }

@@ -88,8 +88,9 @@ impl Node {
         let meta = self.meta.clone();
         let tail = group.log().tail();
         let begin = |s: &Subscription| {
-            // of a topic that was made after it, it misses nothing
-            let all = s.spec.start() == Start::Earliest || topic.0 > s.id;
+            // of a topic, or a partition, that was made after it, it misses nothing; a snapshot is as old as what it is of
+            let since = if s.snapshot_of == 0 { s.id } else { s.snapshot_of };
+            let all = s.spec.start() == Start::Earliest || id.0 > since;
             let start = match s.spec.start_ms {
                 time_ms if time_ms > 0 => group
                     .log()
@@ -152,7 +153,9 @@ impl Node {
                 let Some(group) = self.groups.get_mut(&id) else { continue };
                 let Machine::Partition(state) = group.machine() else { continue };
                 let readers = || meta.subscriptions_of(TopicId(topic.id));
-                let keep = readers().map(|s| state.cursors.get(s.id).map_or(0, |c| c.position())).min();
+                let declared = readers().map(|s| state.cursors.get(s.id).map_or(0, |c| c.position()));
+                // the metadata here may be behind: what the log knows of counts too
+                let keep = declared.chain(state.cursors.iter().map(|(_, c)| c.position())).min();
                 let newest = group.log().checkpoints().back().copied();
                 let interval = (topic.spec.retention_ms / 16).max(1_000);
                 let aged = topic.spec.retention_ms > 0

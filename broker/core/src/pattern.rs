@@ -10,8 +10,14 @@ pub fn is_well_formed(pattern: &str) -> bool {
     pattern.split('.').all(|word| !word.is_empty() && (word == "*" || word == "#" || !is_pattern(word)))
 }
 
-/// Whether a dotted name matches. Takes time by the product of both lengths in words, whatever the pattern.
+/// Longer names match nothing, as in AMQP.
+const NAME_BYTES_MAX: usize = 255;
+
+/// Whether a dotted name, of at most 255 bytes, matches. Takes time by the product of both lengths in words, whatever the pattern.
 pub fn matches(pattern: &str, name: &str) -> bool {
+    if name.len() > NAME_BYTES_MAX {
+        return false;
+    }
     let words: Vec<&str> = if name.is_empty() { Vec::new() } else { name.split('.').collect() };
     // reached[n]: the pattern so far matches the first n words
     let mut reached = vec![false; words.len() + 1];

@@ -10,6 +10,11 @@ pub const BATCHES_MAX: usize = 32;
 /// Producers remembered for each partition; beyond it the one that wrote longest ago is forgotten.
 pub const PRODUCERS_MAX: usize = 10_000;
 
+/// Producer ids from here on are brokers' own, one for each dead letter or result; the metadata group's count up from 1.
+pub const OWN_PRODUCERS: u64 = 1 << 62;
+/// Of those, so many are remembered for each partition, beside the others: none pushes out a client's.
+pub const OWN_PRODUCERS_MAX: usize = 20_000;
+
 /// Why an idempotent publish was refused.
 #[derive(Debug, Error, Clone, Copy, PartialEq, Eq)]
 pub enum SequenceError {
@@ -64,8 +69,13 @@ struct Producer {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ProducerTable {
     producers: BTreeMap<u64, Producer>,
-    /// base offset of each producer's latest batch → its id: who to forget first
-    by_age: BTreeMap<u64, u64>,
+    /// base offset of each producer's latest batch → its id: who to forget first; of clients' producers, and of brokers' own
+    by_age: [BTreeMap<u64, u64>; 2],
+}
+
+/// Which of the two a producer is in, and how many that holds.
+fn class(id: u64) -> (usize, usize) {
+    if id < OWN_PRODUCERS { (0, PRODUCERS_MAX) } else { (1, OWN_PRODUCERS_MAX) }
 }
 
 /// `sequence + n`, wrapping from `i32::MAX` to 0.
@@ -112,7 +122,7 @@ impl ProducerTable {
         let producer =
             self.producers.entry(stamp.id).or_insert_with(|| Producer { epoch: stamp.epoch, seen: VecDeque::new() });
         if let Some(last) = producer.seen.back() {
-            self.by_age.remove(&last.base_offset);
+            self.by_age[class(stamp.id).0].remove(&last.base_offset);
         }
         if producer.epoch != stamp.epoch {
             producer.epoch = stamp.epoch;
@@ -122,9 +132,11 @@ impl ProducerTable {
             producer.seen.pop_front();
         }
         producer.seen.push_back(Seen { first: stamp.sequence, count, base_offset });
-        self.by_age.insert(base_offset, stamp.id);
-        if self.producers.len() > PRODUCERS_MAX
-            && let Some((_, oldest)) = self.by_age.pop_first()
+        let (class, most) = class(stamp.id);
+        let by_age = &mut self.by_age[class];
+        by_age.insert(base_offset, stamp.id);
+        if by_age.len() > most
+            && let Some((_, oldest)) = by_age.pop_first()
         {
             self.producers.remove(&oldest);
         }
@@ -143,7 +155,7 @@ impl ProducerTable {
         let mut table = Self::default();
         for record in records {
             if let Some(last) = record.seen.last() {
-                table.by_age.insert(last.base_offset, record.id);
+                table.by_age[class(record.id).0].insert(last.base_offset, record.id);
                 let producer = Producer { epoch: record.epoch as u16, seen: record.seen.iter().copied().collect() };
                 table.producers.insert(record.id, producer);
             }

@@ -49,6 +49,8 @@ pub struct Context {
     pub schedulers: crate::scheduler::Schedulers,
     /// Declared rates.
     pub throttles: crate::throttle::Throttles,
+    /// Connections for what a broker publishes by itself.
+    pub channels: crate::outbox::Channels,
     /// Moves with each call for messages that names no partition.
     pub turn: Arc<std::sync::atomic::AtomicUsize>,
 }

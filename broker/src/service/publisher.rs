@@ -2,7 +2,6 @@
 
 use super::{Context, Found, full_name};
 use crate::node_loop::{Event, ReplyTo};
-use crate::outbox;
 use crate::status::Failure;
 use bytes::Bytes;
 use futures::Stream;
@@ -16,6 +15,7 @@ use weir_core::batch::BatchHeader;
 use weir_core::ids::GroupId;
 use weir_core::meta::command::Kind;
 use weir_core::node::Reply;
+use weir_core::producer::OWN_PRODUCERS;
 use weir_proto::records::{self, Compression, Record, Stamp};
 use weir_proto::v1;
 use weir_proto::v1::publisher_server::Publisher;
@@ -61,7 +61,7 @@ fn kib(bytes: usize) -> u32 {
     (bytes as u32).div_ceil(1024).max(1)
 }
 
-async fn budget(of: &Arc<Semaphore>, bytes: usize) -> OwnedSemaphorePermit {
+pub(crate) async fn budget(of: &Arc<Semaphore>, bytes: usize) -> OwnedSemaphorePermit {
     of.clone().acquire_many_owned(kib(bytes)).await.expect("never closed")
 }
 
@@ -223,7 +223,7 @@ fn stamp(request: &v1::PublishRequest) -> Result<Option<Stamp>, Failure> {
         ));
     }
     // a broker's own producers have ids beyond these
-    if id == 0 || id >= outbox::OWN_PRODUCERS || sequence < 0 {
+    if id == 0 || id >= OWN_PRODUCERS || sequence < 0 {
         return Err(Failure::invalid(
             "PRODUCER",
             format!(

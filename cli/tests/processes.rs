@@ -2,122 +2,17 @@
 
 mod cluster;
 
+use cluster::writer::{Writer, check};
 use cluster::{Cluster, WEIR, make_topic};
 use std::collections::HashMap;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use weir_checker::{Event, History, Log, Place};
-use weir_client::consumer::{From, read_partition};
-use weir_client::producer::{Options, Producer};
 use weir_client::{Client, Record};
 use weir_proto::v1;
 
-/// What was offered and acknowledged: records are (key, number).
-type Seen = History<(u32, u64)>;
-
-struct Writer {
-    stop: Arc<AtomicBool>,
-    seen: Arc<Mutex<Seen>>,
-    /// of each key: its last ack, and the longest gap between two
-    last_ack: Arc<Mutex<HashMap<u32, (Instant, Duration)>>>,
-    unknown: Arc<AtomicU64>,
-    tasks: Vec<tokio::task::JoinHandle<()>>,
-}
-
-impl Writer {
-    /// Four keys, each written in order, values `key-number`, padded to 1 KiB.
-    async fn start(client: &Client, topic: &str) -> Self {
-        let writer = Self {
-            stop: Arc::default(),
-            seen: Arc::default(),
-            last_ack: Arc::default(),
-            unknown: Arc::default(),
-            tasks: Vec::new(),
-        };
-        let producer = Producer::open(client, topic, Options::default()).await.unwrap();
-        let mut writer = writer;
-        for key in 0..12 {
-            let (producer, seen, stop) = (producer.clone(), writer.seen.clone(), writer.stop.clone());
-            let (last_ack, unknown) = (writer.last_ack.clone(), writer.unknown.clone());
-            writer.tasks.push(tokio::spawn(async move {
-                let mut number = 0u64;
-                while !stop.load(Ordering::Relaxed) {
-                    let mut under_way = Vec::new();
-                    for _ in 0..20 {
-                        let name = (key, number);
-                        number += 1;
-                        seen.lock().unwrap().push(Event::Offered { producer: key.into(), value: name });
-                        let mut value = format!("{key}-{}", name.1).into_bytes();
-                        value.resize(1024, b' ');
-                        let record = Record {
-                            key: Some(format!("k{key}").into()),
-                            value: Some(value.into()),
-                            ..Default::default()
-                        };
-                        under_way.push((name, producer.send(record).await.unwrap()));
-                    }
-                    for (name, outcome) in under_way {
-                        match outcome.await {
-                            Ok(Ok(at)) => {
-                                let at = Place { partition: at.partition, offset: at.offset };
-                                seen.lock().unwrap().push(Event::Acked { value: name, at });
-                                let mut all = last_ack.lock().unwrap();
-                                let last = all.entry(key).or_insert((Instant::now(), Duration::ZERO));
-                                last.1 = last.1.max(last.0.elapsed());
-                                last.0 = Instant::now();
-                            }
-                            _ => drop(unknown.fetch_add(1, Ordering::Relaxed)),
-                        }
-                    }
-                }
-            }));
-        }
-        writer
-    }
-
-    /// The longest gap between two acks of one key since it was asked last: every partition whose leader was killed has its share.
-    fn take_gap(&self) -> Duration {
-        let mut all = self.last_ack.lock().unwrap();
-        let gap = all.values().map(|(last, gap)| last.elapsed().max(*gap)).max().unwrap_or_default();
-        all.values_mut().for_each(|(_, gap)| *gap = Duration::ZERO);
-        gap
-    }
-
-    async fn finish(self) -> (Seen, u64) {
-        self.stop.store(true, Ordering::Relaxed);
-        for task in self.tasks {
-            task.await.unwrap();
-        }
-        let seen = std::mem::take(&mut *self.seen.lock().unwrap());
-        (seen, self.unknown.load(Ordering::Relaxed))
-    }
-}
-
-/// Reads all partitions from the beginning and holds them against what was seen.
-async fn check(client: &Client, topic: &str, partitions: u32, seen: &Seen) {
-    let mut logs = Vec::new();
-    for partition in 0..partitions {
-        let (sender, mut receiver) = tokio::sync::mpsc::channel(16);
-        tokio::spawn(read_partition(client.clone(), topic.to_owned(), partition, From::Earliest, true, sender));
-        let mut records = Vec::new();
-        while let Some(messages) = receiver.recv().await {
-            for message in messages.unwrap() {
-                assert_eq!(message.offset, records.len() as u64, "offsets run on without gaps");
-                let value = message.record.value.unwrap();
-                let (key, number) = std::str::from_utf8(&value).unwrap().trim_end().split_once('-').unwrap();
-                records.push((message.offset, (key.parse().unwrap(), number.parse().unwrap())));
-            }
-        }
-        logs.push(Log { of: "reader".to_owned(), partition, start: 0, records });
-    }
-    seen.check(&logs).assert_clean();
-}
-
 #[tokio::test(flavor = "multi_thread")]
-async fn one_broker_killed_after_the_other_loses_nothing() {
+async fn fault_01_one_broker_killed_after_the_other_loses_nothing() {
     let cluster = Cluster::start(3);
     let client = Client::new(&cluster.servers).unwrap();
     make_topic(&client, "t", 6, 3).await;
@@ -161,7 +56,7 @@ async fn all_killed_at_once_come_back_with_every_acknowledged_record() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_broker_whose_folder_is_removed_is_rebuilt_from_the_others() {
+async fn fault_13_a_broker_whose_folder_is_removed_is_rebuilt_from_the_others() {
     let cluster = Cluster::start(3);
     let client = Client::new(&cluster.servers).unwrap();
     make_topic(&client, "t", 3, 3).await;

@@ -2,7 +2,7 @@
 
 mod cluster;
 
-use cluster::{Cluster, make_topic};
+use cluster::{Cluster, in_sync, make_topic, until};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -44,29 +44,6 @@ async fn read(client: &Client, topic: &str) -> Result<HashMap<u64, u32>, Error> 
 
 fn once_each(count: u64) -> HashMap<u64, u32> {
     (0..count).map(|at| (at, 1)).collect()
-}
-
-/// Asks until it is so; says what was seen last where it never is.
-async fn until<T: std::fmt::Debug>(what: &str, ask: impl AsyncFn() -> Result<(), T>) {
-    let end = Instant::now() + PATIENCE;
-    loop {
-        match ask().await {
-            Ok(()) => return,
-            Err(seen) => assert!(Instant::now() < end, "{what}: {seen:?}"),
-        }
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
-}
-
-/// Waits until the partition has another replica id set than `before`, all of it in sync.
-async fn in_sync(client: &Client, topic: &str, replicas: usize) {
-    until("all replicas in sync", async || {
-        let seen = client.describe(&[topic.to_owned()]).await.map_err(|e| e.to_string())?;
-        let whole = |p: &v1::PartitionStatus| p.replicas.iter().filter(|r| r.in_sync && r.voter).count() == replicas;
-        let settled = client.refresh().await.is_ok_and(|c| c.topic(topic).is_some_and(|t| t.partitions[0].settled));
-        if settled && seen.len() == 1 && whole(&seen[0]) { Ok(()) } else { Err(format!("{seen:?}")) }
-    })
-    .await;
 }
 
 async fn leader_is(client: &Client, topic: &str, broker: u64) {
@@ -114,7 +91,7 @@ async fn killed(cluster: &Cluster, name: &str, meanwhile: impl Fn(&Path) -> bool
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_bit_that_flipped_in_an_old_record_is_found_by_its_reader_and_the_replica_is_rebuilt() {
+async fn fault_10_a_bit_that_flipped_in_an_old_record_is_found_by_its_reader_and_the_replica_is_rebuilt() {
     let cluster = Cluster::start(3);
     let client = Client::new(&cluster.servers).unwrap();
     make_topic(&client, "t", 1, 3).await;
@@ -143,7 +120,7 @@ async fn a_bit_that_flipped_in_an_old_record_is_found_by_its_reader_and_the_repl
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_store_that_is_damaged_as_a_whole_is_set_aside_and_rebuilt_from_the_others() {
+async fn fault_10_a_store_that_is_damaged_as_a_whole_is_set_aside_and_rebuilt_from_the_others() {
     let cluster = Cluster::start(3);
     let client = Client::new(&cluster.servers).unwrap();
     make_topic(&client, "t", 1, 3).await;
@@ -172,7 +149,7 @@ async fn a_store_that_is_damaged_as_a_whole_is_set_aside_and_rebuilt_from_the_ot
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_broker_that_was_drained_and_removed_joins_again_under_its_name() {
+async fn fault_14_a_broker_that_was_drained_and_removed_joins_again_under_its_name() {
     let cluster = Cluster::start(3);
     let client = Client::new(&cluster.servers).unwrap();
     make_topic(&client, "t", 2, 1).await;

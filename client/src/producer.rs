@@ -66,6 +66,33 @@ struct Queued {
     since: Instant,
 }
 
+/// Records that wait for a stream.
+struct Queue {
+    receiver: mpsc::UnboundedReceiver<Queued>,
+    /// taken from it to see how long they have waited; they come first
+    looked_at: VecDeque<Queued>,
+}
+
+impl Queue {
+    fn try_recv(&mut self) -> Option<Queued> {
+        self.looked_at.pop_front().or_else(|| self.receiver.try_recv().ok())
+    }
+
+    async fn recv(&mut self) -> Option<Queued> {
+        match self.looked_at.pop_front() {
+            Some(next) => Some(next),
+            None => self.receiver.recv().await,
+        }
+    }
+
+    /// Takes out those that have waited for `deadline`.
+    fn expired(&mut self, deadline: Duration) -> Vec<Queued> {
+        self.looked_at.extend(std::iter::from_fn(|| self.receiver.try_recv().ok()));
+        let old = self.looked_at.iter().take_while(|q| q.since.elapsed() >= deadline).count();
+        self.looked_at.drain(..old).collect()
+    }
+}
+
 struct Inner {
     client: Client,
     options: Options,
@@ -148,7 +175,7 @@ impl Producer {
                 in_flight: VecDeque::new(),
                 next_id: 1,
             };
-            tokio::spawn(task.run(receiver));
+            tokio::spawn(task.run(Queue { receiver, looked_at: VecDeque::new() }));
             sender
         };
         partitions.entry(partition).or_insert_with(start).clone()
@@ -200,7 +227,7 @@ enum Left {
 }
 
 impl Task {
-    async fn run(mut self, mut queue: mpsc::UnboundedReceiver<Queued>) {
+    async fn run(mut self, mut queue: Queue) {
         let mut waits = waits();
         loop {
             let answered_before = self.next_id - self.in_flight.len() as u64;
@@ -209,7 +236,7 @@ impl Task {
                 Ok(Left::Again(why)) => why,
                 Err(error) => error.to_string(),
             };
-            self.expire(&last);
+            self.expire(&last, &mut queue);
             if self.next_id - self.in_flight.len() as u64 > answered_before {
                 waits = crate::waits();
             }
@@ -218,17 +245,19 @@ impl Task {
         }
     }
 
-    /// Batches beyond their deadline fail. What follows them must not be taken for what they were: a new producer id begins.
-    fn expire(&mut self, last: &str) {
+    /// What is beyond its deadline fails. What follows a batch that was sent must not be taken for it: a new producer id begins.
+    fn expire(&mut self, last: &str, queue: &mut Queue) {
         let deadline = self.options.deadline;
+        let failed = |queued: Queued| {
+            let _ = queued.done.send(Err(Error::Deadline { after: deadline, last: last.to_owned() }));
+        };
+        queue.expired(deadline).into_iter().for_each(failed);
         let old = |b: &Batch| b.waiting.iter().all(|q| q.since.elapsed() >= deadline);
         if !self.in_flight.front().is_some_and(old) {
             return;
         }
         while let Some(batch) = self.in_flight.pop_front() {
-            for queued in batch.waiting {
-                let _ = queued.done.send(Err(Error::Deadline { after: deadline, last: last.to_owned() }));
-            }
+            batch.waiting.into_iter().for_each(failed);
         }
         self.producer_id = None;
     }
@@ -238,14 +267,16 @@ impl Task {
             return Ok(id);
         }
         let mut client = v1::publisher_client::PublisherClient::new(self.client.channel(address)?);
-        let answer = client.allocate_producer_ids(v1::AllocateProducerIdsRequest { count: 1 }).await?;
+        let asked = client.allocate_producer_ids(v1::AllocateProducerIdsRequest { count: 1 });
+        let late = |_| Error::Deadline { after: SILENCE_MAX, last: format!("{address} gives no producer id") };
+        let answer = tokio::time::timeout(SILENCE_MAX, asked).await.map_err(late)??;
         let id = answer.into_inner().first_id as i64;
         self.producer_id = Some(id);
         self.next_sequence = 0;
         Ok(id)
     }
 
-    async fn stream(&mut self, queue: &mut mpsc::UnboundedReceiver<Queued>) -> Result<Left, Error> {
+    async fn stream(&mut self, queue: &mut Queue) -> Result<Left, Error> {
         let Some(address) = self.client.cluster().leader(&self.topic, self.partition) else {
             return Ok(Left::Again("the partition has no leader".to_owned()));
         };
@@ -301,16 +332,16 @@ impl Task {
     }
 
     /// Takes what is queued, waiting for more up to the linger, as one batch.
-    async fn gather(&mut self, first: Queued, queue: &mut mpsc::UnboundedReceiver<Queued>) -> Batch {
+    async fn gather(&mut self, first: Queued, queue: &mut Queue) -> Batch {
         let mut bytes = size(&first.record);
         let mut waiting = vec![first];
         let linger = tokio::time::sleep(self.options.linger);
         tokio::pin!(linger);
         while bytes < self.options.batch_bytes {
             let next = match queue.try_recv() {
-                Ok(next) => Some(next),
-                Err(_) if self.options.linger.is_zero() => None,
-                Err(_) => tokio::select! { next = queue.recv() => next, () = &mut linger => None },
+                Some(next) => Some(next),
+                None if self.options.linger.is_zero() => None,
+                None => tokio::select! { next = queue.recv() => next, () = &mut linger => None },
             };
             let Some(next) = next else { break };
             bytes += size(&next.record);

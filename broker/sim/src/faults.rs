@@ -144,9 +144,9 @@ impl World {
                 host.wall_off = clock * 3_600_000;
                 self.count("clock jump");
             }
-            8..=10 if self.is_well() => self.lose_volume(victim),
-            11..=13 if self.is_well() => self.flip_bit(victim),
-            14..=16 if self.is_well() => self.drain(victim),
+            8..=27 if self.is_well() => self.lose_volume(victim),
+            28..=47 if self.is_well() => self.flip_bit(victim),
+            48..=67 if self.is_well() => self.drain(victim),
             _ => {}
         }
     }

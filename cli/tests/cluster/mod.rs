@@ -2,6 +2,9 @@
 
 #![allow(dead_code)] // each test program uses a part
 
+pub(crate) mod power;
+pub(crate) mod writer;
+
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
@@ -9,6 +12,9 @@ use std::time::{Duration, Instant};
 use weir_client::consumer::{From, Message, read_partition};
 use weir_client::{Client, Error};
 use weir_proto::v1;
+
+/// What takes moments takes no longer.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) const WEIR: &str = env!("CARGO_BIN_EXE_weir");
 
@@ -29,10 +35,18 @@ impl Cluster {
     }
 
     pub(crate) fn start_in(data: tempfile::TempDir, brokers: u32) -> Self {
+        Self::start_with(data, brokers, |serve| {
+            serve.args(["--listen", "127.0.0.1:0"]);
+        })
+    }
+
+    /// With more arguments and variables for `weir serve`.
+    fn start_with(data: tempfile::TempDir, brokers: u32, more: impl FnOnce(&mut Command)) -> Self {
         let turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let mut serve = Command::new(WEIR);
-        serve.args(["serve", "--listen", "127.0.0.1:0", "-o", "json", "--brokers", &brokers.to_string()]);
+        serve.args(["serve", "-o", "json", "--brokers", &brokers.to_string()]);
         serve.arg("--data").arg(data.path()).env("WEIR_LOG", "warn").stdout(Stdio::piped());
+        more(&mut serve);
         let mut serve = serve.spawn().unwrap();
         let mut line = String::new();
         BufReader::new(serve.stdout.take().unwrap()).read_line(&mut line).unwrap();
@@ -66,15 +80,60 @@ impl Cluster {
     }
 
     pub(crate) fn kill(&self, name: &str) {
+        self.signal(name, "-KILL");
+    }
+
+    /// Sends a signal to a broker, a process of this test's own.
+    pub(crate) fn signal(&self, name: &str, signal: &str) {
         let pid = self.pid(name).expect("the broker runs");
-        // a process of this test's own; SIGKILL is the fault
-        assert!(Command::new("kill").args(["-KILL", &pid.to_string()]).status().unwrap().success());
+        assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
+    }
+
+    /// Everything is killed, first what would start brokers again.
+    pub(crate) fn kill_all(mut self) -> Down {
+        let _ = self.serve.kill();
+        let _ = self.serve.wait();
+        for name in ["weir-0", "weir-1", "weir-2"] {
+            if self.pid(name).is_some() {
+                self.kill(name);
+            }
+        }
+        while ["weir-0", "weir-1", "weir-2"].iter().any(|name| self.pid(name).is_some()) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let port = self.servers.split([':', ',']).nth(1).unwrap().parse().unwrap();
+        Down { data: std::mem::replace(&mut self.data, tempfile::tempdir().unwrap()), port }
     }
 
     pub(crate) fn stop(mut self) -> tempfile::TempDir {
         assert!(Command::new("kill").args(["-TERM", &self.serve.id().to_string()]).status().unwrap().success());
         self.serve.wait().unwrap();
         std::mem::replace(&mut self.data, tempfile::tempdir().unwrap())
+    }
+}
+
+/// Three brokers that do not run, with their data and ports.
+pub(crate) struct Down {
+    pub(crate) data: tempfile::TempDir,
+    port: u16,
+}
+
+impl Down {
+    /// A cluster that was never started.
+    pub(crate) fn new() -> Self {
+        let free = |port: u16| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
+        let all = |port: &u16| (0..3).all(|b| (0..3).all(|p| free(port + 10 * b + p)) && free(port + 40 + b));
+        let port = (0..).map(|_| fastrand::u16(20_000..30_000)).find(all).unwrap();
+        Self { data: tempfile::tempdir().unwrap(), port }
+    }
+
+    /// Starts it, at the same ports each time.
+    pub(crate) fn start(self, more: impl FnOnce(&mut Command)) -> Cluster {
+        let (listen, metrics) = (format!("127.0.0.1:{}", self.port), format!("127.0.0.1:{}", self.port + 40));
+        Cluster::start_with(self.data, 3, |serve| {
+            serve.args(["--listen", &listen, "--metrics-listen", &metrics]);
+            more(serve);
+        })
     }
 }
 
@@ -91,8 +150,11 @@ impl Drop for Cluster {
 }
 
 pub(crate) async fn make_topic(client: &Client, name: &str, partitions: u32, replicas: u32) {
+    make_topic_of(client, name, v1::TopicSpec { partitions, replicas, ..Default::default() }).await;
+}
+
+pub(crate) async fn make_topic_of(client: &Client, name: &str, spec: v1::TopicSpec) {
     client.connect(Duration::from_secs(20)).await.unwrap();
-    let spec = v1::TopicSpec { partitions, replicas, ..Default::default() };
     let request = v1::ApplyTopicRequest { name: name.to_owned(), spec: Some(spec), ..Default::default() };
     let end = Instant::now() + Duration::from_secs(20);
     loop {
@@ -155,4 +217,30 @@ pub(crate) async fn read_all(client: &Client, topic: &str, partitions: u32) -> V
         }
     }
     out
+}
+
+/// Asks until it is so; says what was seen last where it never is.
+pub(crate) async fn until<T: std::fmt::Debug>(what: &str, ask: impl AsyncFn() -> Result<(), T>) {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match ask().await {
+            Ok(()) => return,
+            Err(seen) => assert!(Instant::now() < end, "{what}: {seen:?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+/// Waits until all partitions of a topic have so many replicas, each with all of it.
+pub(crate) async fn in_sync(client: &Client, topic: &str, replicas: usize) {
+    until("all replicas in sync", async || {
+        let seen = client.describe(&[topic.to_owned()]).await.map_err(|e| e.to_string())?;
+        let whole = |p: &v1::PartitionStatus| p.replicas.iter().filter(|r| r.in_sync && r.voter).count() == replicas;
+        let settled = client
+            .refresh()
+            .await
+            .is_ok_and(|c| c.topic(topic).is_some_and(|t| t.partitions.iter().all(|p| p.settled)));
+        if settled && !seen.is_empty() && seen.iter().all(whole) { Ok(()) } else { Err(format!("{seen:?}")) }
+    })
+    .await;
 }

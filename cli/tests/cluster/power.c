@@ -3,7 +3,7 @@
  * WEIR_POWER_DIR      files below this folder are watched
  * WEIR_POWER_JOURNAL  "S <size> <path>" after each sync that succeeded, with the file's size when it began;
  *                     "R <from> <to>" after each rename
- * WEIR_POWER_FAIL     while this file exists, syncs below the folder fail with EIO
+ * WEIR_POWER_FAIL     while this file exists, syncs below the folder whose path it holds fail with EIO
  * WEIR_POWER_CLOCK    if this file exists, it holds the seconds by which the wall clock is off
  *
  * What lies beyond a file's last synced size is what a power cut may take. */
@@ -34,6 +34,16 @@ static int watched(const char *path) {
     return folder && strncmp(path, folder, strlen(folder)) == 0;
 }
 
+static int fails(const char *path) {
+    const char *file = getenv("WEIR_POWER_FAIL");
+    char folder[PATH_MAX] = {0};
+    int fd = file ? open(file, O_RDONLY | O_CLOEXEC) : -1;
+    if (fd < 0) return 0;
+    ssize_t length = read(fd, folder, sizeof folder - 1);
+    close(fd);
+    return length > 0 && strncmp(path, folder, length) == 0;
+}
+
 static int synced(int fd, int (*real)(int)) {
     char link[64], path[PATH_MAX], line[PATH_MAX + 32];
     struct stat at_begin;
@@ -42,8 +52,7 @@ static int synced(int fd, int (*real)(int)) {
     if (length <= 0) return real(fd);
     path[length] = 0;
     if (!watched(path)) return real(fd);
-    const char *fail = getenv("WEIR_POWER_FAIL");
-    if (fail && access(fail, F_OK) == 0) {
+    if (fails(path)) {
         errno = EIO;
         return -1;
     }

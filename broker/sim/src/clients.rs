@@ -88,6 +88,11 @@ pub(crate) fn value_of(data: &[u8]) -> u64 {
 }
 
 impl World {
+    /// Batches acknowledged to each producer.
+    pub(crate) fn progress(&self) -> Vec<i32> {
+        self.producers.iter().map(|p| p.sequence).collect()
+    }
+
     pub(crate) fn produce(&mut self) {
         for at in 0..self.producers.len() {
             let due = self.producers[at].offer.is_none_or(|(_, again)| again <= self.now);

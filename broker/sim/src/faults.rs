@@ -106,7 +106,7 @@ impl World {
     }
 
     /// Two sides that reach each other only over one broker, which reaches all.
-    fn bridge(&mut self) {
+    pub fn bridge(&mut self) {
         self.count("bridge");
         let ids: Vec<BrokerId> = self.hosts.keys().copied().collect();
         let turn = self.dice.roll(ids.len() as u64) as usize;
@@ -154,6 +154,11 @@ impl World {
     /// What one broker says it has taken reaches nobody, until all is healed; what it refuses does.
     pub fn lose_acks_of(&mut self, broker: BrokerId) {
         self.weather.no_acks_of = Some(broker);
+    }
+
+    /// What one broker says does not reach another.
+    pub fn cut(&mut self, from: BrokerId, to: BrokerId) {
+        self.cut.insert((from, to));
     }
 
     /// Heals network, disks and processes.
@@ -242,7 +247,8 @@ impl World {
         self.joining.push(Joining { name, asked: 0, again_at, old: Some(at) });
     }
 
-    fn drain(&mut self, broker: BrokerId) {
+    /// An administrator drains a broker, where others can take its place.
+    pub fn drain(&mut self, broker: BrokerId) {
         let spare = self.hosts.values().filter(|h| h.name != GONE).count() > 3;
         let Some(controller) = self.controller().filter(|_| spare && self.draining.is_none()) else { return };
         self.count("drained broker");

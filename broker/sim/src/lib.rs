@@ -358,6 +358,15 @@ impl World {
         self.hosts.iter().filter_map(seen).collect()
     }
 
+    /// Brokers that take themselves for the leader of the first partition, with their terms.
+    pub fn claims(&self) -> Vec<(u64, BrokerId)> {
+        let group = self.group();
+        let claim = |(id, host): (&BrokerId, &Host)| {
+            host.node.as_ref()?.group(group).filter(|g| g.is_leader()).map(|g| (g.term(), *id))
+        };
+        self.hosts.iter().filter_map(claim).collect()
+    }
+
     /// The broker that takes itself for a group's leader in the newest term, of those that run.
     fn leader_of(&self, group: GroupId) -> Option<BrokerId> {
         let leads = |(id, host): (&BrokerId, &Host)| {

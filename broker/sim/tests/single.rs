@@ -6,7 +6,7 @@ use weir_core::group::Machine;
 use weir_core::ids::{BrokerId, GroupId, ReplicaId, Ticket};
 use weir_core::meta::command::{ApplySubscription, ApplyTopic, Command, Kind, Placement};
 use weir_core::meta::state::{Broker, MetaState, SubscriptionSpec, TopicSpec};
-use weir_core::node::{Limits, Node, Now, Reply};
+use weir_core::node::{Envelope, Limits, Node, Now, PeerMessage, Reply};
 use weir_core::storage::Store as _;
 use weir_sim::{Faults, World};
 use weir_store::mem::MemStore;
@@ -226,4 +226,158 @@ fn a_subscription_misses_nothing_of_a_partition_that_comes_later() {
         Machine::Meta(_) => None,
     };
     assert_eq!((position(first), position(second)), (Some(3), Some(0)), "latest, and nothing missed");
+}
+
+#[test]
+fn fault_04_a_leader_cut_from_its_followers_steps_down_and_acknowledges_nothing() {
+    for seed in 0..20 {
+        let mut world = World::new(seed, 3, 3);
+        world.run(3_000, Faults::None);
+        let (term, old) = world.claims()[0];
+        for other in world.brokers().into_iter().filter(|b| *b != old) {
+            world.cut(old, other);
+            world.cut(other, old);
+        }
+        // two election timeouts: check-quorum looks once in each
+        world.run(1_700, Faults::None);
+        let claims = world.claims();
+        assert!(claims.iter().all(|(_, b)| *b != old), "seed {seed}: it leads on: {claims:?}");
+        assert!(claims.iter().any(|(t, _)| *t > term), "seed {seed}: nobody took over");
+        let before = world.history.acknowledged();
+        world.run(2_000, Faults::None);
+        assert!(world.history.acknowledged() > before, "seed {seed}: clients stand still");
+        world.settle();
+        world.check();
+    }
+}
+
+#[test]
+fn fault_05_a_one_way_cut_does_not_let_terms_run_away() {
+    for seed in 0..20 {
+        let mut world = World::new(seed, 3, 3);
+        world.run(3_000, Faults::None);
+        let (term, leader) = world.claims()[0];
+        let other = world.brokers().into_iter().find(|b| *b != leader).unwrap();
+        // it hears nothing from the leader, and the leader hears it; or the other way round
+        if seed % 2 == 0 {
+            world.cut(leader, other)
+        } else {
+            world.cut(other, leader)
+        }
+        world.run(20_000, Faults::None);
+        let newest = world.claims().into_iter().max().expect("somebody leads").0;
+        assert!(newest <= term + 2, "seed {seed}: from term {term} to {newest}");
+        world.settle();
+        world.check();
+    }
+}
+
+#[test]
+fn fault_06_over_a_bridge_one_leads_in_a_term_and_one_side_commits() {
+    for seed in 0..20 {
+        let mut world = World::new(seed, 5, 5);
+        world.run(3_000, Faults::None);
+        world.bridge();
+        let mut leaders = std::collections::BTreeMap::new();
+        let before = world.history.acknowledged();
+        for _ in 0..1_000 {
+            world.run(10, Faults::None);
+            for (term, leader) in world.claims() {
+                assert_eq!(*leaders.entry(term).or_insert(leader), leader, "seed {seed}: two lead in term {term}");
+            }
+        }
+        assert!(world.history.acknowledged() > before, "seed {seed}: nobody commits");
+        world.settle();
+        world.check();
+    }
+}
+
+/// Found by a seed: raft-rs panics where a leader has applied its own removal, and hears of an acknowledgement.
+#[test]
+fn a_leader_elected_while_it_is_removed_steps_down() {
+    for seed in 0..60 {
+        let mut world = World::new(seed, 5, 3);
+        world.run(3_000, Faults::None);
+        let (_, leader) = world.claims()[0];
+        let follower = world.brokers().into_iter().find(|b| *b != leader && world.replica(*b).is_some()).unwrap();
+        world.drain(follower);
+        for turn in 0..400 {
+            world.run(10, Faults::None);
+            if turn % 12 == 0
+                && let Some((_, leader)) = world.claims().into_iter().max()
+                && leader != follower
+            {
+                world.brokers().into_iter().for_each(|b| world.lose_contact(b, leader));
+            }
+        }
+        world.settle();
+        world.check();
+    }
+}
+
+#[test]
+fn a_vote_is_told_to_nobody_before_it_is_synced() {
+    use weir_core::eraftpb::{Message, MessageType};
+    for quorum_memory in [false, true] {
+        let brokers: Vec<Broker> =
+            (1..=3).map(|id| Broker { id, name: format!("b-{id}"), ..Default::default() }).collect();
+        let mut meta = MetaState::form("c", &brokers);
+        let spec = TopicSpec { partitions: 1, replicas: 3, quorum_memory, ..Default::default() };
+        let placements = vec![Placement { brokers: vec![1, 2, 3] }];
+        let topic = ApplyTopic { name: "default/t".into(), spec, placements, ..Default::default() };
+        meta.apply(&Command::from(Kind::ApplyTopic(topic))).unwrap();
+        let group = meta.group_of("default/t", 0).unwrap();
+        let replicas: Vec<u64> = meta.assignment(group).unwrap().replicas.iter().map(|r| r.id).collect();
+        let store = Arc::new(MemStore::default());
+        let now = Now { mono_ms: 1, log_ms: 1 };
+        let mut node = Node::open(BrokerId(3), store.clone(), Limits::default(), 1, now).unwrap();
+        node.create_meta(ReplicaId(3), Some(&meta));
+        settle(&mut node, &store);
+        let mut message =
+            Message { to: replicas[2], from: replicas[1], term: 7, index: 1, log_term: 1, ..Default::default() };
+        message.set_msg_type(MessageType::MsgRequestVote);
+        node.peer(BrokerId(2), PeerMessage::Raft(Envelope { group, message }));
+        let vote = |messages: &[(BrokerId, Envelope)]| {
+            messages.iter().filter(|(_, e)| e.message.get_msg_type() == MessageType::MsgRequestVoteResponse).count()
+        };
+        let effects = node.drain();
+        let round = effects.round.expect("the vote is written");
+        assert_eq!((vote(&effects.messages), round.sync), (0, true), "quorumMemory {quorum_memory}");
+        store.write(&round.ops).unwrap();
+        node.written(round.id);
+        assert_eq!(vote(&node.drain().messages), 0, "written is not synced");
+        store.sync().unwrap();
+        node.synced(round.id);
+        assert_eq!(vote(&node.drain().messages), 1);
+    }
+}
+
+#[test]
+fn retention_keeps_what_a_subscription_has_not_read() {
+    for read in [false, true] {
+        let mut meta = MetaState::form("c", &[Broker { id: 1, name: "b".into(), ..Default::default() }]);
+        let spec = TopicSpec { partitions: 1, replicas: 1, retention_bytes: 10_000, ..Default::default() };
+        let placements = vec![Placement { brokers: vec![1] }];
+        let topic = ApplyTopic { name: "default/t".into(), spec, placements, ..Default::default() };
+        meta.apply(&Command::from(Kind::ApplyTopic(topic))).unwrap();
+        if read {
+            let spec = SubscriptionSpec { topic: "default/t".into(), ..Default::default() };
+            let subscription = ApplySubscription { name: "default/s".into(), spec, ..Default::default() };
+            meta.apply(&Kind::ApplySubscription(subscription).into()).unwrap();
+        }
+        let group = meta.group_of("default/t", 0).unwrap();
+        let store = Arc::new(MemStore::default());
+        let limits = Limits { checkpoint_bytes: 2_000, ..Default::default() };
+        let mut node = Node::open(BrokerId(1), store.clone(), limits, 1, Now { mono_ms: 1, log_ms: 1 }).unwrap();
+        node.create_meta(ReplicaId(1), Some(&meta));
+        for at in 1..600 {
+            node.tick(Now { mono_ms: at * 50, log_ms: at * 50 });
+            let data = synthetic(1, None, &[7; 100]);
+            let header = BatchHeader::validate(&data).unwrap();
+            node.publish(Ticket(at), group, data.into(), &header);
+            settle(&mut node, &store);
+        }
+        let start = node.group(group).unwrap().log().tail().start_offset();
+        assert_eq!(start > 0, !read, "it starts at {start}");
+    }
 }

@@ -7,11 +7,11 @@ export ROCKSDB_LIB_DIR ?= $(HOME)/.cache/weir/rocksdb-$(ROCKSDB_VERSION)
 export ROCKSDB_STATIC ?= 1
 PACKAGES := clang libclang-dev cmake make g++ pkg-config
 PACKAGES_E2E := containerd runc containernetworking-plugins etcd-server conntrack iptables iproute2 prometheus openssl curl
-RUNS ?= 300
+RUNS ?= 1000
 # one selection everywhere: cargo unites features over what is selected, and another set would compile much again
 SELECTION := --workspace --all-targets
 
-.PHONY: run test examples e2e image chart sim generate check-generated fmt lint deps deps-e2e rocksdb
+.PHONY: run test examples e2e image chart sim sim-nightly mutants bench-share generate check-generated fmt lint deps deps-e2e rocksdb
 
 run: deps rocksdb
 	cargo build --locked $(SELECTION)
@@ -44,6 +44,19 @@ image: deps rocksdb
 # SEED=n runs one schedule again, RUNS=n that many from 0
 sim:
 	cargo test --locked --workspace --test seeds -- --nocapture
+
+# ten thousand schedules, or as many as RUNS says
+sim-nightly: deps rocksdb
+	RUNS=$(if $(filter command environment,$(origin RUNS)),$(RUNS),10000) cargo test --locked --workspace --test seeds -- --nocapture
+
+# breaks each promise in a scratch copy: the suite must go red
+mutants:
+	./broker/mutants.sh
+
+# a shared subscription beside RabbitMQ (Debian's rabbitmq-server, a JVM and Maven for its PerfTest)
+bench-share: deps rocksdb
+	cargo build --locked $(SELECTION)
+	./bench/share.sh
 
 # regenerates what is generated and committed
 generate:

@@ -17,6 +17,10 @@ if [ ! -d "$libraries" ]; then
 fi
 root=$work/root
 mkdir -p "$root"/{usr/local/bin,etc,tmp,data} && cp -a "$libraries"/. "$root"/
+# authorities' certificates, for pushes over https
+if [ -f /etc/ssl/certs/ca-certificates.crt ]; then
+  mkdir -p "$root/etc/ssl/certs" && cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
+fi
 chmod 1777 "$root/tmp"; chown 65532:65532 "$root/data" 2>/dev/null || true
 for program in weir weir-broker weir-operator; do
   strip -o "$root/usr/local/bin/$program" "$bin/$program"

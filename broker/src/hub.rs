@@ -318,7 +318,8 @@ impl Hub {
         }
         self.unwritten.clear();
         self.unwritten_failed.clear();
-        // a snapshot that was just declared is of the position before
+        // a snapshot that was just declared is of the position before: every partition gets its part within moments; one that came
+        // later begins at its start, as the snapshot does there
         let meta = self.context.shared.meta();
         for snapshot in meta.subscriptions.values().filter(|s| s.snapshot_of == self.subscription.0) {
             subscriber::cursor(&self.context, self.group, SubscriptionId(snapshot.id)).await?;
@@ -505,7 +506,7 @@ impl Hub {
         }
         // it is nobody else's until its result is there
         let held_ms = outbox::ANSWER_MAX.as_millis() as u64 + self.policy.ack_deadline_ms;
-        self.delivery.extend(OffsetRange { start: offset, end: offset + 1 }, held_ms, self.now_ms());
+        self.delivery.extend(OffsetRange::one(offset), held_ms, self.now_ms());
         let seeks = self.delivery.cursor().seeks();
         let origin =
             Origin { subscription: self.subscription, group: self.group, offset, seeks, reason: Reason::Result };
@@ -851,7 +852,7 @@ impl Hub {
             }
         }
         for rest in &grants[count..] {
-            self.delivery.take_back(OffsetRange { start: rest.offset, end: rest.offset + 1 });
+            self.delivery.take_back(OffsetRange::one(rest.offset));
             self.delivery.credit(id, 1);
         }
         let grants = &grants[..count];
@@ -892,7 +893,7 @@ impl Hub {
                 });
                 let keep = fits.count().max(1);
                 for rest in messages.drain(keep.min(messages.len())..) {
-                    let range = OffsetRange { start: rest.offset, end: rest.offset + 1 };
+                    let range = OffsetRange::one(rest.offset);
                     self.delivery.take_back(range);
                 }
                 self.delivery.revoke_credit(id);
@@ -906,7 +907,7 @@ impl Hub {
                 if refused {
                     // the caller went away: others may have them
                     for g in grants {
-                        let range = OffsetRange { start: g.offset, end: g.offset + 1 };
+                        let range = OffsetRange::one(g.offset);
                         self.delivery.take_back(range);
                     }
                 }
@@ -932,7 +933,7 @@ impl Hub {
                     self.delivery.take_back(run);
                     for m in &response.messages {
                         count += 1;
-                        self.delivery.take_back(OffsetRange { start: m.offset, end: m.offset + 1 });
+                        self.delivery.take_back(OffsetRange::one(m.offset));
                     }
                     self.delivery.credit(id, count);
                 }

@@ -166,7 +166,7 @@ fn due_of(record: &Record) -> u64 {
 fn ranges(mut offsets: Vec<u64>) -> Vec<OffsetRange> {
     offsets.sort_unstable();
     let mut out: Vec<OffsetRange> = Vec::new();
-    offsets.into_iter().for_each(|offset| push_range(&mut out, OffsetRange { start: offset, end: offset + 1 }));
+    offsets.into_iter().for_each(|offset| push_range(&mut out, OffsetRange::one(offset)));
     out
 }
 

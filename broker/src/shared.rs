@@ -54,10 +54,8 @@ impl Partition {
     /// Offset of the first record appended at or after `time_ms`, or the high watermark.
     pub fn offset_at(&self, time_ms: u64) -> Result<u64, StoreError> {
         let high_watermark = self.tail.high_watermark();
-        // memory first: what is not there any more by the second look is in the store by then
-        let recent = self.tail.offset_at(time_ms);
-        let stored = self.store.offset_at(self.group, time_ms)?;
-        Ok(recent.into_iter().chain(stored).min().unwrap_or(high_watermark).min(high_watermark))
+        let found = self.tail.offset_at(&*self.store, self.group, time_ms)?;
+        Ok(found.map_or(high_watermark, |offset| offset.min(high_watermark)))
     }
 }
 

@@ -267,8 +267,7 @@ async fn share(client: &Client, work: &Share) -> anyhow::Result<Outcome> {
         members.push(Subscriber::open(client, &work.subscription, options).await?);
     }
     let (done, bytes) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
-    let (all, _) = tokio::sync::watch::channel(false);
-    let all = Arc::new(all);
+    let all = tokio::sync::watch::Sender::new(false);
     let mut tasks = tokio::task::JoinSet::new();
     for mut member in members {
         let (done, bytes, progress, records) = (done.clone(), bytes.clone(), progress.clone(), work.records);

@@ -7,6 +7,7 @@ mod cluster;
 use cluster::power::Power;
 use cluster::writer::{Writer, check};
 use cluster::{Cluster, Down, PATIENCE, in_sync, make_topic, make_topic_of};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 use tonic_types::StatusExt as _;
@@ -35,6 +36,15 @@ async fn another_leads(client: &Client, topic: &str, than: u64) -> Duration {
     begun.elapsed()
 }
 
+/// Three brokers on a disk that can lose power, and their folder.
+fn powered(power: &Power) -> (Cluster, Client, PathBuf) {
+    let down = Down::new();
+    let folder = down.data.path().to_owned();
+    let cluster = down.start(|serve| power.preload(serve, &folder));
+    let client = Client::new(&cluster.servers).unwrap();
+    (cluster, client, folder)
+}
+
 async fn publish(client: &Client, topic: &str, within: Duration) -> Result<(), Error> {
     let options = Options { deadline: within, ..Default::default() };
     let producer = Producer::open(client, topic, options).await?;
@@ -46,8 +56,7 @@ async fn publish(client: &Client, topic: &str, within: Duration) -> Result<(), E
 async fn fault_02_a_follower_that_is_killed_fails_no_publish() {
     let cluster = Cluster::start(3);
     let client = Client::new(&cluster.servers).unwrap();
-    make_topic(&client, "t", 1, 3).await;
-    let writer = Writer::start(&client, "t").await;
+    let writer = Writer::start(&client, "t", 1).await;
     for _ in 0..3 {
         tokio::time::sleep(Duration::from_secs(2)).await;
         let (id, name) = leader(&client, "t").await;
@@ -67,8 +76,7 @@ async fn fault_02_a_follower_that_is_killed_fails_no_publish() {
 async fn fault_03_a_leader_that_was_stopped_acknowledges_nothing_and_names_its_successor() {
     let cluster = Cluster::start(3);
     let client = Client::new(&cluster.servers).unwrap();
-    make_topic(&client, "t", 1, 3).await;
-    let writer = Writer::start(&client, "t").await;
+    let writer = Writer::start(&client, "t", 1).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     let (old, name) = leader(&client, "t").await;
     let address = client.cluster().address(old).unwrap();
@@ -105,8 +113,7 @@ async fn fault_07_without_a_majority_nothing_is_acknowledged_and_all_is_back_aft
         serve.arg("--no-restart");
     });
     let client = Client::new(&cluster.servers).unwrap();
-    make_topic(&client, "t", 3, 3).await;
-    let writer = Writer::start(&client, "t").await;
+    let writer = Writer::start(&client, "t", 3).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     let (seen, _) = writer.finish().await;
     ["weir-0", "weir-1"].into_iter().for_each(|name| cluster.kill(name));
@@ -131,11 +138,10 @@ async fn fault_08_all_lose_power_at_once_and_every_acknowledged_record_is_back()
         let cluster = down.start(|serve| power.preload(serve, &folder));
         let client = Client::new(&cluster.servers).unwrap();
         let topic = format!("t{round}");
-        make_topic(&client, &topic, 3, 3).await;
-        let writer = Writer::start(&client, &topic).await;
+        let writer = Writer::start(&client, &topic, 3).await;
         tokio::time::sleep(Duration::from_secs(2)).await;
         down = cluster.kill_all();
-        let (seen, _) = writer.abandon();
+        let seen = writer.abandon();
         let cut = power.cut(&folder);
         let cluster = down.start(|serve| power.preload(serve, &folder));
         let client = Client::new(&cluster.servers).unwrap();
@@ -156,16 +162,13 @@ async fn fault_08_all_lose_power_at_once_and_every_acknowledged_record_is_back()
 #[tokio::test(flavor = "multi_thread")]
 async fn fault_08_what_was_never_synced_is_lost_with_the_power() {
     let power = Power::new();
-    let down = Down::new();
-    let folder = down.data.path().to_owned();
-    let cluster = down.start(|serve| power.preload(serve, &folder));
-    let client = Client::new(&cluster.servers).unwrap();
+    let (cluster, client, folder) = powered(&power);
     let spec = v1::TopicSpec { partitions: 1, replicas: 3, quorum_memory: true, ..Default::default() };
     make_topic_of(&client, "t", spec).await;
-    let writer = Writer::start(&client, "t").await;
+    let writer = Writer::start_on(&client, "t").await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     let down = cluster.kill_all();
-    let (seen, _) = writer.abandon();
+    let seen = writer.abandon();
     power.cut(&folder);
     let cluster = down.start(|_| {});
     let client = Client::new(&cluster.servers).unwrap();
@@ -179,15 +182,11 @@ async fn fault_08_what_was_never_synced_is_lost_with_the_power() {
 #[tokio::test(flavor = "multi_thread")]
 async fn fault_09_a_torn_unsynced_tail_is_filled_again_by_the_leader() {
     let power = Power::new();
-    let down = Down::new();
-    let folder = down.data.path().to_owned();
-    let cluster = down.start(|serve| power.preload(serve, &folder));
-    let client = Client::new(&cluster.servers).unwrap();
-    make_topic(&client, "t", 3, 3).await;
-    let writer = Writer::start(&client, "t").await;
+    let (cluster, client, folder) = powered(&power);
+    let writer = Writer::start(&client, "t", 3).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     let down = cluster.kill_all();
-    let (seen, _) = writer.abandon();
+    let seen = writer.abandon();
     let cut = power.cut(&folder.join("weir-1"));
     let cluster = down.start(|_| {});
     let client = Client::new(&cluster.servers).unwrap();
@@ -200,12 +199,8 @@ async fn fault_09_a_torn_unsynced_tail_is_filled_again_by_the_leader() {
 #[tokio::test(flavor = "multi_thread")]
 async fn fault_11_a_failed_sync_ends_the_process_and_the_others_go_on() {
     let power = Power::new();
-    let down = Down::new();
-    let folder = down.data.path().to_owned();
-    let cluster = down.start(|serve| power.preload(serve, &folder));
-    let client = Client::new(&cluster.servers).unwrap();
-    make_topic(&client, "t", 3, 3).await;
-    let writer = Writer::start(&client, "t").await;
+    let (cluster, client, folder) = powered(&power);
+    let writer = Writer::start(&client, "t", 3).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     let (_, name) = leader(&client, "t").await;
     let before = cluster.pid(&name).unwrap();
@@ -225,10 +220,10 @@ async fn fault_11_a_failed_sync_ends_the_process_and_the_others_go_on() {
 }
 
 /// A small file system of its own, for as long as this lives.
-struct Small(std::path::PathBuf);
+struct Small(PathBuf);
 
 impl Small {
-    fn mount(at: std::path::PathBuf) -> Option<Self> {
+    fn mount(at: PathBuf) -> Option<Self> {
         std::fs::create_dir_all(&at).unwrap();
         let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=800m", "tmpfs"]).arg(&at).status();
         mounted.is_ok_and(|status| status.success()).then_some(Self(at))
@@ -252,8 +247,7 @@ async fn fault_12_leadership_moves_off_a_full_disk_and_it_recovers_once_there_is
     }
     let cluster = down.start(|_| {});
     let client = Client::new(&cluster.servers).unwrap();
-    make_topic(&client, "t", 3, 3).await;
-    let writer = Writer::start(&client, "t").await;
+    let writer = Writer::start(&client, "t", 3).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     let (id, name) = leader(&client, "t").await;
     let ballast = folder.join(&name).join("ballast");
@@ -280,13 +274,10 @@ async fn fault_12_leadership_moves_off_a_full_disk_and_it_recovers_once_there_is
 #[tokio::test(flavor = "multi_thread")]
 async fn fault_15_a_wall_clock_that_jumps_expires_nothing_early_and_moves_no_leader() {
     let power = Power::new();
-    let down = Down::new();
-    let folder = down.data.path().to_owned();
-    let cluster = down.start(|serve| power.preload(serve, &folder));
-    let client = Client::new(&cluster.servers).unwrap();
+    let (_cluster, client, _) = powered(&power);
     let spec = v1::TopicSpec { partitions: 1, replicas: 3, retention_ms: 600_000, ..Default::default() };
     make_topic_of(&client, "t", spec).await;
-    let writer = Writer::start(&client, "t").await;
+    let writer = Writer::start_on(&client, "t").await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     let before = leader(&client, "t").await;
     for seconds in [3_600, -3_600] {

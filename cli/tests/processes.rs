@@ -15,8 +15,7 @@ use weir_proto::v1;
 async fn fault_01_one_broker_killed_after_the_other_loses_nothing() {
     let cluster = Cluster::start(3);
     let client = Client::new(&cluster.servers).unwrap();
-    make_topic(&client, "t", 6, 3).await;
-    let writer = Writer::start(&client, "t").await;
+    let writer = Writer::start(&client, "t", 6).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     let kills = std::env::var("KILLS").ok().and_then(|v| v.parse().ok()).unwrap_or(20);
     let mut gaps = Vec::new();
@@ -42,8 +41,7 @@ async fn fault_01_one_broker_killed_after_the_other_loses_nothing() {
 async fn all_killed_at_once_come_back_with_every_acknowledged_record() {
     let cluster = Cluster::start(3);
     let client = Client::new(&cluster.servers).unwrap();
-    make_topic(&client, "t", 3, 3).await;
-    let writer = Writer::start(&client, "t").await;
+    let writer = Writer::start(&client, "t", 3).await;
     for _ in 0..3 {
         tokio::time::sleep(Duration::from_secs(2)).await;
         ["weir-0", "weir-1", "weir-2"].into_iter().for_each(|name| cluster.kill(name));
@@ -59,8 +57,7 @@ async fn all_killed_at_once_come_back_with_every_acknowledged_record() {
 async fn fault_13_a_broker_whose_folder_is_removed_is_rebuilt_from_the_others() {
     let cluster = Cluster::start(3);
     let client = Client::new(&cluster.servers).unwrap();
-    make_topic(&client, "t", 3, 3).await;
-    let writer = Writer::start(&client, "t").await;
+    let writer = Writer::start(&client, "t", 3).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     let folder = cluster.data.path().join("weir-1");
     cluster.kill("weir-1");

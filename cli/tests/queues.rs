@@ -2,7 +2,7 @@
 
 mod cluster;
 
-use cluster::{Cluster, make_topic, read_all, spec, subscribe, weir};
+use cluster::{Cluster, PATIENCE, make_topic, read_all, spec, subscribe, weir};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -13,8 +13,6 @@ use weir_client::requester::{Requester, reply};
 use weir_client::subscriber::Subscriber;
 use weir_client::{Client, Error, Record};
 use weir_proto::v1;
-
-const PATIENCE: Duration = Duration::from_secs(60);
 
 fn numbered(number: u64) -> Record {
     let headers = vec![("parity".to_owned(), if number.is_multiple_of(2) { "even".into() } else { "odd".into() })];

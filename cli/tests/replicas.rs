@@ -2,7 +2,7 @@
 
 mod cluster;
 
-use cluster::{Cluster, in_sync, make_topic, until};
+use cluster::{Cluster, PATIENCE, in_sync, make_topic, until};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -10,8 +10,6 @@ use weir_client::consumer::{From, read_partition};
 use weir_client::producer::{Options, Producer};
 use weir_client::{Client, Error, Record};
 use weir_proto::v1;
-
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Publishes `count` values of `bytes` and waits for their acks.
 async fn publish(client: &Client, topic: &str, count: u64, bytes: usize) {

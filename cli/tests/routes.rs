@@ -2,7 +2,7 @@
 
 mod cluster;
 
-use cluster::{Cluster, make_topic, read_all, spec, subscribe, weir};
+use cluster::{Cluster, PATIENCE, make_topic, read_all, spec, subscribe, weir};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -12,8 +12,6 @@ use weir_client::producer::{Options, Producer};
 use weir_client::subscriber::{self, Delivered, Subscriber};
 use weir_client::{Client, Error, Record};
 use weir_proto::v1;
-
-const PATIENCE: Duration = Duration::from_secs(60);
 
 fn record(value: &str, headers: &[(&str, &str)]) -> Record {
     let headers = headers.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned().into())).collect();

@@ -2,14 +2,12 @@
 
 mod cluster;
 
-use cluster::{Cluster, make_topic, read_all};
+use cluster::{Cluster, PATIENCE, make_topic, read_all};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use weir_client::consumer::Message;
 use weir_client::schedule::{cancel, schedule};
 use weir_client::{Client, Error, Record, proto as v1};
-
-const PATIENCE: Duration = Duration::from_secs(60);
 
 fn ms(at: SystemTime) -> u64 {
     at.duration_since(UNIX_EPOCH).unwrap().as_millis() as u64

@@ -16,6 +16,13 @@ pub struct OffsetRange {
     pub end: u64,
 }
 
+impl OffsetRange {
+    /// Of one message.
+    pub fn one(offset: u64) -> Self {
+        Self { start: offset, end: offset + 1 }
+    }
+}
+
 /// How often a message was delivered and not acked.
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
 pub struct Failed {
@@ -271,7 +278,7 @@ mod tests {
     fn every_second_of_a_million_acked_takes_an_eighth_of_a_byte_each() {
         let mut cursors = Cursors::default();
         let mut cursor = Cursor::at(7);
-        (0..500_000).map(|at| 8 + 2 * at).for_each(|o| cursor.ack(OffsetRange { start: o, end: o + 1 }));
+        (0..500_000).map(|at| 8 + 2 * at).for_each(|o| cursor.ack(OffsetRange::one(o)));
         assert_eq!((cursor.position(), cursor.acked_above()), (7, 500_000));
         cursors.0.insert(1, cursor);
         let records = cursors.to_records();

@@ -277,16 +277,14 @@ impl Delivery {
             Mode::Shared | Mode::KeyShared => self.members.values().map(Member::room).sum(),
         };
         let room = self.policy.leased_max.saturating_sub(self.leased);
+        // a key whose member is slow must not hold up the others for ever, nor grow the window without bound
+        let window = (self.policy.leased_max * 2).max(WINDOW_MIN).saturating_sub(self.window.len() as u64);
         if self.policy.priorities && credit > 0 && room > 0 {
-            let window = (self.policy.leased_max * 2).max(WINDOW_MIN);
-            return PRIORITY_AHEAD.saturating_sub(self.ready).min(window.saturating_sub(self.window.len() as u64));
+            return PRIORITY_AHEAD.saturating_sub(self.ready).min(window);
         }
         // of several keys, what is ready may be one's that is held up or whose member takes nothing: others go on
         let ready = if self.policy.mode == Mode::KeyShared { 0 } else { self.ready };
-        let wanted = credit.min(room).saturating_sub(ready);
-        // a key whose member is slow must not hold up the others for ever, nor grow the window without bound
-        let window = (self.policy.leased_max * 2).max(WINDOW_MIN);
-        wanted.min(window.saturating_sub(self.window.len() as u64))
+        credit.min(room).saturating_sub(ready).min(window)
     }
 
     fn active(&self) -> Option<MemberId> {
@@ -355,13 +353,16 @@ impl Delivery {
         }
     }
 
+    fn slot(&self, offset: u64) -> Option<&Slot> {
+        self.window.get(usize::try_from(offset.checked_sub(self.base)?).ok()?)
+    }
+
     /// How a message stands with those who do something about it beside an ack.
     pub fn standing(&self, offset: u64) -> Standing {
         if self.cursor.is_acked(offset) {
             return Standing::Acked;
         }
-        let at = offset.checked_sub(self.base).and_then(|at| self.window.get(at as usize));
-        match at {
+        match self.slot(offset) {
             Some(slot) if slot.given && slot.state != State::Dying => Standing::Given,
             _ => Standing::Other,
         }
@@ -417,7 +418,7 @@ impl Delivery {
     /// Passes over the message at [`Self::next`]: nobody wants it (a filter, say). It counts as acked; returned for the log.
     pub fn feed_past(&mut self) -> Option<OffsetRange> {
         let offset = self.next();
-        let range = OffsetRange { start: offset, end: offset + 1 };
+        let range = OffsetRange::one(offset);
         let known = self.cursor.is_acked(offset);
         self.cursor.ack(range);
         self.window.push_back(Slot { state: State::Acked, lane: 0, failures: 0, given: false, rank: 0 });
@@ -448,15 +449,14 @@ impl Delivery {
 
     /// Whether a message waits to be buried.
     pub fn is_dying(&self, offset: u64) -> bool {
-        let at = offset.checked_sub(self.base).and_then(|at| self.window.get(at as usize));
-        at.is_some_and(|slot| slot.state == State::Dying)
+        self.slot(offset).is_some_and(|slot| slot.state == State::Dying)
     }
 
     /// A dying message was put elsewhere: it counts as acked; returned for the log.
     pub fn bury(&mut self, offset: u64) -> Option<OffsetRange> {
         let at = usize::try_from(offset.checked_sub(self.base)?).ok()?;
         let slot = *self.window.get(at).filter(|s| s.state == State::Dying)?;
-        let range = OffsetRange { start: offset, end: offset + 1 };
+        let range = OffsetRange::one(offset);
         self.release(offset, &slot);
         self.window[at].state = State::Acked;
         self.cursor.ack(range);
@@ -541,9 +541,7 @@ impl Delivery {
             return self.share(now_ms, max);
         }
         let mut out = Vec::new();
-        // beginning after the one that got the last: a rate lets a few through at a time, and all are to have their share
-        let after = self.members.range(self.turn + 1..).chain(self.members.range(..=self.turn));
-        let ids: Vec<MemberId> = after.map(|(id, _)| *id).collect();
+        let ids: Vec<MemberId> = self.members_in_turn().map(|(id, _)| *id).collect();
         for id in ids {
             while out.len() < max && self.leased < self.policy.leased_max {
                 let Some(member) = self.members.get_mut(&id).filter(|m| m.room() > 0) else { break };
@@ -557,12 +555,17 @@ impl Delivery {
         out
     }
 
-    /// One message a round to each member that has room, beginning after the one that got the last.
+    /// All members, beginning after the one that got the last message: a rate lets a few through at a time, and all are to have
+    /// their share.
+    fn members_in_turn(&self) -> impl Iterator<Item = (&MemberId, &Member)> {
+        self.members.range(self.turn + 1..).chain(self.members.range(..=self.turn))
+    }
+
+    /// One message a round to each member that has room.
     fn share(&mut self, now_ms: u64, max: usize) -> Vec<Grant> {
         let mut out = Vec::new();
         let room = |(id, m): (&MemberId, &Member)| (m.room() > 0).then_some((*id, m.room()));
-        let after = self.members.range(self.turn + 1..).chain(self.members.range(..=self.turn));
-        let mut hungry: VecDeque<(MemberId, u64)> = after.filter_map(room).collect();
+        let mut hungry: VecDeque<(MemberId, u64)> = self.members_in_turn().filter_map(room).collect();
         while out.len() < max && self.leased < self.policy.leased_max {
             let Some((id, room)) = hungry.pop_front() else { break };
             let Some(offset) = self.pool.take() else { break };
@@ -704,7 +707,7 @@ impl Delivery {
             touched.insert(slot.lane);
             match acked.last_mut().filter(|last| last.end == offset) {
                 Some(last) => last.end += 1,
-                None => acked.push(OffsetRange { start: offset, end: offset + 1 }),
+                None => acked.push(OffsetRange::one(offset)),
             }
         }
         acked.iter().for_each(|r| self.cursor.ack(*r));

@@ -91,13 +91,12 @@ impl Node {
             // of a topic, or a partition, that was made after it, it misses nothing; a snapshot is as old as what it is of
             let since = if s.snapshot_of == 0 { s.id } else { s.snapshot_of };
             let all = s.spec.start() == Start::Earliest || id.0 > since;
-            let start = match s.spec.start_ms {
-                time_ms if time_ms > 0 => group
-                    .log()
-                    .offset_at(time_ms)
-                    .clamp(tail.start_offset(), state.next_offset.max(tail.start_offset())),
-                _ if all => tail.start_offset(),
-                _ => state.next_offset,
+            let start = if s.spec.start_ms > 0 {
+                group.log().offset_at(s.spec.start_ms).min(state.next_offset).max(tail.start_offset())
+            } else if all {
+                tail.start_offset()
+            } else {
+                state.next_offset
             };
             let known = s.snapshot_of != 0 && state.cursors.get(s.snapshot_of).is_some();
             let seek = (!known).then_some(start);

@@ -208,10 +208,8 @@ impl GroupLog {
 
     /// Offset of the first record appended at or after `time_ms`; where the store cannot tell, of the first one kept. Reads the store.
     pub fn offset_at(&self, time_ms: u64) -> u64 {
-        match self.store.offset_at(self.group, time_ms) {
-            Ok(stored) => {
-                stored.into_iter().chain(self.tail.offset_at(time_ms)).min().unwrap_or(self.tail.end_offset())
-            }
+        match self.tail.offset_at(&*self.store, self.group, time_ms) {
+            Ok(found) => found.unwrap_or(self.tail.end_offset()),
             Err(_) => self.tail.start_offset(),
         }
     }

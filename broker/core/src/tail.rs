@@ -2,6 +2,8 @@
 //! Readers never see past the high watermark. Payloads are shared `Bytes`.
 
 use crate::entry::{Context, Kind, entry_bytes};
+use crate::ids::GroupId;
+use crate::storage::{Store, StoreError};
 use bytes::Bytes;
 use raft::eraftpb::Entry;
 use std::collections::VecDeque;
@@ -183,8 +185,15 @@ impl Tail {
         inner.held.get(at).filter(|h| h.base_offset <= offset).map(|h| h.entry.index)
     }
 
-    /// Offset of the first batch held that was appended at or after `time_ms`, committed or not.
-    pub fn offset_at(&self, time_ms: u64) -> Option<u64> {
+    /// Offset of the first record of a group, in memory or in its store, that was appended at or after `time_ms`, committed or not.
+    pub fn offset_at(&self, store: &dyn Store, group: GroupId, time_ms: u64) -> Result<Option<u64>, StoreError> {
+        // memory first: what is not there any more by the second look is in the store by then
+        let recent = self.recent_at(time_ms);
+        let stored = store.offset_at(group, time_ms)?;
+        Ok(recent.into_iter().chain(stored).min())
+    }
+
+    fn recent_at(&self, time_ms: u64) -> Option<u64> {
         let inner = self.read();
         let batches = inner.held.iter().filter_map(|h| LogBatch::of(&h.entry));
         batches.filter(|b| b.append_time_ms >= time_ms).map(|b| b.base_offset).next()
@@ -238,9 +247,9 @@ mod tests {
         assert_eq!(tail.append(&[entry(4, 5, 7)]), Some((4, 5)));
         assert_eq!(tail.end_offset(), 12);
         assert_eq!(tail.index_of(11), Some(4));
-        assert_eq!((tail.offset_at(5), tail.offset_at(6)), (Some(0), None));
+        assert_eq!((tail.recent_at(5), tail.recent_at(6)), (Some(0), None));
         tail.evict(2, 0);
-        assert_eq!(tail.offset_at(0), Some(3));
+        assert_eq!(tail.recent_at(0), Some(3));
         assert_eq!(tail.batches(1, 1000), None);
         assert_eq!(tail.first_index(), 3);
     }

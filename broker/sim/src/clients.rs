@@ -189,10 +189,8 @@ impl World {
                 continue;
             }
             let id = self.groups[partition as usize];
-            let claims =
-                |(b, h): (&BrokerId, &crate::Host)| h.node.as_ref()?.group(id).filter(|g| g.is_leader()).map(|_| *b);
-            let leaders: Vec<BrokerId> = self.hosts.iter().filter_map(claims).collect();
-            let Some(at) = self.dice.pick(&leaders) else { continue };
+            let leaders = self.claims_of(id);
+            let Some((_, at)) = self.dice.pick(&leaders) else { continue };
             let Some(position) = self.position(at, partition) else { continue };
             let batches = self.read(at, partition, position);
             let Some(end) = batches.last().map(LogBatch::end_offset) else { continue };
@@ -213,14 +211,14 @@ impl World {
     }
 
     pub(crate) fn position(&self, at: BrokerId, partition: u32) -> Option<u64> {
-        let group = self.hosts.get(&at)?.node.as_ref()?.group(self.groups[partition as usize])?;
+        let group = self.group_at(at, self.groups[partition as usize])?;
         let Machine::Partition(state) = group.machine() else { return None };
         state.cursors.get(self.subscription).map(|c| c.position())
     }
 
     /// A leader told a position. What one of an older term tells late is what was true then.
     pub(crate) fn saw_position(&mut self, at: BrokerId, partition: u32) {
-        let group = self.hosts[&at].node.as_ref().and_then(|n| n.group(self.groups[partition as usize]));
+        let group = self.group_at(at, self.groups[partition as usize]);
         // and one that has just come to lead knows what it has applied
         let Some(term) = group.filter(|g| g.is_leader() && g.term_applied() == g.term()).map(|g| g.term()) else {
             return;
@@ -236,15 +234,15 @@ impl World {
     }
 
     fn read(&self, at: BrokerId, partition: u32, offset: u64) -> Vec<LogBatch> {
-        let host = &self.hosts[&at];
         let id = self.groups[partition as usize];
-        let Some(group) = host.node.as_ref().and_then(|n| n.group(id)) else { return Vec::new() };
+        let Some(group) = self.group_at(at, id) else { return Vec::new() };
+        let store = &self.hosts[&at].store;
         let tail = group.log().tail();
         if let Some(batches) = tail.batches(offset, 2_000) {
             return batches;
         }
-        let Ok(Some(low)) = host.store.locate_offset(id, offset) else { return Vec::new() };
-        let entries = host.store.entries(id, low, tail.first_index(), 2_000).unwrap_or_default();
+        let Ok(Some(low)) = store.locate_offset(id, offset) else { return Vec::new() };
+        let entries = store.entries(id, low, tail.first_index(), 2_000).unwrap_or_default();
         let limit = tail.high_watermark();
         entries.iter().filter_map(LogBatch::of).filter(|b| b.end_offset() <= limit).collect()
     }
@@ -256,11 +254,8 @@ impl World {
         if !may || !self.dice.chance(1) {
             return;
         }
-        let leads = |(b, h): (&BrokerId, &crate::Host)| {
-            h.node.as_ref()?.group(META_GROUP).filter(|g| g.is_leader()).map(|_| *b)
-        };
-        let leaders: Vec<BrokerId> = self.hosts.iter().filter_map(leads).collect();
-        let Some(at) = self.dice.pick(&leaders) else { return };
+        let leaders = self.claims_of(META_GROUP);
+        let Some((_, at)) = self.dice.pick(&leaders) else { return };
         let count = 1 + self.dice.roll(3);
         let thread = self.allocator.next;
         self.allocator.next += 1;

@@ -60,7 +60,7 @@ impl World {
     }
 
     fn any(&mut self) -> BrokerId {
-        let ids: Vec<BrokerId> = self.hosts.iter().filter(|(_, h)| h.name != GONE).map(|(id, _)| *id).collect();
+        let ids = self.brokers();
         self.dice.pick(&ids).expect("there are hosts")
     }
 
@@ -249,7 +249,7 @@ impl World {
 
     /// An administrator drains a broker, where others can take its place.
     pub fn drain(&mut self, broker: BrokerId) {
-        let spare = self.hosts.values().filter(|h| h.name != GONE).count() > 3;
+        let spare = self.brokers().len() > 3;
         let Some(controller) = self.controller().filter(|_| spare && self.draining.is_none()) else { return };
         self.count("drained broker");
         self.draining = Some(broker);

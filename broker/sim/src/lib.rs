@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use weir_checker::History;
 use weir_core::eraftpb::MessageType;
+use weir_core::group::Group;
 use weir_core::ids::{BrokerId, GroupId, META_GROUP, ReplicaId, Ticket};
 use weir_core::meta::command::{ApplySubscription, ApplyTopic, Command, Kind, Placement};
 use weir_core::meta::placement;
@@ -360,20 +361,22 @@ impl World {
 
     /// Brokers that take themselves for the leader of the first partition, with their terms.
     pub fn claims(&self) -> Vec<(u64, BrokerId)> {
-        let group = self.group();
-        let claim = |(id, host): (&BrokerId, &Host)| {
-            host.node.as_ref()?.group(group).filter(|g| g.is_leader()).map(|g| (g.term(), *id))
-        };
-        self.hosts.iter().filter_map(claim).collect()
+        self.claims_of(self.group())
+    }
+
+    fn claims_of(&self, group: GroupId) -> Vec<(u64, BrokerId)> {
+        let claim = |id: &BrokerId| self.group_at(*id, group).filter(|g| g.is_leader()).map(|g| (g.term(), *id));
+        self.hosts.keys().filter_map(claim).collect()
     }
 
     /// The broker that takes itself for a group's leader in the newest term, of those that run.
     fn leader_of(&self, group: GroupId) -> Option<BrokerId> {
-        let leads = |(id, host): (&BrokerId, &Host)| {
-            let group = host.node.as_ref()?.group(group)?;
-            group.is_leader().then(|| (group.term(), *id))
-        };
-        self.hosts.iter().filter_map(leads).max().map(|(_, id)| id)
+        self.claims_of(group).into_iter().max().map(|(_, id)| id)
+    }
+
+    /// A broker's replica of a group, where it runs and the replica takes part.
+    fn group_at(&self, at: BrokerId, group: GroupId) -> Option<&Group> {
+        self.hosts.get(&at)?.node.as_ref()?.group(group)
     }
 
     fn controller(&self) -> Option<BrokerId> {
@@ -382,7 +385,7 @@ impl World {
 
     /// The replica of the first partition that a broker holds and that takes part.
     pub fn replica(&self, at: BrokerId) -> Option<ReplicaId> {
-        self.hosts.get(&at)?.node.as_ref()?.group(self.group()).map(|g| g.replica())
+        self.group_at(at, self.group()).map(Group::replica)
     }
 
     fn ticket(&mut self, at: BrokerId, asked: Asked) -> Ticket {

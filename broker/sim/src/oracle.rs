@@ -27,10 +27,6 @@ impl World {
         })
     }
 
-    fn group_at(&self, at: BrokerId, id: weir_core::ids::GroupId) -> Option<&Group> {
-        self.hosts.get(&at)?.node.as_ref()?.group(id)
-    }
-
     /// Heals everything; then all must become whole, and go on.
     pub fn settle(&mut self) {
         self.become_whole();

@@ -26,29 +26,43 @@ fn settle(node: &mut Node, store: &MemStore) -> Vec<(Ticket, Reply)> {
     }
 }
 
-/// A broker alone, with a topic of one partition.
-fn alone(quorum_memory: bool) -> (Node, Arc<MemStore>, GroupId) {
-    let mut meta = MetaState::form("c", &[Broker { id: 1, name: "b".into(), ..Default::default() }]);
-    let spec = TopicSpec { partitions: 1, replicas: 1, quorum_memory, ..Default::default() };
-    let placements = vec![Placement { brokers: vec![1] }];
+/// So many brokers with a topic of one partition that all of them hold.
+fn formed(brokers: u64, spec: TopicSpec) -> MetaState {
+    let broker = |id| Broker { id, name: format!("b-{id}"), ..Default::default() };
+    let mut meta = MetaState::form("c", &(1..=brokers).map(broker).collect::<Vec<_>>());
+    let spec = TopicSpec { partitions: 1, replicas: brokers as u32, ..spec };
+    let placements = vec![Placement { brokers: (1..=brokers).collect() }];
     let topic = ApplyTopic { name: "default/t".into(), spec, placements, ..Default::default() };
     meta.apply(&Command::from(Kind::ApplyTopic(topic))).unwrap();
+    meta
+}
+
+/// Starts one of them; gives the topic's group too.
+fn start(broker: u64, meta: &MetaState, limits: Limits) -> (Node, Arc<MemStore>, GroupId) {
     let store = Arc::new(MemStore::default());
     let now = Now { mono_ms: 1, log_ms: 1 };
-    let mut node = Node::open(BrokerId(1), store.clone(), Limits::default(), 1, now).unwrap();
-    node.create_meta(ReplicaId(1), Some(&meta));
+    let mut node = Node::open(BrokerId(broker), store.clone(), limits, 1, now).unwrap();
+    node.create_meta(ReplicaId(broker), Some(meta));
     settle(&mut node, &store);
     let group = node.meta().group_of("default/t", 0).unwrap();
     (node, store, group)
+}
+
+fn alone(quorum_memory: bool) -> (Node, Arc<MemStore>, GroupId) {
+    start(1, &formed(1, TopicSpec { quorum_memory, ..Default::default() }), Limits::default())
+}
+
+fn publish(node: &mut Node, ticket: u64, group: GroupId, records: u32, value: &[u8]) {
+    let data = synthetic(records, None, value);
+    let header = BatchHeader::validate(&data).unwrap();
+    node.publish(Ticket(ticket), group, data.into(), &header);
 }
 
 #[test]
 fn an_ack_waits_for_the_sync_unless_the_topic_gives_it_up() {
     for quorum_memory in [false, true] {
         let (mut node, store, group) = alone(quorum_memory);
-        let data = synthetic(1, None, b"value");
-        let header = BatchHeader::validate(&data).unwrap();
-        node.publish(Ticket(1), group, data.into(), &header);
+        publish(&mut node, 1, group, 1, b"value");
         let effects = node.drain();
         let round = effects.round.unwrap();
         assert_eq!((effects.replies, round.sync), (vec![], !quorum_memory));
@@ -69,18 +83,13 @@ fn an_ack_waits_for_the_sync_unless_the_topic_gives_it_up() {
 fn a_disk_that_does_not_answer_shows() {
     let (mut node, store, group) = alone(false);
     let at = |mono_ms| Now { mono_ms, log_ms: mono_ms };
-    let publish = |node: &mut Node, ticket| {
-        let data = synthetic(1, None, b"value");
-        let header = BatchHeader::validate(&data).unwrap();
-        node.publish(Ticket(ticket), group, data.into(), &header);
-    };
     for step in 0..40 {
         node.tick(at(100 + step * 50));
-        publish(&mut node, step + 1);
+        publish(&mut node, step + 1, group, 1, b"value");
         settle(&mut node, &store);
         assert!(node.stalled() < 300, "{} ms", node.stalled());
     }
-    publish(&mut node, 99);
+    publish(&mut node, 99, group, 1, b"value");
     let mut late = Vec::new();
     for step in 0..200 {
         late.extend(node.drain().round);
@@ -102,9 +111,7 @@ fn a_disk_that_does_not_answer_shows() {
 fn every_publish_is_answered_once_by_its_own_commit() {
     let (mut node, store, group) = alone(false);
     for at in 0..20 {
-        let data = synthetic(3, None, b"value");
-        let header = BatchHeader::validate(&data).unwrap();
-        node.publish(Ticket(at + 1), group, data.into(), &header);
+        publish(&mut node, at + 1, group, 3, b"value");
         let published = Reply::Published { base_offset: at * 3, append_time_ms: 1 };
         assert_eq!(settle(&mut node, &store), vec![(Ticket(at + 1), published)]);
     }
@@ -202,12 +209,7 @@ fn a_subscription_misses_nothing_of_a_partition_that_comes_later() {
         node.command(Ticket(7), &kind.into());
         settle(node, &store);
     };
-    let publish = |node: &mut Node, group| {
-        let data = synthetic(3, None, b"value");
-        let header = BatchHeader::validate(&data).unwrap();
-        node.publish(Ticket(8), group, data.into(), &header);
-    };
-    publish(&mut node, first);
+    publish(&mut node, 8, first, 3, b"value");
     let spec = SubscriptionSpec { topic: "default/t".into(), ..Default::default() };
     ask(&mut node, Kind::ApplySubscription(ApplySubscription { name: "default/s".into(), spec, ..Default::default() }));
     let spec = TopicSpec { partitions: 2, replicas: 1, ..Default::default() };
@@ -215,7 +217,7 @@ fn a_subscription_misses_nothing_of_a_partition_that_comes_later() {
     let topic = ApplyTopic { name: "default/t".into(), spec, placements, ..Default::default() };
     ask(&mut node, Kind::ApplyTopic(topic));
     let second = node.meta().group_of("default/t", 1).unwrap();
-    publish(&mut node, second);
+    publish(&mut node, 8, second, 3, b"value");
     settle(&mut node, &store);
     for at in 1..40 {
         node.tick(Now { mono_ms: at * 50, log_ms: at * 50 });
@@ -293,21 +295,11 @@ fn fault_06_over_a_bridge_one_leads_in_a_term_and_one_side_commits() {
     }
 }
 
-/// Broker 3 of three, with one topic that all of them hold: the group, and its replicas' ids.
+/// The third of three brokers, and the ids of the topic's replicas.
 fn third(quorum_memory: bool) -> (Node, Arc<MemStore>, GroupId, Vec<u64>) {
-    let broker = |id| Broker { id, name: format!("b-{id}"), ..Default::default() };
-    let mut meta = MetaState::form("c", &[broker(1), broker(2), broker(3)]);
-    let spec = TopicSpec { partitions: 1, replicas: 3, quorum_memory, ..Default::default() };
-    let placements = vec![Placement { brokers: vec![1, 2, 3] }];
-    let topic = ApplyTopic { name: "default/t".into(), spec, placements, ..Default::default() };
-    meta.apply(&Command::from(Kind::ApplyTopic(topic))).unwrap();
-    let group = meta.group_of("default/t", 0).unwrap();
+    let meta = formed(3, TopicSpec { quorum_memory, ..Default::default() });
+    let (node, store, group) = start(3, &meta, Limits::default());
     let replicas = meta.assignment(group).unwrap().replicas.iter().map(|r| r.id).collect();
-    let store = Arc::new(MemStore::default());
-    let now = Now { mono_ms: 1, log_ms: 1 };
-    let mut node = Node::open(BrokerId(3), store.clone(), Limits::default(), 1, now).unwrap();
-    node.create_meta(ReplicaId(3), Some(&meta));
-    settle(&mut node, &store);
     (node, store, group, replicas)
 }
 
@@ -337,9 +329,7 @@ fn a_leader_elected_while_it_is_removed_steps_down() {
     say(&mut node, 1, MessageType::MsgRequestPreVoteResponse, &|m| m.term = 3);
     say(&mut node, 1, MessageType::MsgRequestVoteResponse, &|m| m.term = 3);
     assert!(node.group(group).unwrap().is_leader());
-    let data = synthetic(1, None, b"value");
-    let header = BatchHeader::validate(&data).unwrap();
-    node.publish(Ticket(1), group, data.into(), &header);
+    publish(&mut node, 1, group, 1, b"value");
     let mut replies = settle(&mut node, &store);
     // acknowledged up to where it goes, then beyond
     for (from, index) in [(1, 3), (1, 4), (0, 4)] {
@@ -376,26 +366,16 @@ fn a_vote_is_told_to_nobody_before_it_is_synced() {
 #[test]
 fn retention_keeps_what_a_subscription_has_not_read() {
     for read in [false, true] {
-        let mut meta = MetaState::form("c", &[Broker { id: 1, name: "b".into(), ..Default::default() }]);
-        let spec = TopicSpec { partitions: 1, replicas: 1, retention_bytes: 10_000, ..Default::default() };
-        let placements = vec![Placement { brokers: vec![1] }];
-        let topic = ApplyTopic { name: "default/t".into(), spec, placements, ..Default::default() };
-        meta.apply(&Command::from(Kind::ApplyTopic(topic))).unwrap();
+        let mut meta = formed(1, TopicSpec { retention_bytes: 10_000, ..Default::default() });
         if read {
             let spec = SubscriptionSpec { topic: "default/t".into(), ..Default::default() };
             let subscription = ApplySubscription { name: "default/s".into(), spec, ..Default::default() };
             meta.apply(&Kind::ApplySubscription(subscription).into()).unwrap();
         }
-        let group = meta.group_of("default/t", 0).unwrap();
-        let store = Arc::new(MemStore::default());
-        let limits = Limits { checkpoint_bytes: 2_000, ..Default::default() };
-        let mut node = Node::open(BrokerId(1), store.clone(), limits, 1, Now { mono_ms: 1, log_ms: 1 }).unwrap();
-        node.create_meta(ReplicaId(1), Some(&meta));
+        let (mut node, store, group) = start(1, &meta, Limits { checkpoint_bytes: 2_000, ..Default::default() });
         for at in 1..600 {
             node.tick(Now { mono_ms: at * 50, log_ms: at * 50 });
-            let data = synthetic(1, None, &[7; 100]);
-            let header = BatchHeader::validate(&data).unwrap();
-            node.publish(Ticket(at), group, data.into(), &header);
+            publish(&mut node, at, group, 1, &[7; 100]);
             settle(&mut node, &store);
         }
         let start = node.group(group).unwrap().log().tail().start_offset();

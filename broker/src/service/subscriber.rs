@@ -166,7 +166,6 @@ impl Context {
         &self,
         place: Place<'_>,
         subscription: &str,
-        group: GroupId,
         snapshot: &str,
     ) -> Result<Response<v1::SeekResponse>, Status> {
         let meta = self.shared.meta();
@@ -176,8 +175,6 @@ impl Context {
         };
         let wanted = TakeSnapshot { subscription: subscription.to_owned(), name: snapshot.to_owned() };
         let found = meta.subscriptions.get(&wanted.full_name()).ok_or_else(missing)?;
-        // every partition gets its part within moments; one that came later begins at its start, as the snapshot does there
-        cursor(self, group, SubscriptionId(found.id)).await?;
         let seek = |answer| Command::Seek { to: SeekTo::Snapshot(SubscriptionId(found.id)), answer };
         let offset = self.ask_hub(place, seek).await.map_err(|f| self.rejected(f))?;
         Ok(Response::new(v1::SeekResponse { offset }))
@@ -342,7 +339,7 @@ impl Subscriber for Context {
         let Resolved { group, name, .. } = resolve(self, place)?;
         let partition = self.led_partition(group)?;
         if let Some(To::Snapshot(snapshot)) = &request.to {
-            return self.seek_to_snapshot(place, &name, group, snapshot).await;
+            return self.seek_to_snapshot(place, &name, snapshot).await;
         }
         let offset = match request.to {
             Some(To::Offset(offset)) => offset,

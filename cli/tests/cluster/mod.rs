@@ -210,13 +210,18 @@ pub(crate) fn weir(cluster: &Cluster, args: &[&str]) -> String {
 pub(crate) async fn read_all(client: &Client, topic: &str, partitions: u32) -> Vec<Message> {
     let mut out = Vec::new();
     for partition in 0..partitions {
-        let (sender, mut receiver) = tokio::sync::mpsc::channel(16);
-        tokio::spawn(read_partition(client.clone(), topic.to_owned(), partition, From::Earliest, true, sender));
-        while let Some(messages) = receiver.recv().await {
-            out.extend(messages.unwrap());
-        }
+        read(client, topic, partition, |message| out.push(message)).await;
     }
     out
+}
+
+/// The messages of a partition, one after the other, from the beginning to where it ends now.
+async fn read(client: &Client, topic: &str, partition: u32, mut take: impl FnMut(Message)) {
+    let (sender, mut receiver) = tokio::sync::mpsc::channel(16);
+    tokio::spawn(read_partition(client.clone(), topic.to_owned(), partition, From::Earliest, true, sender));
+    while let Some(messages) = receiver.recv().await {
+        messages.unwrap().into_iter().for_each(&mut take);
+    }
 }
 
 /// Asks until it is so; says what was seen last where it never is.

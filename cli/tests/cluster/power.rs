@@ -44,8 +44,7 @@ impl Power {
 
     /// Syncs of files below this folder fail from now on.
     pub(crate) fn fail(&self, below: &Path) {
-        fs::write(self.file("fail.new"), below.to_str().unwrap()).unwrap();
-        fs::rename(self.file("fail.new"), self.file("fail")).unwrap();
+        self.tell("fail", below.to_str().unwrap());
     }
 
     pub(crate) fn repair(&self) {
@@ -54,8 +53,14 @@ impl Power {
 
     /// The wall clock is off by so many seconds from now on.
     pub(crate) fn jump(&self, seconds: i64) {
-        fs::write(self.file("clock.new"), seconds.to_string()).unwrap();
-        fs::rename(self.file("clock.new"), self.file("clock")).unwrap();
+        self.tell("clock", &seconds.to_string());
+    }
+
+    /// Writes a file that the library reads, at once or not at all.
+    fn tell(&self, name: &str, text: &str) {
+        let new = self.file("new");
+        fs::write(&new, text).unwrap();
+        fs::rename(new, self.file(name)).unwrap();
     }
 
     fn synced(&self) -> HashMap<PathBuf, u64> {

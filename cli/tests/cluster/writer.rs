@@ -1,11 +1,11 @@
 //! Load with a history, and the history held against what is stored in the end.
 
+use super::{make_topic, read};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use weir_checker::{Event, History, Log, Place, Report};
-use weir_client::consumer::{From, read_partition};
 use weir_client::producer::{Options, Producer};
 use weir_client::{Client, Record};
 
@@ -22,9 +22,15 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
-    /// Four keys, each written in order, values `key-number`, padded to 1 KiB.
-    pub(crate) async fn start(client: &Client, topic: &str) -> Self {
-        let writer = Self {
+    /// Makes a topic of three replicas and writes to it: twelve keys, each in order, values `key-number`, padded to 1 KiB.
+    pub(crate) async fn start(client: &Client, topic: &str, partitions: u32) -> Self {
+        make_topic(client, topic, partitions, 3).await;
+        Self::start_on(client, topic).await
+    }
+
+    /// The same on a topic that is there.
+    pub(crate) async fn start_on(client: &Client, topic: &str) -> Self {
+        let mut writer = Self {
             stop: Arc::default(),
             seen: Arc::default(),
             last_ack: Arc::default(),
@@ -32,7 +38,6 @@ impl Writer {
             tasks: Vec::new(),
         };
         let producer = Producer::open(client, topic, Options::default()).await.unwrap();
-        let mut writer = writer;
         for key in 0..12 {
             let (producer, seen, stop) = (producer.clone(), writer.seen.clone(), writer.stop.clone());
             let (last_ack, unknown) = (writer.last_ack.clone(), writer.unknown.clone());
@@ -86,9 +91,9 @@ impl Writer {
     }
 
     /// Ends at once, whatever is under way: its brokers are gone.
-    pub(crate) fn abandon(self) -> (Seen, u64) {
+    pub(crate) fn abandon(self) -> Seen {
         self.tasks.iter().for_each(tokio::task::JoinHandle::abort);
-        (std::mem::take(&mut *self.seen.lock().unwrap()), self.unknown.load(Ordering::Relaxed))
+        std::mem::take(&mut *self.seen.lock().unwrap())
     }
 
     pub(crate) async fn finish(self) -> (Seen, u64) {
@@ -109,17 +114,14 @@ pub(crate) async fn check(client: &Client, topic: &str, partitions: u32, seen: &
 pub(crate) async fn report(client: &Client, topic: &str, partitions: u32, seen: &Seen) -> Report<(u32, u64)> {
     let mut logs = Vec::new();
     for partition in 0..partitions {
-        let (sender, mut receiver) = tokio::sync::mpsc::channel(16);
-        tokio::spawn(read_partition(client.clone(), topic.to_owned(), partition, From::Earliest, true, sender));
         let mut records = Vec::new();
-        while let Some(messages) = receiver.recv().await {
-            for message in messages.unwrap() {
-                assert_eq!(message.offset, records.len() as u64, "offsets run on without gaps");
-                let value = message.record.value.unwrap();
-                let (key, number) = std::str::from_utf8(&value).unwrap().trim_end().split_once('-').unwrap();
-                records.push((message.offset, (key.parse().unwrap(), number.parse().unwrap())));
-            }
-        }
+        read(client, topic, partition, |message| {
+            assert_eq!(message.offset, records.len() as u64, "offsets run on without gaps");
+            let value = message.record.value.unwrap();
+            let (key, number) = std::str::from_utf8(&value).unwrap().trim_end().split_once('-').unwrap();
+            records.push((message.offset, (key.parse().unwrap(), number.parse().unwrap())));
+        })
+        .await;
         logs.push(Log { of: "reader".to_owned(), partition, start: 0, records });
     }
     seen.check(&logs)

@@ -21,7 +21,8 @@ pub fn plan(meta: &MetaState) -> Vec<Command> {
     for (group, assignment) in meta.groups.iter().filter(|(_, a)| a.topic != 0) {
         // a change under way is left alone, unless it waits for a broker that will never come
         let under_way = !assignment.is_settled();
-        if if under_way { !waits_for_the_lost(meta, assignment) } else { moving >= MOVES_MAX } {
+        let may = if under_way { waits_for_the_lost(meta, assignment) } else { moving < MOVES_MAX };
+        if !may {
             continue;
         }
         let Some(wanted) = replicas.get(&assignment.topic) else { continue };

@@ -353,7 +353,7 @@ impl Node {
             gone.fail_waiters(&mut self.out);
         }
         self.damaged.insert(group, replica);
-        self.ops.push(WriteOp::Quarantine { group });
+        self.ops.push(WriteOp::Quarantine { group, replica });
         self.out.damage.push(error);
         self.out.opened.push(group);
     }

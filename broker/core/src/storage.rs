@@ -122,7 +122,7 @@ pub enum WriteOp {
     /// Replaces log and checkpoints by one checkpoint from the leader.
     Install { group: GroupId, checkpoint: Checkpoint },
     /// Marks the replica as damaged: it never takes part again.
-    Quarantine { group: GroupId },
+    Quarantine { group: GroupId, replica: ReplicaId },
     /// Removes everything of the group, except that this replica once was here: it is never made again.
     Destroy { group: GroupId, replica: ReplicaId },
 }

@@ -80,7 +80,7 @@ fn apply(groups: &mut Groups, op: &WriteOp) {
         | WriteOp::DropCheckpoint { group, .. }
         | WriteOp::Truncate { group, .. }
         | WriteOp::Install { group, .. }
-        | WriteOp::Quarantine { group } => {
+        | WriteOp::Quarantine { group, .. } => {
             if let Some(held) = groups.get_mut(group) {
                 apply_to(held, op);
             }

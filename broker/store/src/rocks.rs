@@ -111,6 +111,15 @@ impl RocksStore {
         self.db.property_int_value_cf(self.family(LOG), name).ok().flatten()
     }
 
+    /// Writes all there is in memory to tables and merges them, as happens by itself with time.
+    pub fn compact(&self) -> Result<(), StoreError> {
+        for name in [LOG, OFFSETS, STATE, META] {
+            self.db.flush_cf(self.family(name)).map_err(io)?;
+            self.db.compact_range_cf(self.family(name), None::<&[u8]>, None::<&[u8]>);
+        }
+        Ok(())
+    }
+
     fn add_op(&self, batch: &mut WriteBatch, op: &WriteOp, buffer: &mut Vec<u8>) {
         match op {
             WriteOp::Create { group, replica, checkpoint } => {
@@ -144,10 +153,8 @@ impl RocksStore {
                 self.wipe_log(batch, *group);
                 self.put_checkpoint(batch, *group, checkpoint);
             }
-            WriteOp::Quarantine { group } => {
-                if let Ok(Some((replica, _))) = self.replica(*group) {
-                    self.put_replica(batch, *group, replica, Standing::Quarantined);
-                }
+            WriteOp::Quarantine { group, replica } => {
+                self.put_replica(batch, *group, *replica, Standing::Quarantined);
             }
             WriteOp::Destroy { group, replica } => {
                 self.wipe(batch, *group);
@@ -188,12 +195,6 @@ impl RocksStore {
         self.wipe_log(batch, group);
         batch.delete_cf(self.family(STATE), state::key(group.0, state::HARD));
         batch.delete_cf(self.family(STATE), state::key(group.0, state::REPLICA));
-    }
-
-    fn replica(&self, group: GroupId) -> Result<Option<(ReplicaId, Standing)>, StoreError> {
-        let key = state::key(group.0, state::REPLICA);
-        let value = self.db.get_cf(self.family(STATE), key).map_err(io)?;
-        Ok(value.and_then(|v| state::decode_replica(&key, &v)))
     }
 
     /// Index of the last entry of a group.

@@ -1,16 +1,16 @@
-//! Records in and out of Kafka's record batch v2, by the crate `kafka-protocol`. For clients, and for the broker where a plain
-//! message comes or must go.
+//! Records in and out of Kafka's record batch v2 (<https://kafka.apache.org/documentation/#recordbatch>). For clients, and for the
+//! broker where a plain message comes or must go. What is read was written by a stranger: nothing is allocated on its word.
 
-use bytes::{Bytes, BytesMut};
-use kafka_protocol::indexmap::IndexMap;
-use kafka_protocol::protocol::StrBytes;
-use kafka_protocol::records::{
-    Compression as Codec, Record as Raw, RecordBatchDecoder, RecordBatchEncoder, RecordEncodeOptions, TimestampType,
-};
-use std::io::Read;
+mod fold;
+
+use bytes::{Buf as _, Bytes};
 
 /// Uncompressed bytes one batch may unfold to; more is taken for a compression bomb.
 pub const UNFOLDED_BYTES_MAX: usize = 256 << 20;
+/// Bytes of a batch before its records.
+const HEADER_BYTES: usize = 61;
+/// The least a record takes: its length, and six fields of a byte.
+const RECORD_BYTES_MIN: usize = 7;
 
 /// One record.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -58,33 +58,96 @@ pub fn encode(records: &[Record], compression: Compression, stamp: Option<Stamp>
         return Err(format!("header {name} stands twice in a record"));
     }
     let Stamp { id, epoch, sequence } = stamp.unwrap_or(Stamp { id: -1, epoch: -1, sequence: -1 });
-    let raw = |(at, r): (usize, &Record)| Raw {
-        transactional: false,
-        control: false,
-        delete_horizon: false,
-        partition_leader_epoch: 0,
-        producer_id: id,
-        producer_epoch: epoch,
-        timestamp_type: TimestampType::Creation,
-        offset: at as i64,
-        sequence: sequence.wrapping_add(at as i32),
-        timestamp: r.timestamp_ms,
-        key: r.key.clone(),
-        value: r.value.clone(),
-        headers: headers_to_raw(&r.headers),
+    let base_timestamp = records.first().map_or(0, |r| r.timestamp_ms);
+    let max_timestamp = records.iter().map(|r| r.timestamp_ms).max().unwrap_or(0);
+    let bytes: usize = records.iter().map(size_hint).sum();
+    let mut out = Vec::with_capacity(HEADER_BYTES + bytes);
+    out.extend([0; 16]); // base offset, length and leader epoch, all set later
+    out.push(2); // magic
+    out.extend([0; 4]); // checksum, set below
+    out.extend((compression as i16).to_be_bytes());
+    out.extend((records.len() as i32 - 1).to_be_bytes());
+    out.extend(base_timestamp.to_be_bytes());
+    out.extend(max_timestamp.to_be_bytes());
+    out.extend(id.to_be_bytes());
+    out.extend(epoch.to_be_bytes());
+    out.extend(sequence.to_be_bytes());
+    out.extend((records.len() as i32).to_be_bytes());
+    let put = |out: &mut Vec<u8>| {
+        records
+            .iter()
+            .enumerate()
+            .for_each(|(at, r)| put_record(out, r, at as i64, r.timestamp_ms.wrapping_sub(base_timestamp)));
     };
-    let raw: Vec<Raw> = records.iter().enumerate().map(raw).collect();
-    let compression = match compression {
-        Compression::None => Codec::None,
-        Compression::Gzip => Codec::Gzip,
-        Compression::Snappy => Codec::Snappy,
-        Compression::Lz4 => Codec::Lz4,
-        Compression::Zstd => Codec::Zstd,
+    if compression == Compression::None {
+        put(&mut out);
+    } else {
+        let mut plain = Vec::with_capacity(bytes);
+        put(&mut plain);
+        out = fold::fold(out, compression, &plain).map_err(|e| e.to_string())?;
+    }
+    let length = i32::try_from(out.len() - 12).map_err(|_| "a batch beyond 2 GiB".to_owned())?;
+    out[8..12].copy_from_slice(&length.to_be_bytes());
+    let crc = crc32c::crc32c(&out[21..]);
+    out[17..21].copy_from_slice(&crc.to_be_bytes());
+    Ok(out.into())
+}
+
+/// At least what a record takes in a batch.
+fn size_hint(record: &Record) -> usize {
+    let part = |bytes: &Option<Bytes>| bytes.as_ref().map_or(0, Bytes::len);
+    let headers: usize = record.headers.iter().map(|(name, value)| name.len() + value.len() + 10).sum();
+    part(&record.key) + part(&record.value) + headers + 24
+}
+
+fn put_record(out: &mut Vec<u8>, record: &Record, offset: i64, time: i64) {
+    let part_bytes = |p: &Option<Bytes>| p.as_ref().map_or(1, |b| varint_bytes(b.len() as i64) + b.len());
+    let header_bytes = |(name, value): &(String, Bytes)| {
+        varint_bytes(name.len() as i64) + name.len() + varint_bytes(value.len() as i64) + value.len()
     };
-    let mut out = BytesMut::new();
-    let options = RecordEncodeOptions { version: 2, compression };
-    RecordBatchEncoder::encode(&mut out, &raw, &options).map_err(|e| e.to_string())?;
-    Ok(out.freeze())
+    let headers: usize = record.headers.iter().map(header_bytes).sum();
+    let count = record.headers.len() as i64;
+    let length = 1
+        + varint_bytes(time)
+        + varint_bytes(offset)
+        + part_bytes(&record.key)
+        + part_bytes(&record.value)
+        + varint_bytes(count)
+        + headers;
+    put_varint(out, length as i64);
+    out.push(0); // attributes
+    put_varint(out, time);
+    put_varint(out, offset);
+    put_part(out, record.key.as_deref());
+    put_part(out, record.value.as_deref());
+    put_varint(out, count);
+    for (name, value) in &record.headers {
+        put_part(out, Some(name.as_bytes()));
+        put_part(out, Some(value));
+    }
+}
+
+fn put_part(out: &mut Vec<u8>, part: Option<&[u8]>) {
+    put_varint(out, part.map_or(-1, |p| p.len() as i64));
+    out.extend_from_slice(part.unwrap_or_default());
+}
+
+fn zigzag(value: i64) -> u64 {
+    ((value << 1) ^ (value >> 63)) as u64
+}
+
+/// Bytes of a number as a zigzag varint.
+fn varint_bytes(value: i64) -> usize {
+    (70 - (zigzag(value) | 1).leading_zeros() as usize) / 7
+}
+
+fn put_varint(out: &mut Vec<u8>, value: i64) {
+    let mut rest = zigzag(value);
+    while rest >= 0x80 {
+        out.push(rest as u8 | 0x80);
+        rest >>= 7;
+    }
+    out.push(rest as u8);
 }
 
 /// The name of a header that stands twice in a record, which has no place in a batch.
@@ -93,66 +156,68 @@ pub fn repeated_header(record: &Record) -> Option<&str> {
     names().enumerate().find(|(at, name)| names().take(*at).any(|n| n == *name)).map(|(_, name)| name)
 }
 
-fn headers_to_raw(headers: &[(String, Bytes)]) -> IndexMap<StrBytes, Option<Bytes>> {
-    headers.iter().map(|(name, value)| (StrBytes::from_string(name.clone()), Some(value.clone()))).collect()
-}
-
-/// The records of one batch, in order.
+/// The records of one batch, in order. The values are parts of the batch, or of what it unfolds to.
 pub fn decode(batch: &Bytes) -> Result<Vec<Record>, String> {
-    let unfold = |bytes: &mut Bytes, codec| unfold(bytes, codec, UNFOLDED_BYTES_MAX);
-    let set = RecordBatchDecoder::decode_with_custom_compression(&mut batch.clone(), Some(unfold));
-    let set = set.map_err(|e| e.to_string())?;
-    let record = |r: Raw| Record {
-        key: r.key,
-        value: r.value,
-        headers: r.headers.into_iter().map(|(n, v)| (n.to_string(), v.unwrap_or_default())).collect(),
-        timestamp_ms: r.timestamp,
+    let number = |at: usize| batch.get(at..at + 4).map(|b| i32::from_be_bytes(b.try_into().expect("four bytes")));
+    let (Some(count), Some(&magic)) = (number(57), batch.get(16)) else {
+        return Err(format!("the batch has {} bytes, a header alone has {HEADER_BYTES}", batch.len()));
     };
-    Ok(set.records.into_iter().map(record).collect())
+    if magic != 2 {
+        return Err(format!("record batch magic {magic} is not supported"));
+    }
+    if number(17) != Some(crc32c::crc32c(&batch[21..]) as i32) {
+        return Err("the batch's CRC-32C differs".into());
+    }
+    let base_timestamp = i64::from_be_bytes(batch[27..35].try_into().expect("eight bytes"));
+    let folded = batch.slice(HEADER_BYTES..);
+    let mut rest = match batch[22] & 0b111 {
+        0 => folded,
+        codec => fold::unfold(&folded, codec, UNFOLDED_BYTES_MAX).map_err(|e| e.to_string())?,
+    };
+    let count = usize::try_from(count).map_err(|_| format!("the batch says it has {count} records"))?;
+    let mut out = Vec::with_capacity(count.min(rest.len() / RECORD_BYTES_MIN));
+    for at in 0..count {
+        let record = take_part(&mut rest).and_then(|body| take_record(&mut body?, base_timestamp));
+        out.push(record.ok_or_else(|| format!("record {at} of {count} is malformed or cut off"))?);
+    }
+    Ok(out)
 }
 
-/// Decompresses, to at most `max` bytes: a stranger's batch may unfold to a thousand times its size.
-fn unfold(bytes: &mut Bytes, codec: Codec, max: usize) -> anyhow::Result<Bytes> {
-    let take = |reader: &mut dyn Read| {
-        let mut out = Vec::new();
-        reader.take(max as u64 + 1).read_to_end(&mut out)?;
-        anyhow::ensure!(out.len() <= max, "the batch unfolds to more than {max} bytes");
-        Ok(Bytes::from(out))
-    };
-    match codec {
-        Codec::None => Ok(bytes.clone()),
-        Codec::Gzip => take(&mut flate2::read::MultiGzDecoder::new(&bytes[..])),
-        Codec::Lz4 => take(&mut lz4::Decoder::new(&bytes[..])?),
-        Codec::Zstd => take(&mut zstd::stream::read::Decoder::with_buffer(&bytes[..])?),
-        Codec::Snappy => unfold_snappy(bytes, max),
+fn take_record(body: &mut Bytes, base_timestamp: i64) -> Option<Record> {
+    body.try_get_u8().ok()?; // attributes
+    let timestamp_ms = base_timestamp.wrapping_add(take_varint(body)?);
+    take_varint(body)?; // offset, which its place says as well
+    let (key, value) = (take_part(body)?, take_part(body)?);
+    let count = take_varint(body)?;
+    let mut headers = Vec::new();
+    for _ in 0..u32::try_from(count).ok()? {
+        let name = String::from_utf8(take_part(body)??.into()).ok()?;
+        headers.push((name, take_part(body)?.unwrap_or_default()));
+    }
+    Some(Record { key, value, headers, timestamp_ms })
+}
+
+/// A part with its length before it, `None` within for a length of -1.
+fn take_part(from: &mut Bytes) -> Option<Option<Bytes>> {
+    match take_varint(from)? {
+        -1 => Some(None),
+        length => {
+            let length = usize::try_from(length).ok().filter(|l| *l <= from.len())?;
+            Some(Some(from.split_to(length)))
+        }
     }
 }
 
-/// Snappy as Kafka's clients frame it (<https://github.com/xerial/snappy-java#compatibility-notes>): a header of 16 bytes, then
-/// blocks with their length before them; or one block alone.
-fn unfold_snappy(bytes: &Bytes, max: usize) -> anyhow::Result<Bytes> {
-    const MAGIC: &[u8] = b"\x82SNAPPY\0";
-    const HEADER_BYTES: usize = 16;
-    let mut out = Vec::new();
-    let mut block = |data: &[u8]| {
-        let length = snap::raw::decompress_len(data)?;
-        anyhow::ensure!(out.len() + length <= max, "the batch unfolds to more than {max} bytes");
-        out.extend(snap::raw::Decoder::new().decompress_vec(data)?);
-        Ok(())
-    };
-    if !bytes.starts_with(MAGIC) {
-        block(bytes)?;
-        return Ok(out.into());
+fn take_varint(from: &mut Bytes) -> Option<i64> {
+    let mut value = 0u64;
+    for (at, byte) in from.iter().take(10).enumerate() {
+        value |= u64::from(byte & 0x7f) << (7 * at);
+        if byte & 0x80 == 0 {
+            from.advance(at + 1);
+            return Some((value >> 1) as i64 ^ -((value & 1) as i64));
+        }
     }
-    let mut rest = bytes.get(HEADER_BYTES..).unwrap_or_default();
-    while let Some((length, after)) = rest.split_first_chunk::<4>() {
-        let length = u32::from_be_bytes(*length) as usize;
-        anyhow::ensure!(length <= after.len(), "a block of {length} bytes, {} are left", after.len());
-        let (data, next) = after.split_at(length);
-        block(data)?;
-        rest = next;
-    }
-    Ok(out.into())
+    None
 }
 
 /// FNV-1a, 64 bits (<http://www.isthe.com/chongo/tech/comp/fnv/>).
@@ -192,7 +257,79 @@ mod tests {
         assert_eq!(encode(&[record], Compression::None, None), Err("header a stands twice in a record".to_owned()));
     }
 
+    use kafka_protocol::records as kafka;
+
+    fn as_kafka_reads(record: &Record, at: usize, stamp: Option<Stamp>) -> kafka::Record {
+        let stamp = stamp.unwrap_or(Stamp { id: -1, epoch: -1, sequence: -1 });
+        let text = |name: &String| kafka_protocol::protocol::StrBytes::from_string(name.clone());
+        kafka::Record {
+            transactional: false,
+            control: false,
+            delete_horizon: false,
+            partition_leader_epoch: 0,
+            producer_id: stamp.id,
+            producer_epoch: stamp.epoch,
+            timestamp_type: kafka::TimestampType::Creation,
+            offset: at as i64,
+            sequence: stamp.sequence.wrapping_add(at as i32),
+            timestamp: record.timestamp_ms,
+            key: record.key.clone(),
+            value: record.value.clone(),
+            headers: record.headers.iter().map(|(name, value)| (text(name), Some(value.clone()))).collect(),
+        }
+    }
+
+    /// A batch of one uncompressed record of these bytes, with a checksum that is right.
+    fn batch_of(record: &[u8]) -> Bytes {
+        let mut batch = encode(&[Record::default()], Compression::None, None).unwrap()[..HEADER_BYTES].to_vec();
+        batch.extend_from_slice(record);
+        let crc = crc32c::crc32c(&batch[21..]);
+        batch[17..21].copy_from_slice(&crc.to_be_bytes());
+        batch.into()
+    }
+
+    /// The crate `kafka-protocol` reserved memory for as many headers as a record said it has, and the process was aborted.
+    #[test]
+    fn a_record_of_two_billion_headers_is_refused_before_there_is_memory_for_them() {
+        let mut record = vec![0, 0, 0, 1, 1];
+        put_varint(&mut record, i64::from(i32::MAX));
+        let mut bytes = Vec::new();
+        put_varint(&mut bytes, record.len() as i64);
+        bytes.extend(record);
+        assert_eq!(decode(&batch_of(&bytes)), Err("record 0 of 1 is malformed or cut off".to_owned()));
+    }
+
+    #[test]
+    fn numbers_take_the_bytes_they_are_counted_with() {
+        for value in (0..64)
+            .flat_map(|bit| [1i64 << bit, (1i64 << bit).wrapping_neg(), (1i64 << bit).wrapping_sub(1)])
+            .chain([0])
+        {
+            let mut out = Vec::new();
+            put_varint(&mut out, value);
+            assert_eq!(out.len(), varint_bytes(value), "{value}");
+            assert_eq!(take_varint(&mut out.into()), Some(value));
+        }
+    }
+
     proptest! {
+        #[test]
+        fn kafkas_own_reader_and_writer_agree_with_ours(
+            records in proptest::collection::vec(any_record(), 1..20), codec in 0usize..5, sequence in proptest::option::of(0i32..1000),
+        ) {
+            use Compression::*;
+            let stamp = sequence.map(|sequence| Stamp { id: 9, epoch: 1, sequence });
+            let theirs: Vec<kafka::Record> = records.iter().enumerate().map(|(at, r)| as_kafka_reads(r, at, stamp)).collect();
+            let batch = encode(&records, [None, Gzip, Snappy, Lz4, Zstd][codec], stamp).unwrap();
+            prop_assert_eq!(&kafka::RecordBatchDecoder::decode(&mut batch.clone()).unwrap().records, &theirs);
+            let compression = [kafka::Compression::None, kafka::Compression::Gzip, kafka::Compression::Snappy,
+                kafka::Compression::Lz4, kafka::Compression::Zstd][codec];
+            let mut written = bytes::BytesMut::new();
+            let options = kafka::RecordEncodeOptions { version: 2, compression };
+            kafka::RecordBatchEncoder::encode(&mut written, &theirs, &options).unwrap();
+            prop_assert_eq!(decode(&written.freeze()).unwrap(), records);
+        }
+
         #[test]
         fn records_survive_every_codec_and_the_broker_accepts_the_batch(
             records in proptest::collection::vec(any_record(), 1..20), codec in 0usize..5, sequence in proptest::option::of(0i32..1000),
@@ -221,14 +358,7 @@ mod tests {
             let batch = encode(&vec![zeros.clone(); 4], codec, None).unwrap();
             assert!(batch.len() < 1 << 20, "{codec:?} made {} bytes", batch.len());
             assert_eq!(decode(&batch).unwrap().len(), 4);
-            let folded = batch.slice(61..);
-            let codec = match codec {
-                Compression::Gzip => Codec::Gzip,
-                Compression::Snappy => Codec::Snappy,
-                Compression::Lz4 => Codec::Lz4,
-                _ => Codec::Zstd,
-            };
-            let error = unfold(&mut folded.clone(), codec, 1 << 20).unwrap_err();
+            let error = fold::unfold(&batch.slice(HEADER_BYTES..), codec as u8, 1 << 20).unwrap_err();
             assert!(error.to_string().contains("unfolds to more"), "{codec:?}: {error}");
         }
     }

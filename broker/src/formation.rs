@@ -46,7 +46,7 @@ pub struct Formation {
 }
 
 /// Asks a broker who it is.
-async fn hello(address: &str, name: &str, cluster_id: &str) -> anyhow::Result<v1::HelloResponse> {
+pub(crate) async fn hello(address: &str, name: &str, cluster_id: &str) -> anyhow::Result<v1::HelloResponse> {
     let ask = async {
         let request = v1::HelloRequest { name: name.to_owned(), cluster_id: cluster_id.to_owned() };
         anyhow::Ok(peers::connect(address).await?.hello(request).await?.into_inner())
@@ -83,6 +83,11 @@ impl Formation {
         let identity = identity.map_err(|e| StoreError::Io(format!("the broker's identity is damaged: {e}")))?;
         let identity = Mutex::new(identity.unwrap_or_default());
         Ok(Self { me, peers, expected, store, identity, changed: Notify::new() })
+    }
+
+    /// Peer addresses as told at start, without this broker's own.
+    pub fn others(&self) -> Vec<String> {
+        self.peers.iter().filter(|(name, _)| *name != self.me.name).map(|(_, address)| address.clone()).collect()
     }
 
     /// The identity now.

@@ -17,6 +17,7 @@ pub mod service;
 pub mod shared;
 pub mod status;
 pub mod throttle;
+pub mod vouched;
 
 use anyhow::Context as _;
 use config::Config;
@@ -32,6 +33,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tonic::transport::Server;
+use vouched::Vouched;
 use weir_core::ids::{BrokerId, META_GROUP, ReplicaId};
 use weir_core::meta::state::{Broker, MetaState};
 use weir_core::node::{Limits, Node};
@@ -121,7 +123,8 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         core.create_meta(ReplicaId(broker.0), Some(&state));
     }
     let runtime = tokio::runtime::Handle::current();
-    let mut peer_streams = peers::Peers::new(shared.clone(), runtime, identity.cluster_id.clone(), known);
+    let vouched = Arc::new(Vouched::new(me.name.clone(), identity.cluster_id.clone(), formation.others(), known));
+    let mut peer_streams = peers::Peers::new(shared.clone(), runtime, identity.cluster_id.clone(), vouched.clone());
     let data = config.data.clone();
     peer_streams.on_removal(move || aside::leave(&data, broker.0));
     let (for_loop, loop_shared, loop_metrics) = (node.clone(), shared.clone(), metrics.clone());
@@ -135,6 +138,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         node: node.clone(),
         metrics,
         formation,
+        vouched,
         budget,
         hubs,
         turn,

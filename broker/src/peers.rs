@@ -3,6 +3,7 @@
 
 use crate::node_loop::PeerSender;
 use crate::shared::Shared;
+use crate::vouched::Vouched;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -50,16 +51,15 @@ pub struct Peers {
     shared: Arc<Shared>,
     runtime: Handle,
     cluster_id: String,
-    /// addresses of brokers the metadata does not name yet
-    known: HashMap<BrokerId, String>,
+    vouched: Arc<Vouched>,
     streams: HashMap<BrokerId, mpsc::Sender<v1::PeerFrame>>,
     removed: Arc<dyn Fn() + Send + Sync>,
 }
 
 impl Peers {
     /// Of a broker that has its identity.
-    pub fn new(shared: Arc<Shared>, runtime: Handle, cluster_id: String, known: HashMap<BrokerId, String>) -> Self {
-        Self { shared, runtime, cluster_id, known, streams: HashMap::new(), removed: Arc::new(|| {}) }
+    pub fn new(shared: Arc<Shared>, runtime: Handle, cluster_id: String, vouched: Arc<Vouched>) -> Self {
+        Self { shared, runtime, cluster_id, vouched, streams: HashMap::new(), removed: Arc::new(|| {}) }
     }
 
     /// What to do once a peer says that this broker is no member any more.
@@ -76,7 +76,7 @@ impl Peers {
             let link = Link {
                 shared: self.shared.clone(),
                 to,
-                fallback: self.known.get(&to).cloned(),
+                vouched: self.vouched.clone(),
                 hello: v1::PeerHello {
                     cluster_id: self.cluster_id.clone(),
                     broker_id: self.shared.broker.0,
@@ -126,7 +126,7 @@ impl PeerSender for Peers {
 struct Link {
     shared: Arc<Shared>,
     to: BrokerId,
-    fallback: Option<String>,
+    vouched: Arc<Vouched>,
     hello: v1::PeerHello,
     removed: Arc<dyn Fn() + Send + Sync>,
 }
@@ -137,7 +137,7 @@ impl Link {
         let mut wait = Duration::from_millis(50);
         loop {
             let address = self.shared.meta().broker(self.to).map(|b| b.peer_address.clone());
-            let Some(address) = address.or_else(|| self.fallback.clone()) else { return };
+            let Some(address) = address.or_else(|| self.vouched.address(self.to)) else { return };
             match self.exchange(&address, &mut frames).await {
                 Ok(()) => return,
                 Err(error) => {

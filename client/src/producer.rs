@@ -379,10 +379,8 @@ impl Task {
                 None
             }
             Outcome::Error(error) => {
-                let transient = matches!(
-                    error.reason.as_str(),
-                    "NOT_LEADER" | "LEADERSHIP_LOST" | "OVERLOADED" | "STOPPING" | "SEQUENCE"
-                );
+                let transient = error.code == tonic::Code::Unavailable as i32
+                    || matches!(error.reason.as_str(), "NOT_LEADER" | "LEADERSHIP_LOST" | "OVERLOADED" | "SEQUENCE");
                 if transient && !(error.reason == "SEQUENCE" && at == 0) {
                     // a sequence error behind an unanswered batch is that batch's doing
                     return Some(error.message);

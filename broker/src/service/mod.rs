@@ -39,6 +39,8 @@ pub struct Context {
     pub metrics: Arc<Metrics>,
     /// This broker's identity.
     pub formation: Arc<Formation>,
+    /// Brokers that the metadata does not name yet.
+    pub vouched: Arc<crate::vouched::Vouched>,
     /// Budget of publishes under way, KiB.
     pub budget: Arc<Semaphore>,
     /// Deliveries under way.

@@ -5,6 +5,7 @@ use crate::formation::Formation;
 use crate::node_loop::Event;
 use crate::peers;
 use crate::status::Failure;
+use crate::vouched::members;
 use prost::Message as _;
 use std::sync::{Arc, OnceLock};
 use tonic::{Code, Request, Response, Status, Streaming};
@@ -37,11 +38,16 @@ impl PeerService {
 async fn hear(context: &Context, from: BrokerId, frames: &mut Streaming<v1::PeerFrame>) -> Result<(), Status> {
     while let Some(frame) = frames.message().await? {
         let meta = context.shared.meta();
-        // a broker that was replaced or removed has no voice; one that knows no members yet hears its leader
-        if !meta.brokers.is_empty() && meta.broker(from).is_none_or(|b| b.phase() == Phase::Lost) {
+        // ids only grow: one below the newest that is not there was removed; another may have joined since, unknown here
+        let refused = match meta.broker(from) {
+            Some(broker) => (broker.phase() == Phase::Lost).then_some(peers::REMOVED),
+            // one that knows no members yet hears its leader
+            None if meta.brokers.is_empty() => None,
+            None if from.0 <= meta.last_id => Some(peers::REMOVED),
+            None => (!context.vouched.vouch_for(from, &meta).await).then_some("NOT_A_MEMBER"),
+        };
+        if let Some(reason) = refused {
             let text = format!("broker {from} is not a member of the cluster");
-            // ids only grow: one below the newest that is not there was removed; another may just have joined, unknown here
-            let reason = if from.0 <= meta.last_id { peers::REMOVED } else { "NOT_A_MEMBER" };
             return Err(Failure::new(Code::PermissionDenied, reason, text).into());
         }
         context.node.send(Event::Peer(from, peers::from_frame(frame)));
@@ -58,6 +64,7 @@ impl Peer for PeerService {
             cluster_id: identity.cluster_id,
             broker_id: identity.broker_id,
             active: identity.active,
+            members: self.context.get().map(|c| members(&c.shared.meta())).unwrap_or_default(),
         }))
     }
 

@@ -2,10 +2,12 @@
 
 #![allow(dead_code)] // each test program uses a part
 
+pub(crate) mod net;
 pub(crate) mod power;
 pub(crate) mod writer;
 
 use std::io::{BufRead as _, BufReader};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -67,16 +69,9 @@ impl Cluster {
         text
     }
 
-    /// Pid of a broker by name, as the process list has it: a restarted one has another than was printed.
+    /// Pid of a broker by name.
     pub(crate) fn pid(&self, name: &str) -> Option<i32> {
-        let folder = self.data.path().join(name);
-        let wanted = folder.to_str().unwrap();
-        std::fs::read_dir("/proc").unwrap().find_map(|entry| {
-            let entry = entry.ok()?;
-            let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
-            let line = std::fs::read(entry.path().join("cmdline")).ok()?;
-            line.split(|b| *b == 0).any(|arg| arg == wanted.as_bytes()).then_some(pid)
-        })
+        pid_of(&self.data.path().join(name))
     }
 
     pub(crate) fn kill(&self, name: &str) {
@@ -110,6 +105,17 @@ impl Cluster {
         self.serve.wait().unwrap();
         std::mem::replace(&mut self.data, tempfile::tempdir().unwrap())
     }
+}
+
+/// Pid of the broker of a folder, as the process list has it: a restarted one has another than was printed.
+pub(crate) fn pid_of(folder: &Path) -> Option<i32> {
+    let wanted = folder.to_str().unwrap();
+    std::fs::read_dir("/proc").unwrap().find_map(|entry| {
+        let entry = entry.ok()?;
+        let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
+        let line = std::fs::read(entry.path().join("cmdline")).ok()?;
+        line.split(|b| *b == 0).any(|arg| arg == wanted.as_bytes()).then_some(pid)
+    })
 }
 
 /// Three brokers that do not run, with their data and ports.

@@ -30,6 +30,11 @@ impl Writer {
 
     /// The same on a topic that is there.
     pub(crate) async fn start_on(client: &Client, topic: &str) -> Self {
+        Self::start_paced(client, topic, Duration::ZERO).await
+    }
+
+    /// The same with a pause after each twenty records of a key.
+    pub(crate) async fn start_paced(client: &Client, topic: &str, pause: Duration) -> Self {
         let mut writer = Self {
             stop: Arc::default(),
             seen: Arc::default(),
@@ -68,9 +73,14 @@ impl Writer {
                                 last.1 = last.1.max(last.0.elapsed());
                                 last.0 = Instant::now();
                             }
-                            _ => drop(unknown.fetch_add(1, Ordering::Relaxed)),
+                            other => {
+                                if unknown.fetch_add(1, Ordering::Relaxed) == 0 {
+                                    println!("the first that came to nothing: {other:?}");
+                                }
+                            }
                         }
                     }
+                    tokio::time::sleep(pause).await;
                 }
             }));
         }

@@ -802,7 +802,7 @@ pub struct HelloRequest {
     #[prost(string, tag = "2")]
     pub cluster_id: ::prost::alloc::string::String,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct HelloResponse {
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
@@ -814,6 +814,16 @@ pub struct HelloResponse {
     /// Whether it takes part, and has not only prepared.
     #[prost(bool, tag = "4")]
     pub active: bool,
+    /// The cluster's brokers, as it knows them.
+    #[prost(message, repeated, tag = "5")]
+    pub members: ::prost::alloc::vec::Vec<PeerMember>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PeerMember {
+    #[prost(uint64, tag = "1")]
+    pub broker_id: u64,
+    #[prost(string, tag = "2")]
+    pub peer_address: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct FormRequest {

@@ -4,6 +4,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends clang libclang-
 WORKDIR /src
 COPY . .
 RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/target \
+    case $(uname -m) in x86_64) export RUSTFLAGS="-C target-feature=+sse4.2,+pclmulqdq" ;; aarch64) export RUSTFLAGS="-C target-feature=+crc,+aes" ;; esac && \
     ROCKSDB_COMPILE=1 CARGO_TARGET_DIR=/target cargo build --release --locked --workspace --bins && \
     mkdir -p /out/data && cp /target/release/weir /target/release/weir-broker /target/release/weir-operator /out/
 

@@ -3,15 +3,18 @@ SHELL := /bin/bash
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/weir/target
 # RocksDB's C++ takes ten minutes: it is compiled once for each version, whatever else is built beside it
 ROCKSDB_VERSION := $(shell sed -n '/^name = "librocksdb-sys"$$/{n;s/version = "\(.*\)"/\1/p}' Cargo.lock)
-export ROCKSDB_LIB_DIR ?= $(HOME)/.cache/weir/rocksdb-$(ROCKSDB_VERSION)
+# with the processor's own CRC-32C: without it the checksums of what is written cost more than the writing
+ROCKSDB_FLAGS_x86_64 := -C target-feature=+sse4.2,+pclmulqdq
+ROCKSDB_FLAGS_aarch64 := -C target-feature=+crc,+aes
+export ROCKSDB_LIB_DIR ?= $(HOME)/.cache/weir/rocksdb-$(ROCKSDB_VERSION)-crc
 export ROCKSDB_STATIC ?= 1
-PACKAGES := clang libclang-dev cmake make g++ pkg-config
+PACKAGES := clang libclang-dev cmake make g++ pkg-config iproute2 iptables
 PACKAGES_E2E := containerd runc containernetworking-plugins etcd-server conntrack iptables iproute2 prometheus openssl curl
 RUNS ?= 1000
 # one selection everywhere: cargo unites features over what is selected, and another set would compile much again
 SELECTION := --workspace --all-targets
 
-.PHONY: run test examples e2e image chart sim sim-nightly mutants bench-share generate check-generated fmt lint deps deps-e2e rocksdb
+.PHONY: run test examples e2e image chart sim sim-nightly mutants fuzz soak bench-share generate check-generated fmt lint deps deps-e2e rocksdb
 
 run: deps rocksdb
 	cargo build --locked $(SELECTION)
@@ -53,6 +56,15 @@ sim-nightly: deps rocksdb
 mutants:
 	./broker/mutants.sh
 
+# each decoder of bytes from elsewhere under libFuzzer, beginning with the kept corpus; SECONDS_EACH=n for longer
+fuzz: deps rocksdb
+	./broker/fuzz/run.sh
+
+# load, faults and checks for MINUTES (2), with memory, open files and disk drawn into OUT (soak/)
+soak: deps rocksdb
+	cargo build --locked $(SELECTION)
+	OUT=$(abspath $(or $(OUT),soak)) cargo test --locked --workspace --test soak -- --ignored --nocapture
+
 # a shared subscription beside RabbitMQ (Debian's rabbitmq-server, a JVM and Maven for its PerfTest)
 bench-share: deps rocksdb
 	cargo build --locked $(SELECTION)
@@ -85,7 +97,7 @@ rocksdb: $(ROCKSDB_LIB_DIR)/librocksdb.a
 
 $(ROCKSDB_LIB_DIR)/librocksdb.a: | deps
 	@echo "compiling RocksDB, once: about ten minutes on two cores"
-	ROCKSDB_COMPILE=1 cargo build --locked -p librocksdb-sys --target-dir $(HOME)/.cache/weir/rocksdb-build
+	ROCKSDB_COMPILE=1 RUSTFLAGS="$(ROCKSDB_FLAGS_$(shell uname -m))" cargo build --locked -p librocksdb-sys --target-dir $(HOME)/.cache/weir/rocksdb-build
 	@mkdir -p $(ROCKSDB_LIB_DIR)
 	@cp "$$(ls -t $(HOME)/.cache/weir/rocksdb-build/debug/build/librocksdb-sys-*/out/librocksdb.a | head -1)" $@.tmp && mv $@.tmp $@
 	@rm -rf $(HOME)/.cache/weir/rocksdb-build

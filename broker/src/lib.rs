@@ -4,6 +4,7 @@ pub mod aside;
 pub mod config;
 pub mod filter;
 pub mod formation;
+pub mod garbage;
 pub mod guard;
 pub mod hub;
 pub mod logging;
@@ -12,6 +13,7 @@ pub mod node_loop;
 pub mod outbox;
 pub mod peers;
 pub mod push;
+pub mod room;
 pub mod scheduler;
 pub mod service;
 pub mod shared;
@@ -28,7 +30,7 @@ use service::Context;
 use service::peer::PeerService;
 use shared::Shared;
 use std::net::SocketAddr;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
@@ -38,6 +40,7 @@ use weir_core::ids::{BrokerId, META_GROUP, ReplicaId};
 use weir_core::meta::state::{Broker, MetaState};
 use weir_core::node::{Limits, Node};
 use weir_proto::v1;
+use weir_store::rocks::RocksStore;
 
 /// A broker running in this process.
 pub struct Running {
@@ -54,6 +57,7 @@ pub struct Running {
     /// What it publishes.
     pub shared: Arc<Shared>,
     node: NodeHandle,
+    store: Weak<RocksStore>,
 }
 
 async fn bind(address: SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
@@ -80,6 +84,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let scrapers = bind(config.metrics_listen, "metrics").await?;
     let (client, peer, admin, metrics_at) =
         (clients.local_addr()?, peer_listener.local_addr()?, admins.local_addr()?, scrapers.local_addr()?);
+    let room = room::Room::open(&config.data);
     let data = config.data.clone();
     let opened = tokio::task::spawn_blocking(move || aside::open(&data, false)).await?;
     let store = match opened {
@@ -106,6 +111,13 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         .max_decoding_message_size(weir_proto::MESSAGE_BYTES_MAX)
         .max_encoding_message_size(weir_proto::MESSAGE_BYTES_MAX);
     let metrics = Arc::new(Metrics::new(config.data.clone()));
+    metrics.torn_bytes.set(store.torn_bytes() as i64);
+    if store.torn_bytes() > 0 {
+        tracing::warn!(
+            bytes = store.torn_bytes(),
+            "the write-ahead log had a torn tail: what was being written when it ended"
+        );
+    }
     let peer_connections = guard::incoming(peer_listener, config.connections_max, metrics.clone());
     let serving = server().add_service(service).serve_with_incoming(peer_connections);
     tokio::spawn(async move { serving.await.inspect_err(|e| tracing::error!(%e, "the peer server ended")) });
@@ -113,6 +125,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let broker = BrokerId(identity.broker_id);
     aside::remember(&config.data, &identity.cluster_id)
         .with_context(|| format!("cannot write to {}", config.data.display()))?;
+    let weak_store = Arc::downgrade(&store);
     let (node, events) = node_loop::channel_pair();
     let shared = Arc::new(Shared::new(broker, store.clone(), node.clone()));
     let clock = Clock::new();
@@ -149,11 +162,13 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     };
     let _ = running.set(context.clone());
     serve_clients(context.clone(), clients, admins, config.connections_max)?;
+    tokio::spawn(garbage::collect(node.clone(), weak_store.clone(), config.data.clone()));
+    tokio::spawn(room.watch(node.clone(), context.metrics.clone()));
     tokio::spawn(scheduler::tend(context.clone()));
     tokio::spawn(push::tend(context.clone()));
     tokio::spawn(keep_addresses(context, Broker { id: broker.0, ..me }));
     tracing::info!(%broker, %client, %admin, %peer, metrics = %metrics_at, "serving");
-    Ok(Running { client, admin, peer, metrics: metrics_at, broker, shared, node })
+    Ok(Running { client, admin, peer, metrics: metrics_at, broker, shared, node, store: weak_store })
 }
 
 fn serve_clients(
@@ -240,5 +255,8 @@ impl Running {
         let (stopped, wait) = tokio::sync::oneshot::channel();
         self.node.send(Event::Stop(stopped));
         let _ = tokio::time::timeout(Duration::from_secs(10), wait).await;
+        if let Some(store) = self.store.upgrade() {
+            store.stop_background_work();
+        }
     }
 }

@@ -40,6 +40,10 @@ pub struct Metrics {
     pub connections: IntGauge,
     partitions: PartitionGauges,
     disk_free_bytes: IntGauge,
+    /// Bytes of the write-ahead log's torn tail that were left out at start.
+    pub torn_bytes: IntGauge,
+    /// 1 while the disk is full.
+    pub disk_full: IntGauge,
     disk_size_bytes: IntGauge,
     data: PathBuf,
     /// topics that have counters: those of deleted ones go with the next scrape
@@ -216,6 +220,8 @@ impl Metrics {
             open_streams: gauge(&r, "weir_open_streams", "Streams open"),
             connections: gauge(&r, "weir_connections", "Connections open, over all gRPC listeners"),
             partitions: PartitionGauges::new(&r),
+            torn_bytes: gauge(&r, "weir_torn_tail_bytes", "Torn tail of the write-ahead log, left out at start"),
+            disk_full: gauge(&r, "weir_disk_full", "1 while the disk is full: no more messages are taken on"),
             disk_free_bytes: gauge(&r, "weir_disk_free_bytes", "Free on the disk of the data"),
             disk_size_bytes: gauge(&r, "weir_disk_size_bytes", "Size of the disk of the data"),
             data,

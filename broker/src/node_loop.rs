@@ -98,7 +98,7 @@ impl NodeHandle {
 /// Where messages to peers go.
 pub trait PeerSender: Send + 'static {
     /// Queues messages for brokers; what cannot be queued is dropped, as the network might.
-    fn send(&mut self, messages: Vec<(BrokerId, Envelope)>, announce: Vec<LeaderInfo>);
+    fn send(&mut self, messages: Vec<(BrokerId, Envelope)>, announce: Vec<LeaderInfo>, disk_full: Option<bool>);
 }
 
 /// Monotonic time, and the wall clock as it was at start moved on by it.
@@ -252,8 +252,8 @@ fn carry_out(
     if let Some(meta) = effects.meta {
         shared.meta.send_replace(meta);
     }
-    if !effects.messages.is_empty() || !effects.announce.is_empty() {
-        peers.send(effects.messages, effects.announce);
+    if !effects.messages.is_empty() || !effects.announce.is_empty() || effects.disk_full.is_some() {
+        peers.send(effects.messages, effects.announce, effects.disk_full);
     }
     for (ticket, reply) in effects.replies {
         if let Some(to) = waiting.remove(&ticket) {
@@ -297,5 +297,10 @@ fn run_reader(store: &dyn Store, reads: &Receiver<Fetch>, handle: &NodeHandle) {
 /// No retry and no further ack: what a disk says after a failed sync cannot be believed.
 fn die(why: &str) -> ! {
     eprintln!("weir-broker: {why}; ending so that nothing unsynced is acknowledged");
+    // RocksDB waits at a process's end for what it does in the background: no longer than this
+    std::thread::spawn(|| {
+        std::thread::sleep(Duration::from_secs(1));
+        std::process::abort();
+    });
     std::process::exit(74);
 }

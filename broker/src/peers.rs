@@ -94,7 +94,7 @@ impl Peers {
 }
 
 impl PeerSender for Peers {
-    fn send(&mut self, messages: Vec<(BrokerId, Envelope)>, announce: Vec<LeaderInfo>) {
+    fn send(&mut self, messages: Vec<(BrokerId, Envelope)>, announce: Vec<LeaderInfo>, disk_full: Option<bool>) {
         let mut frames: HashMap<BrokerId, (v1::PeerFrame, usize)> = HashMap::new();
         for (to, envelope) in messages {
             let message = to_wire(envelope);
@@ -113,11 +113,16 @@ impl PeerSender for Peers {
                 self.queue(to, frame);
             }
         }
-        if !announce.is_empty() {
+        if !announce.is_empty() || disk_full.is_some() {
             let leaders: Vec<v1::LeaderInfo> = announce.iter().map(info_to_wire).collect();
+            let disk = disk_full.map_or(v1::DiskState::Unspecified, |full| match full {
+                true => v1::DiskState::Full,
+                false => v1::DiskState::Room,
+            });
+            let frame = v1::PeerFrame { leaders, disk: disk.into(), ..Default::default() };
             let meta = self.shared.meta();
             for id in meta.brokers.keys() {
-                self.queue(BrokerId(*id), v1::PeerFrame { leaders: leaders.clone(), ..Default::default() });
+                self.queue(BrokerId(*id), frame.clone());
             }
         }
     }
@@ -136,11 +141,19 @@ impl Link {
     async fn run(self, mut frames: mpsc::Receiver<v1::PeerFrame>) {
         let mut wait = Duration::from_millis(50);
         loop {
-            let address = self.shared.meta().broker(self.to).map(|b| b.peer_address.clone());
+            let meta = self.shared.meta();
+            let named = meta.broker(self.to).map(|b| b.peer_address.clone());
+            if named.is_none() && self.to.0 <= meta.last_id {
+                return; // it was removed
+            }
+            let address = named.clone();
             let Some(address) = address.or_else(|| self.vouched.address(self.to)) else { return };
             match self.exchange(&address, &mut frames).await {
                 Ok(()) => return,
                 Err(error) => {
+                    if named.is_none() {
+                        self.vouched.forget(self.to);
+                    }
                     tracing::debug!(peer = %self.to, %address, %error, "peer stream");
                     let status = error.downcast_ref::<tonic::Status>();
                     if status.and_then(|s| s.get_details_error_info()).is_some_and(|i| i.reason == REMOVED) {
@@ -185,6 +198,10 @@ fn info_to_wire(info: &LeaderInfo) -> v1::LeaderInfo {
 
 /// A frame's messages, as the core takes them.
 pub fn from_frame(frame: v1::PeerFrame) -> Vec<PeerMessage> {
+    let disk = match frame.disk() {
+        v1::DiskState::Unspecified => None,
+        state => Some(PeerMessage::DiskFull(state == v1::DiskState::Full)),
+    };
     let mut out: Vec<PeerMessage> = frame.raft.into_iter().filter_map(from_wire).map(PeerMessage::Raft).collect();
     if !frame.leaders.is_empty() {
         let info = |l: &v1::LeaderInfo| LeaderInfo {
@@ -195,6 +212,7 @@ pub fn from_frame(frame: v1::PeerFrame) -> Vec<PeerMessage> {
         };
         out.push(PeerMessage::Leaders(frame.leaders.iter().map(info).collect()));
     }
+    out.extend(disk);
     out
 }
 

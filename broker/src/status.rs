@@ -55,6 +55,7 @@ impl From<Refusal> for Failure {
             Refusal::NotLeader | Refusal::UnknownGroup => Self::not_leader(String::new()),
             Refusal::LeadershipLost => Self::new(Code::Unavailable, "LEADERSHIP_LOST", message),
             Refusal::Overloaded => Self::new(Code::ResourceExhausted, "OVERLOADED", message),
+            Refusal::DiskFull => Self::new(Code::ResourceExhausted, "DISK_FULL", message),
             Refusal::Sequence(_) => Self::new(Code::FailedPrecondition, "SEQUENCE", message),
         }
     }

@@ -34,6 +34,11 @@ impl Vouched {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).get(&broker).cloned()
     }
 
+    /// It is not reached there: members are asked again.
+    pub fn forget(&self, broker: BrokerId) {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).remove(&broker);
+    }
+
     /// Whether a member names `broker`; asks them where it is not known yet.
     pub async fn vouch_for(&self, broker: BrokerId, meta: &MetaState) -> bool {
         if self.address(broker).is_some() {

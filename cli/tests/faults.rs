@@ -6,7 +6,7 @@ mod cluster;
 
 use cluster::power::Power;
 use cluster::writer::{Writer, check};
-use cluster::{Cluster, Down, PATIENCE, in_sync, make_topic, make_topic_of};
+use cluster::{Cluster, Down, PATIENCE, in_sync, make_topic, make_topic_of, until};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -193,6 +193,17 @@ async fn fault_08_what_was_never_synced_is_lost_with_the_power() {
     assert_eq!(report.0.len(), report.count("lost"), "{report}");
 }
 
+/// The beginning of a record of 500 bytes in RocksDB's write-ahead log.
+const TORN: [u8; 9] = [1, 2, 3, 4, 0xf4, 1, 1, 0, 0];
+
+/// The newest write-ahead log ends within a record.
+fn tear(folder: &std::path::Path) {
+    let logs = std::fs::read_dir(folder).unwrap().map(|f| f.unwrap().path());
+    let newest = logs.filter(|f| f.extension().is_some_and(|e| e == "log")).max().unwrap();
+    let mut file = std::fs::OpenOptions::new().append(true).open(newest).unwrap();
+    std::io::Write::write_all(&mut file, &TORN).unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn fault_09_a_torn_unsynced_tail_is_filled_again_by_the_leader() {
     let power = Power::new();
@@ -202,11 +213,15 @@ async fn fault_09_a_torn_unsynced_tail_is_filled_again_by_the_leader() {
     let down = cluster.kill_all();
     let seen = writer.abandon();
     let cut = power.cut(&folder.join("weir-1"));
+    tear(&folder.join("weir-1/db"));
     let cluster = down.start(|_| {});
     let client = Client::new(&cluster.servers).unwrap();
     make_topic(&client, "t", 3, 3).await;
     in_sync(&client, "t", 3).await;
     check(&client, "t", 3, &seen).await;
+    let counted = cluster.metrics(1).await;
+    let torn = counted.lines().find_map(|l| l.strip_prefix("weir_torn_tail_bytes ")?.parse::<u64>().ok());
+    assert!(torn >= Some(TORN.len() as u64), "the torn tail is counted: {torn:?}");
     println!("one of three lost power: {cut:?}, all replicas are whole again");
 }
 
@@ -281,8 +296,48 @@ async fn fault_12_leadership_moves_off_a_full_disk_and_it_recovers_once_there_is
     let (seen, _) = writer.finish().await;
     in_sync(&client, "t", 3).await;
     check(&client, "t", 3, &seen).await;
-    drop(cluster);
+    let down = cluster.kill_all();
     drop(small);
+    drop(down);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_12_where_a_majority_has_no_room_publishers_are_told_and_all_goes_on_once_there_is() {
+    let down = Down::new();
+    let folder = down.data.path().to_owned();
+    let small = ["weir-0", "weir-1", "weir-2"].map(|name| Small::mount(folder.join(name)));
+    if small.iter().any(Option::is_none) {
+        println!("file systems cannot be mounted here (root can): not tested");
+        return;
+    }
+    let cluster = down.start(|_| {});
+    let client = Client::new(&cluster.servers).unwrap();
+    let writer = Writer::start(&client, "t", 1).await;
+    make_topic(&client, "asked", 1, 3).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let ballast = ["weir-1", "weir-2"].map(|name| folder.join(name).join("ballast"));
+    for ballast in &ballast {
+        let mut fill = Command::new("dd");
+        fill.args(["if=/dev/zero", "bs=1M"]).arg(format!("of={}", ballast.display()));
+        assert!(!fill.stderr(std::process::Stdio::null()).status().unwrap().success(), "the disk is full");
+    }
+    let begun = Instant::now();
+    until("publishers are told that disks are full", async || {
+        match publish(&client, "asked", Duration::from_secs(3)).await {
+            Err(Error::Refused { code: tonic::Code::ResourceExhausted, reason, .. }) if reason == "DISK_FULL" => Ok(()),
+            other => Err(other),
+        }
+    })
+    .await;
+    println!("two of three disks are full: publishers were told after {:?}", begun.elapsed());
+    ballast.iter().for_each(|b| std::fs::remove_file(b).unwrap());
+    until("publishing goes on", async || publish(&client, "asked", Duration::from_secs(3)).await).await;
+    let (seen, _) = writer.finish().await;
+    in_sync(&client, "t", 3).await;
+    check(&client, "t", 1, &seen).await;
+    let down = cluster.kill_all();
+    drop(small);
+    drop(down);
 }
 
 #[tokio::test(flavor = "multi_thread")]

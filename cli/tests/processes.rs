@@ -202,3 +202,57 @@ async fn bad_requests_are_refused_by_name() {
     assert_eq!((error.reason.as_str(), error.code), ("BATCH", InvalidArgument as i32));
     assert_eq!(outcomes[&2], v1::publish_ack::Outcome::BaseOffset(1));
 }
+
+/// Bad inputs 1 to 4, a thousand of each: the state is untouched, each is counted, and memory stays where it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn thousands_of_bad_inputs_are_refused_and_counted_and_take_no_memory() {
+    let cluster = Cluster::start(1);
+    let client = Client::new(&cluster.servers).unwrap();
+    make_topic(&client, "t", 1, 1).await;
+    let number = async |name: &str| -> f64 {
+        let text = cluster.metrics(0).await;
+        text.lines().filter(|l| l.starts_with(name)).filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    };
+    let record = Record { value: Some(vec![7; 100_000].into()), ..Default::default() };
+    let good = weir_proto::records::encode(&[record], Default::default(), None).unwrap().to_vec();
+    let broken = |at: usize, byte: u8| {
+        let mut bad = good.clone();
+        bad[at] ^= byte;
+        let crc = crc32c::crc32c(&bad[21..]);
+        bad[17..21].copy_from_slice(&crc.to_be_bytes());
+        bad
+    };
+    // record count, last offset delta, codec, length, magic; a batch that ends early, and none at all
+    let mut bad = vec![broken(60, 1), broken(26, 1), broken(22, 7), broken(11, 1), broken(16, 1)];
+    bad.extend([good[..40].to_vec(), good[..good.len() - 1].to_vec(), Vec::new()]);
+    let channel = client.channel(&cluster.servers).unwrap();
+    let mut publisher = v1::publisher_client::PublisherClient::new(channel);
+    let (before, rejected) = (number("process_resident_memory_bytes").await, number("weir_rejected_total").await);
+    let batches: Vec<Vec<u8>> = bad.iter().cycle().take(4_000).cloned().collect();
+    let requests = batches.into_iter().enumerate().map(|(id, batch)| v1::PublishBatch {
+        id: id as u64,
+        topic: "t".into(),
+        partition: 0,
+        batch: batch.into(),
+    });
+    let mut acks = publisher.publish_stream(futures::stream::iter(requests)).await.unwrap().into_inner();
+    let mut refused = 0;
+    while let Some(ack) = acks.message().await.unwrap() {
+        let Some(v1::publish_ack::Outcome::Error(error)) = ack.outcome else { panic!("{ack:?}") };
+        assert!(error.code == tonic::Code::InvalidArgument as i32, "{error:?}");
+        refused += 1;
+    }
+    assert_eq!(refused, 4_000);
+    for name in ["", "../x", "a\0b", &"x".repeat(300), "UPPER", "a/b/c"] {
+        for _ in 0..100 {
+            let messages = vec![v1::Message::default()];
+            let request = v1::PublishRequest { topic: name.into(), partition: Some(0), messages, producer: None };
+            assert_eq!(publisher.publish(request).await.unwrap_err().code(), tonic::Code::InvalidArgument, "{name:?}");
+        }
+    }
+    let after = number("process_resident_memory_bytes").await;
+    assert!(after - before < 96e6, "memory went from {before} to {after}");
+    assert_eq!(number("weir_rejected_total").await - rejected, 4_600.0);
+    let status = client.describe(&["t".to_owned()]).await.unwrap();
+    assert_eq!(status[0].high_watermark, 0, "nothing was appended");
+}

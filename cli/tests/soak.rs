@@ -256,7 +256,7 @@ async fn soak() {
         *kinds.entry(NAMES.iter().fold(what.clone(), |text, name| text.replace(name, "a broker"))).or_default() += 1;
     }
     println!(
-        "{minutes} minutes, seed {seed}: {rounds} rounds, {acknowledged} acknowledged, none lost; {delivered} delivered"
+        "{minutes} minutes, seed {seed}: {rounds} rounds, {acknowledged} acknowledged in their topics, none lost; {delivered} delivered"
     );
     kinds.iter().for_each(|(what, count)| println!("{count} × {what}"));
     println!("pictures: {}", out.display());

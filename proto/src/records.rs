@@ -7,6 +7,8 @@ use bytes::{Buf as _, Bytes};
 
 /// Uncompressed bytes one batch may unfold to; more is taken for a compression bomb.
 pub const UNFOLDED_BYTES_MAX: usize = 256 << 20;
+/// Headers of all records of one batch; an empty one is two bytes in a batch and 56 in memory.
+pub const HEADERS_MAX: u64 = 4_000_000;
 /// Bytes of a batch before its records.
 const HEADER_BYTES: usize = 61;
 /// The least a record takes: its length, and six fields of a byte.
@@ -176,21 +178,23 @@ pub fn decode(batch: &Bytes) -> Result<Vec<Record>, String> {
     };
     let count = usize::try_from(count).map_err(|_| format!("the batch says it has {count} records"))?;
     let mut out = Vec::with_capacity(count.min(rest.len() / RECORD_BYTES_MIN));
+    let mut headers_left = HEADERS_MAX;
     for at in 0..count {
-        let record = take_part(&mut rest).and_then(|body| take_record(&mut body?, base_timestamp));
+        let record = take_part(&mut rest).and_then(|body| take_record(&mut body?, base_timestamp, &mut headers_left));
         out.push(record.ok_or_else(|| format!("record {at} of {count} is malformed or cut off"))?);
     }
     Ok(out)
 }
 
-fn take_record(body: &mut Bytes, base_timestamp: i64) -> Option<Record> {
+fn take_record(body: &mut Bytes, base_timestamp: i64, headers_left: &mut u64) -> Option<Record> {
     body.try_get_u8().ok()?; // attributes
     let timestamp_ms = base_timestamp.wrapping_add(take_varint(body)?);
     take_varint(body)?; // offset, which its place says as well
     let (key, value) = (take_part(body)?, take_part(body)?);
-    let count = take_varint(body)?;
+    let count = u64::try_from(take_varint(body)?).ok()?;
+    *headers_left = headers_left.checked_sub(count)?;
     let mut headers = Vec::new();
-    for _ in 0..u32::try_from(count).ok()? {
+    for _ in 0..count {
         let name = String::from_utf8(take_part(body)??.into()).ok()?;
         headers.push((name, take_part(body)?.unwrap_or_default()));
     }
@@ -297,6 +301,19 @@ mod tests {
         put_varint(&mut bytes, record.len() as i64);
         bytes.extend(record);
         assert_eq!(decode(&batch_of(&bytes)), Err("record 0 of 1 is malformed or cut off".to_owned()));
+    }
+
+    /// Found by a reviewer: two bytes in the batch, 56 in memory, and nothing of it left after compression.
+    #[test]
+    fn a_batch_of_too_many_empty_headers_is_refused() {
+        let headers = HEADERS_MAX + 1;
+        let mut record = vec![0, 0, 0, 1, 1];
+        put_varint(&mut record, headers as i64);
+        record.extend(vec![0; 2 * headers as usize]);
+        let mut bytes = Vec::new();
+        put_varint(&mut bytes, record.len() as i64);
+        bytes.extend(record);
+        assert!(decode(&batch_of(&bytes)).is_err());
     }
 
     #[test]

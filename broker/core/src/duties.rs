@@ -50,21 +50,23 @@ impl Node {
     }
 
     /// Membership, balance and announcements of the groups led here.
-    fn tend_leaders(&mut self) {
+    pub(crate) fn tend_leaders(&mut self) {
         let led: Vec<GroupId> = self.groups.values().filter(|g| g.is_leader()).map(Group::id).collect();
         for id in led {
             let Some(assignment) = self.meta.assignment(id).cloned() else { continue };
             let mut info = LeaderInfo { group: id, term: 0, settled_epoch: None, damaged: ReplicaId(0) };
+            let full = assignment.replicas.iter().filter(|r| !self.has_room(BrokerId(r.broker)));
+            let full: Vec<u64> = full.map(|r| r.id).collect();
+            let low = self.low && id != META_GROUP;
             let resigning = self.resigning;
             let now = self.now.mono_ms;
             let balance_after_ms = self.limits.balance_after_ms;
             let Some(group) = self.groups.get_mut(&id) else { continue };
             info.term = group.term();
-            if resigning {
-                resign(group);
-            } else if tend_membership(group, &assignment) {
+            let leaves = (resigning || low) && resign(group, &full);
+            if !leaves && !resigning && tend_membership(group, &assignment) {
                 info.settled_epoch = Some(assignment.epoch);
-                balance(group, &assignment, now, balance_after_ms);
+                balance(group, &assignment, &full, now, balance_after_ms);
             }
             if group.has_work() {
                 self.dirty.insert(id);
@@ -142,6 +144,7 @@ impl Node {
         let info = |g: &Group| LeaderInfo { group: g.id(), term: g.term(), settled_epoch: None, damaged: ReplicaId(0) };
         let led: Vec<LeaderInfo> = self.groups.values().filter(|g| g.is_leader()).map(info).collect();
         self.out.announce.extend(led);
+        self.out.disk_full = Some(self.low);
     }
 
     /// Removes what retention no longer keeps, each replica for itself.
@@ -213,22 +216,23 @@ fn tend_membership(group: &mut Group, assignment: &Assignment) -> bool {
 }
 
 /// Hands leadership to the preferred replica once this one has led for a while.
-fn balance(group: &mut Group, assignment: &Assignment, now_ms: u64, after_ms: u64) {
+fn balance(group: &mut Group, assignment: &Assignment, full: &[u64], now_ms: u64, after_ms: u64) {
     if group.leader_since_ms == 0 {
         group.leader_since_ms = now_ms.max(1);
     }
-    let Some(preferred) = assignment.replicas.first().map(|r| r.id) else { return };
+    let Some(preferred) = assignment.replicas.first().map(|r| r.id).filter(|id| !full.contains(id)) else { return };
     if preferred != group.replica().0 && now_ms - group.leader_since_ms >= after_ms && group.caught_up(preferred) {
         group.leader_since_ms = 0;
         group.transfer(preferred);
     }
 }
 
-fn resign(group: &mut Group) {
-    let best = group.conf().voters.iter().copied().filter(|id| *id != group.replica().0);
-    if let Some(to) = best.filter(|id| group.caught_up(*id)).min_by_key(|id| group.lag(*id)) {
-        group.transfer(to);
-    }
+/// Hands leadership to whoever has most of the log, but to none whose disk is `full`; says whether there is one.
+fn resign(group: &mut Group, full: &[u64]) -> bool {
+    let other = |id: &u64| *id != group.replica().0 && !full.contains(id);
+    let best = group.conf().voters.iter().copied().filter(other);
+    let to = best.filter(|id| group.caught_up(*id)).min_by_key(|id| group.lag(*id));
+    to.inspect(|to| group.transfer(*to)).is_some()
 }
 
 fn renew(group: GroupId, assignment: &Assignment, damaged: ReplicaId) -> Option<Command> {

@@ -382,7 +382,14 @@ impl Group {
     }
 
     /// Proposes a batch whose header was checked. The answer comes when a majority has it, or when it was refused.
-    pub fn publish(&mut self, ticket: Ticket, data: Bytes, header: &BatchHeader, now_ms: u64) -> Result<(), Refusal> {
+    pub fn publish(
+        &mut self,
+        ticket: Ticket,
+        data: Bytes,
+        header: &BatchHeader,
+        now_ms: u64,
+        no_room: Option<Refusal>,
+    ) -> Result<(), Refusal> {
         let Some(lead) = self.lead.as_ref().filter(|l| l.term == self.raft.raft.term) else {
             return Err(Refusal::NotLeader);
         };
@@ -392,6 +399,10 @@ impl Group {
         {
             self.answer_duplicate(ticket, base_offset, base_offset + u64::from(header.count));
             return Ok(());
+        }
+        // after the look at what is there: a refusal says that it is not
+        if let Some(refusal) = no_room {
+            return Err(refusal);
         }
         let base_offset = lead.next_offset;
         let append_time_ms = now_ms.max(self.sums.append_time_ms);

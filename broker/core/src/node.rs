@@ -3,7 +3,7 @@
 //! are kept here until [`Node::written`] or [`Node::synced`] names their round.
 
 use crate::batch::BatchHeader;
-use crate::entry::Control;
+use crate::entry::{Context, Control, Kind};
 use crate::group::{Group, Machine, Part};
 use crate::ids::{BrokerId, GroupId, META_GROUP, ReplicaId, Ticket};
 use crate::meta::command::{Answer, Command, MetaError};
@@ -11,7 +11,7 @@ use crate::meta::state::{Assignment, MetaState};
 use crate::producer::SequenceError;
 use crate::storage::{Checkpoint, Store, StoreError, StoredGroup, WriteOp};
 use bytes::Bytes;
-use raft::eraftpb::Message;
+use raft::eraftpb::{Entry, Message, MessageType};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use thiserror::Error;
@@ -102,6 +102,8 @@ pub enum PeerMessage {
     Raft(Envelope),
     /// Groups the sender leads (or, with `damaged`, of which it holds a damaged replica).
     Leaders(Vec<LeaderInfo>),
+    /// Whether the sender's disk has no room for what is published.
+    DiskFull(bool),
 }
 
 /// Why a request was not carried out. It changed nothing, except after [`Refusal::LeadershipLost`], when it may have.
@@ -116,6 +118,9 @@ pub enum Refusal {
     /// Too much is under way.
     #[error("too much is waiting to be replicated")]
     Overloaded,
+    /// No majority of the partition's replicas has room on its disk.
+    #[error("the disks of a majority of the partition's replicas are full; make room, or give them larger volumes")]
+    DiskFull,
     /// No such group here.
     #[error("this broker holds no replica of the partition")]
     UnknownGroup,
@@ -172,6 +177,8 @@ pub struct Effects {
     pub fetches: Vec<Fetch>,
     /// To tell all other brokers.
     pub announce: Vec<LeaderInfo>,
+    /// To tell them: whether this broker's disk is full.
+    pub disk_full: Option<bool>,
     /// To answer.
     pub replies: Vec<(Ticket, Reply)>,
     /// Groups whose high watermark moved.
@@ -192,6 +199,24 @@ pub fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
+}
+
+/// Whether a message brings what a full disk does not take. A checkpoint is small, and what it replaces goes.
+fn takes_room(message: &Message) -> bool {
+    let batch = |e: &Entry| Context::of(e).is_some_and(|c| c.kind == Kind::Batch);
+    message.msg_type == MessageType::MsgAppend && message.entries.iter().any(batch)
+}
+
+/// How a disk stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Disk {
+    /// There is room.
+    #[default]
+    Room,
+    /// Little is left.
+    Low,
+    /// What is left is needed for what is small.
+    Full,
 }
 
 /// A broker's core.
@@ -225,6 +250,12 @@ pub struct Node {
     pub(crate) settled: BTreeMap<GroupId, u64>,
     pub(crate) to_renew: BTreeMap<GroupId, ReplicaId>,
     pub(crate) resigning: bool,
+    /// this broker's disk has little room left
+    pub(crate) low: bool,
+    /// and none for batches
+    full: bool,
+    /// others that said so of theirs
+    full_others: BTreeSet<BrokerId>,
     /// damage that was told and led to nothing
     told: BTreeSet<(GroupId, String)>,
     /// reads that wait for their turn, and what may be read until the next tick, bytes
@@ -265,6 +296,9 @@ impl Node {
             settled: BTreeMap::new(),
             to_renew: BTreeMap::new(),
             resigning: false,
+            low: false,
+            full: false,
+            full_others: BTreeSet::new(),
             told: BTreeSet::new(),
             fetches: VecDeque::new(),
             fetch_budget: 0,
@@ -358,6 +392,11 @@ impl Node {
         self.out.opened.push(group);
     }
 
+    /// Bytes of log kept of all groups, as retention counts them.
+    pub fn kept_bytes(&self) -> u64 {
+        self.groups.values().map(Group::kept_bytes).sum()
+    }
+
     /// This broker.
     pub fn broker(&self) -> BrokerId {
         self.broker
@@ -433,7 +472,41 @@ impl Node {
         match message {
             PeerMessage::Raft(envelope) => self.raft_message(from, envelope),
             PeerMessage::Leaders(list) => list.iter().for_each(|info| self.leader_info(from, info)),
+            PeerMessage::DiskFull(true) => drop(self.full_others.insert(from)),
+            PeerMessage::DiskFull(false) => drop(self.full_others.remove(&from)),
         }
+    }
+
+    /// How this broker's disk stands. While it is low, no batch is accepted from publishers and leadership goes to where there is
+    /// room; as a follower it takes what its leader has accepted before, until it is full. What is small goes on: votes,
+    /// acknowledgements, metadata. So retention can make room.
+    pub fn set_disk(&mut self, disk: Disk) {
+        let low = disk != Disk::Room;
+        self.full = disk == Disk::Full;
+        if self.low != low {
+            self.low = low;
+            self.out.disk_full = Some(low);
+            self.tend_leaders();
+        }
+    }
+
+    pub(crate) fn has_room(&self, broker: BrokerId) -> bool {
+        if broker == self.broker { !self.low } else { !self.full_others.contains(&broker) }
+    }
+
+    /// Why a group led here takes no more batches now.
+    fn no_room(&self, id: GroupId) -> Option<Refusal> {
+        if !self.low && self.full_others.is_empty() {
+            return None;
+        }
+        let assignment = self.meta.assignment(id)?;
+        let voters = &self.groups.get(&id)?.conf().voters;
+        let roomy = voters.iter().filter(|v| assignment.broker_of(ReplicaId(**v)).is_none_or(|b| self.has_room(b)));
+        if roomy.count() <= voters.len() / 2 {
+            return Some(Refusal::DiskFull);
+        }
+        // leadership is on its way to where there is room
+        self.low.then_some(Refusal::NotLeader)
     }
 
     fn raft_message(&mut self, from: BrokerId, envelope: Envelope) {
@@ -465,6 +538,9 @@ impl Node {
         if assigned.is_none() && id != META_GROUP && self.meta.assignment(id).is_some() {
             return;
         }
+        if self.full && id != META_GROUP && takes_room(&message) {
+            return;
+        }
         group.brokers.insert(message.from, from);
         let replica = group.replica();
         match group.step(message, salt) {
@@ -477,6 +553,7 @@ impl Node {
 
     /// The connection from a peer broke: its process may have ended.
     pub fn lost_contact(&mut self, with: BrokerId) {
+        self.full_others.remove(&with); // it says so again
         self.groups.values_mut().for_each(|g| g.lost_contact(with));
     }
 
@@ -498,7 +575,8 @@ impl Node {
     /// Publishes a batch whose header was checked; the reply comes with the ticket.
     pub fn publish(&mut self, ticket: Ticket, id: GroupId, data: Bytes, header: &BatchHeader) {
         let log_ms = self.now.log_ms;
-        self.with_group(ticket, id, |g| g.publish(ticket, data, header, log_ms));
+        let no_room = self.no_room(id);
+        self.with_group(ticket, id, |g| g.publish(ticket, data, header, log_ms, no_room));
     }
 
     /// Appends a control record to a partition's log.

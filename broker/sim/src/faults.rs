@@ -6,7 +6,7 @@ use std::sync::Arc;
 use weir_core::ids::{BrokerId, GroupId};
 use weir_core::meta::command::{Kind, SetPhase};
 use weir_core::meta::state::{Broker, Phase};
-use weir_core::node::mix;
+use weir_core::node::{Disk, mix};
 use weir_core::storage::{Store as _, StoreError, StoredGroup};
 
 /// Which faults happen.
@@ -144,6 +144,11 @@ impl World {
                 host.wall_off = clock * 3_600_000;
                 self.count("clock jump");
             }
+            68..=71 => {
+                host.low_until = until;
+                host.low = if roll < 70 { Disk::Low } else { Disk::Full };
+                self.count("nearly full disk");
+            }
             8..=27 if self.is_well() => self.lose_volume(victim),
             28..=47 if self.is_well() => self.flip_bit(victim),
             48..=67 if self.is_well() => self.drain(victim),
@@ -170,6 +175,7 @@ impl World {
             host.restart_at = host.restart_at.min(now);
             host.paused_until = host.paused_until.min(now);
             host.full_until = 0;
+            host.low_until = 0;
             host.slow_until = 0;
             host.failing = false;
         }

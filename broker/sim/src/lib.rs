@@ -18,7 +18,7 @@ use weir_core::ids::{BrokerId, GroupId, META_GROUP, ReplicaId, Ticket};
 use weir_core::meta::command::{ApplySubscription, ApplyTopic, Command, Kind, Placement};
 use weir_core::meta::placement;
 use weir_core::meta::state::{Broker, MetaState, Start, SubscriptionSpec, TopicSpec};
-use weir_core::node::{Envelope, Fetch, Limits, Node, Now, PeerMessage, mix};
+use weir_core::node::{Disk, Envelope, Fetch, Limits, Node, Now, PeerMessage, mix};
 use weir_core::storage::Store as _;
 use weir_store::mem::MemStore;
 
@@ -58,6 +58,9 @@ struct Host {
     slow_until: u64,
     /// the disk has no room until then
     full_until: u64,
+    /// little room is left: no more batches are taken on
+    low_until: u64,
+    low: Disk,
     /// the next write or sync fails
     failing: bool,
     /// its clock runs fast or slow, in parts of a thousand
@@ -78,6 +81,8 @@ impl Host {
             paused_until: 0,
             slow_until: 0,
             full_until: 0,
+            low_until: 0,
+            low: Disk::Low,
             failing: false,
             drift,
             wall_off: 0,
@@ -229,7 +234,9 @@ impl World {
         self.run_disk(id);
         let Some(host) = self.hosts.get_mut(&id) else { return };
         let now = host.time(self.now);
+        let disk = if host.low_until > self.now { host.low } else { Disk::Room };
         if let Some(node) = host.node.as_mut() {
+            node.set_disk(disk);
             node.tick(now);
         }
         self.pump(id);
@@ -298,6 +305,10 @@ impl World {
         if !effects.announce.is_empty() {
             let others: Vec<BrokerId> = self.hosts.keys().copied().filter(|b| *b != id).collect();
             others.into_iter().for_each(|to| self.post(id, to, PeerMessage::Leaders(effects.announce.clone())));
+        }
+        if let Some(full) = effects.disk_full {
+            let others: Vec<BrokerId> = self.hosts.keys().copied().filter(|b| *b != id).collect();
+            others.into_iter().for_each(|to| self.post(id, to, PeerMessage::DiskFull(full)));
         }
         for (ticket, reply) in effects.replies {
             self.replied(ticket, reply);

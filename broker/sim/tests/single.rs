@@ -168,8 +168,7 @@ fn a_damaged_replica_is_taken_out_only_where_the_others_have_everything_and_is_t
             world.find_damage(leader);
             assert_eq!(world.replica(leader), before, "seed {seed}: it may hold the last copy");
         }
-        world.heal();
-        world.run(6_000, Faults::None);
+        world.settle();
         let (_, _, leader) = world.leaders()[0];
         let before = world.replica(leader);
         world.find_damage(leader);

@@ -3,3 +3,4 @@
 pub mod keys;
 pub mod mem;
 pub mod rocks;
+pub mod torn;

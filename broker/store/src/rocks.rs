@@ -1,15 +1,18 @@
 //! The store over RocksDB. One database a broker, four column families, one WriteBatch a round.
 //!
-//! Large values of the log go to blob files when a memtable is flushed, so that compaction moves keys, not payloads.
+//! Large values of the log go to blob files when a memtable is flushed, so that compaction moves keys, not payloads. Retention
+//! gives blob files back by itself where all in them is gone, oldest first; what lies between what is kept is collected when it is
+//! more than that (the broker asks for it).
 //! A torn tail of the write-ahead log is accepted at start, nothing else: point-in-time recovery would open an
 //! older state as if all were well.
 
 use crate::keys::state::Standing;
 use crate::keys::{self, log, offsets, state};
+use crate::torn::torn_bytes;
 use bytes::Bytes;
 use rocksdb::{
-    BlockBasedOptions, ColumnFamily, ColumnFamilyDescriptor, DB, DBRecoveryMode, Direction, ErrorKind, IteratorMode,
-    Options, ReadOptions, WriteBatch, WriteOptions,
+    BlockBasedOptions, BottommostLevelCompaction, ColumnFamily, ColumnFamilyDescriptor, CompactOptions, DB,
+    DBRecoveryMode, Direction, ErrorKind, IteratorMode, Options, ReadOptions, WriteBatch, WriteOptions,
 };
 use std::path::Path;
 use weir_core::entry::{Context, Kind, entry_bytes};
@@ -27,6 +30,7 @@ const BLOB_BYTES_MIN: u64 = 1 << 10;
 /// See the module.
 pub struct RocksStore {
     db: DB,
+    torn_bytes: u64,
 }
 
 /// A key and its value.
@@ -51,6 +55,7 @@ fn database_options() -> Options {
     options.set_bytes_per_sync(1 << 20);
     options.set_keep_log_file_num(3);
     options.set_max_open_files(512);
+    options.set_skip_stats_update_on_db_open(true);
     options
 }
 
@@ -61,8 +66,12 @@ fn log_options() -> Options {
     options.set_enable_blob_files(true);
     options.set_min_blob_size(BLOB_BYTES_MIN);
     options.set_blob_file_size(256 << 20);
-    options.set_enable_blob_gc(true);
-    options.set_blob_gc_age_cutoff(0.5);
+    // compaction moves keys only; what moves payloads is asked for, see `collect_garbage`
+    options.set_enable_blob_gc(false);
+    options.set_blob_gc_age_cutoff(1.0);
+    // the tables hold keys and are small: many of them are no reason to let writers wait
+    options.set_level_zero_slowdown_writes_trigger(200);
+    options.set_level_zero_stop_writes_trigger(400);
     options.set_block_based_table_factory(&tables());
     options
 }
@@ -86,8 +95,14 @@ impl RocksStore {
         let families =
             [(LOG, log_options()), (OFFSETS, small_options()), (STATE, small_options()), (META, small_options())];
         let families = families.map(|(name, options)| ColumnFamilyDescriptor::new(name, options));
+        let torn_bytes = torn_bytes(path).unwrap_or(0); // a new folder is not there yet
         let db = DB::open_cf_descriptors(&database_options(), path, families).map_err(io)?;
-        Ok(Self { db })
+        Ok(Self { db, torn_bytes })
+    }
+
+    /// Bytes of the write-ahead log's torn tail that were left out at opening.
+    pub fn torn_bytes(&self) -> u64 {
+        self.torn_bytes
     }
 
     fn family(&self, name: &str) -> &ColumnFamily {
@@ -109,6 +124,30 @@ impl RocksStore {
     /// A number RocksDB keeps of itself, such as `rocksdb.estimate-live-data-size`.
     pub fn property(&self, name: &str) -> Option<u64> {
         self.db.property_int_value_cf(self.family(LOG), name).ok().flatten()
+    }
+
+    /// Bytes of blob files, with what is garbage in them.
+    pub fn blob_bytes(&self) -> u64 {
+        self.property("rocksdb.total-blob-file-size").unwrap_or(0)
+    }
+
+    /// Rewrites blob files without their garbage. Takes as long, and meanwhile as much room, as it takes to write what is kept.
+    pub fn collect_garbage(&self) -> Result<(), StoreError> {
+        let collect = |on: &str| {
+            let options = [("enable_blob_garbage_collection", on)];
+            self.db.set_options_cf(self.family(LOG), &options).map_err(io)
+        };
+        collect("true")?;
+        let mut options = CompactOptions::default();
+        options.set_exclusive_manual_compaction(false);
+        options.set_bottommost_level_compaction(BottommostLevelCompaction::Force);
+        self.db.compact_range_cf_opt(self.family(LOG), None::<&[u8]>, None::<&[u8]>, &options);
+        collect("false")
+    }
+
+    /// Ends what runs in the background, such as [`Self::collect_garbage`]: a process that ends does not wait for it.
+    pub fn stop_background_work(&self) {
+        self.db.cancel_all_background_work(false);
     }
 
     /// Writes all there is in memory to tables and merges them, as happens by itself with time.
@@ -353,6 +392,7 @@ impl Store for RocksStore {
         for op in ops {
             let (group, to) = match op {
                 WriteOp::Truncate { group, index, .. } => (group, index + 1),
+                WriteOp::Install { group, checkpoint } => (group, checkpoint.index + 1),
                 WriteOp::Destroy { group, .. } => (group, u64::MAX),
                 _ => continue,
             };

@@ -28,8 +28,8 @@ pub(crate) fn inside(test: &str) -> bool {
     }
     let _turn = super::TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let namespace = format!("weir-{}-{test}", std::process::id());
-    if !run(&["ip", "netns", "add", &namespace]) {
-        println!("network namespaces cannot be made here (root with iproute2 can): not tested");
+    if !run(&["iptables", "--version"]) || !run(&["ip", "netns", "add", &namespace]) {
+        println!("network namespaces cannot be made here (root with iproute2 and iptables can): not tested");
         return false;
     }
     let mut again = Command::new("ip");
@@ -43,6 +43,7 @@ pub(crate) fn inside(test: &str) -> bool {
 /// Brokers `weir-0`.. and the links between them.
 pub(crate) struct Net {
     router: String,
+    count: usize,
     brokers: Vec<Child>,
     data: tempfile::TempDir,
 }
@@ -53,7 +54,7 @@ impl Net {
         let router = std::env::var(INSIDE).expect("inside");
         must(&["ip", "link", "set", "lo", "up"]);
         std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
-        let mut net = Self { router, brokers: Vec::new(), data: tempfile::tempdir().unwrap() };
+        let mut net = Self { router, count, brokers: Vec::new(), data: tempfile::tempdir().unwrap() };
         for at in 0..count {
             let (namespace, link, gate) = (net.namespace(at), format!("b{at}"), format!("10.77.{at}.1"));
             must(&["ip", "netns", "add", &namespace]);
@@ -156,7 +157,7 @@ impl Drop for Net {
             let _ = broker.kill();
             let _ = broker.wait();
         }
-        for at in 0..self.brokers.len() {
+        for at in 0..self.count {
             run(&["ip", "netns", "del", &self.namespace(at)]);
         }
     }

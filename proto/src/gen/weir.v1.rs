@@ -878,6 +878,8 @@ pub struct PeerFrame {
     pub raft: ::prost::alloc::vec::Vec<RaftMessage>,
     #[prost(message, repeated, tag = "3")]
     pub leaders: ::prost::alloc::vec::Vec<LeaderInfo>,
+    #[prost(enumeration = "DiskState", tag = "4")]
+    pub disk: i32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PeerHello {
@@ -985,6 +987,37 @@ impl SubscriptionMode {
             "FAILOVER" => Some(Self::Failover),
             "SHARED" => Some(Self::Shared),
             "KEY_SHARED" => Some(Self::KeyShared),
+            _ => None,
+        }
+    }
+}
+/// How the sender's disk stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum DiskState {
+    /// Nothing is said of it.
+    Unspecified = 0,
+    Room = 1,
+    Full = 2,
+}
+impl DiskState {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "DISK_STATE_UNSPECIFIED",
+            Self::Room => "DISK_STATE_ROOM",
+            Self::Full => "DISK_STATE_FULL",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "DISK_STATE_UNSPECIFIED" => Some(Self::Unspecified),
+            "DISK_STATE_ROOM" => Some(Self::Room),
+            "DISK_STATE_FULL" => Some(Self::Full),
             _ => None,
         }
     }

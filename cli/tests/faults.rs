@@ -6,7 +6,7 @@ mod cluster;
 
 use cluster::power::Power;
 use cluster::writer::{Writer, check};
-use cluster::{Cluster, Down, PATIENCE, in_sync, make_topic, make_topic_of, until};
+use cluster::{Cluster, Down, PATIENCE, in_sync, make_subscription, make_topic, make_topic_of, until, weir};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -265,26 +265,35 @@ impl Drop for Small {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn fault_12_leadership_moves_off_a_full_disk_and_it_recovers_once_there_is_room() {
+/// Three brokers, each on a small file system; `None` where none can be mounted.
+fn on_small_disks() -> Option<(Cluster, Client, [Small; 3])> {
     let down = Down::new();
-    let folder = down.data.path().to_owned();
-    let small = ["weir-0", "weir-1", "weir-2"].map(|name| Small::mount(folder.join(name)));
-    if small.iter().any(Option::is_none) {
+    let [a, b, c] = ["weir-0", "weir-1", "weir-2"].map(|name| Small::mount(down.data.path().join(name)));
+    let (Some(a), Some(b), Some(c)) = (a, b, c) else {
         println!("file systems cannot be mounted here (root can): not tested");
-        return;
-    }
+        return None;
+    };
     let cluster = down.start(|_| {});
     let client = Client::new(&cluster.servers).unwrap();
+    Some((cluster, client, [a, b, c]))
+}
+
+/// Takes all there is left on a broker's disk, with a file.
+fn fill(cluster: &Cluster, name: &str) -> PathBuf {
+    let ballast = cluster.data.path().join(name).join("ballast");
+    let mut dd = Command::new("dd");
+    dd.args(["if=/dev/zero", "bs=1M"]).arg(format!("of={}", ballast.display())).stderr(std::process::Stdio::null());
+    assert!(!dd.status().unwrap().success(), "the disk is full");
+    ballast
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_12_leadership_moves_off_a_full_disk_and_it_recovers_once_there_is_room() {
+    let Some((cluster, client, small)) = on_small_disks() else { return };
     let writer = Writer::start(&client, "t", 3).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     let (id, name) = leader(&client, "t").await;
-    let ballast = folder.join(&name).join("ballast");
-    // all there is left
-    let mut fill = Command::new("dd");
-    fill.args(["if=/dev/zero", "bs=1M"]).arg(format!("of={}", ballast.display())).stderr(std::process::Stdio::null());
-    let filled = fill.status().unwrap();
-    assert!(!filled.success(), "the disk is full");
+    let ballast = fill(&cluster, &name);
     let took = another_leads(&client, "t", id).await;
     writer.take_gap();
     tokio::time::sleep(Duration::from_secs(4)).await;
@@ -303,24 +312,16 @@ async fn fault_12_leadership_moves_off_a_full_disk_and_it_recovers_once_there_is
 
 #[tokio::test(flavor = "multi_thread")]
 async fn fault_12_where_a_majority_has_no_room_publishers_are_told_and_all_goes_on_once_there_is() {
-    let down = Down::new();
-    let folder = down.data.path().to_owned();
-    let small = ["weir-0", "weir-1", "weir-2"].map(|name| Small::mount(folder.join(name)));
-    if small.iter().any(Option::is_none) {
-        println!("file systems cannot be mounted here (root can): not tested");
-        return;
-    }
-    let cluster = down.start(|_| {});
-    let client = Client::new(&cluster.servers).unwrap();
-    let writer = Writer::start(&client, "t", 1).await;
+    let Some((cluster, client, small)) = on_small_disks() else { return };
+    make_topic(&client, "t", 1, 3).await;
     make_topic(&client, "asked", 1, 3).await;
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    let ballast = ["weir-1", "weir-2"].map(|name| folder.join(name).join("ballast"));
-    for ballast in &ballast {
-        let mut fill = Command::new("dd");
-        fill.args(["if=/dev/zero", "bs=1M"]).arg(format!("of={}", ballast.display()));
-        assert!(!fill.stderr(std::process::Stdio::null()).status().unwrap().success(), "the disk is full");
+    // little, so that one that ends within what it is writing can open its store again in what was kept back
+    let writer = Writer::start_paced(&client, "t", Duration::from_millis(100)).await;
+    make_subscription(&client, "reader", "asked", v1::SubscriptionMode::Exclusive).await;
+    for _ in 0..3 {
+        publish(&client, "asked", Duration::from_secs(10)).await.unwrap();
     }
+    let ballast = ["weir-1", "weir-2"].map(|name| fill(&cluster, name));
     let begun = Instant::now();
     until("publishers are told that disks are full", async || {
         match publish(&client, "asked", Duration::from_secs(3)).await {
@@ -330,6 +331,15 @@ async fn fault_12_where_a_majority_has_no_room_publishers_are_told_and_all_goes_
     })
     .await;
     println!("two of three disks are full: publishers were told after {:?}", begun.elapsed());
+    // what is small goes on: without acknowledgements retention could make no room
+    weir(&cluster, &["consume", "--subscription", "reader", "--max", "3"]);
+    until("acknowledgements are kept", async || {
+        let seen = client.describe(&["asked".to_owned()]).await.map_err(|e| e.to_string())?;
+        let position = seen.iter().flat_map(|p| &p.subscriptions).map(|s| s.position).max();
+        if position == Some(3) { Ok(()) } else { Err(format!("{position:?}")) }
+    })
+    .await;
+    assert!(publish(&client, "asked", Duration::from_secs(3)).await.is_err(), "there is no room yet");
     ballast.iter().for_each(|b| std::fs::remove_file(b).unwrap());
     until("publishing goes on", async || publish(&client, "asked", Duration::from_secs(3)).await).await;
     let (seen, _) = writer.finish().await;

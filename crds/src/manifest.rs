@@ -56,14 +56,17 @@ pub fn read_folder(folder: &Path) -> std::io::Result<(Declared, Vec<ManifestErro
 pub fn read_text(file: &Path, text: &str, declared: &mut Declared, errors: &mut Vec<ManifestError>) {
     let mut start = 0;
     let mut document = String::new();
+    // YAML knows more line breaks than editors count
+    let last = text.lines().count().max(1);
     for (at, line) in text.lines().chain(["---"]).enumerate() {
         if line.trim_end() != "---" {
             document.push_str(line);
             document.push('\n');
             continue;
         }
-        let mut fail =
-            |line: usize, message: String| errors.push(ManifestError { file: file.to_owned(), line, message });
+        let mut fail = |line: usize, message: String| {
+            errors.push(ManifestError { file: file.to_owned(), line: line.min(last), message });
+        };
         read_document(file, &document, start, declared, &mut fail);
         document.clear();
         start = at + 1;

@@ -86,8 +86,10 @@ pub fn snapshot(data: &[u8]) {
 
 fn look_at_state(state: &Bytes, next_offset: u64) {
     if let Ok(partition) = PartitionState::decode(state, next_offset) {
-        let again = PartitionState::decode(&partition.encode(), next_offset);
-        assert_eq!(again, Ok(partition), "state is written as it was read");
+        // of what was read once, all is kept: a bitmap may have come with empty containers, which are not written
+        let written = partition.encode();
+        let again = PartitionState::decode(&written, next_offset).expect("what was just written");
+        assert_eq!(again.encode(), written, "state is written as it was read");
     }
     if let Ok(meta) = MetaState::decode(state.clone()) {
         assert_eq!(MetaState::decode(meta.encode_to_vec().as_slice()), Ok(meta));

@@ -64,12 +64,14 @@ impl Context {
             3 => Kind::Meta,
             _ => return None,
         };
-        Some(Self {
+        let context = Self {
             kind,
             base_offset: u64::from_be_bytes(bytes[1..9].try_into().ok()?),
             count: u32::from_be_bytes(bytes[9..13].try_into().ok()?),
             append_time_ms: u64::from_be_bytes(bytes[13..21].try_into().ok()?),
-        })
+        };
+        // what ends beyond all offsets is malformed
+        context.base_offset.checked_add(u64::from(context.count)).map(|_| context)
     }
 
     /// The context of `entry` where it is a normal one with a payload.

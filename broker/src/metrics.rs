@@ -256,9 +256,9 @@ impl Metrics {
     async fn render(&self, context: &Context) -> String {
         self.partitions.set(context, &context.describe(&[]).await);
         self.forget_deleted(context);
-        if let Ok(disk) = rustix::fs::statvfs(&self.data) {
-            self.disk_free_bytes.set((disk.f_bavail * disk.f_frsize) as i64);
-            self.disk_size_bytes.set((disk.f_blocks * disk.f_frsize) as i64);
+        if let Some((free, whole)) = crate::room::of(&self.data) {
+            self.disk_free_bytes.set(free as i64);
+            self.disk_size_bytes.set(whole as i64);
         }
         TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
     }

@@ -146,8 +146,7 @@ impl Link {
             if named.is_none() && self.to.0 <= meta.last_id {
                 return; // it was removed
             }
-            let address = named.clone();
-            let Some(address) = address.or_else(|| self.vouched.address(self.to)) else { return };
+            let Some(address) = named.clone().or_else(|| self.vouched.address(self.to)) else { return };
             match self.exchange(&address, &mut frames).await {
                 Ok(()) => return,
                 Err(error) => {

@@ -45,11 +45,6 @@ impl Room {
         room
     }
 
-    /// How it stands.
-    pub fn disk(&self) -> Disk {
-        self.disk
-    }
-
     /// Takes the reserve away or puts it back. A disk that cannot be looked at is as it was.
     fn look(&mut self) {
         let Some((free, _)) = of(&self.folder) else { return };
@@ -109,7 +104,7 @@ mod tests {
     fn there_is_a_reserve_where_there_is_room() {
         let folder = tempfile::tempdir().unwrap();
         let room = Room::open(folder.path());
-        assert_eq!(room.disk(), Disk::Room);
+        assert_eq!(room.disk, Disk::Room);
         let held = std::fs::metadata(folder.path().join("reserve")).unwrap();
         assert!(held.len() == room.bytes && room.bytes > 0, "{} of {} bytes", held.len(), room.bytes);
     }

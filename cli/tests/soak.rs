@@ -8,6 +8,7 @@ mod cluster;
 use cluster::power::Power;
 use cluster::writer::{Writer, check};
 use cluster::{Cluster, Down, in_sync, pid_of, spec, subscribe, until};
+use fastrand::Rng;
 use plotters::prelude::*;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -67,27 +68,14 @@ struct Watch {
     faults: Vec<(f64, String)>,
 }
 
-/// What the faults draw from: SplitMix64 (<https://doi.org/10.1145/2714064.2660195>).
-struct Draw(u64);
-
-impl Draw {
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) % bound as u64) as usize
-    }
-}
-
 /// One fault, and its end.
-async fn fault(cluster: &Cluster, client: &Client, topic: &str, draw: &mut Draw) -> String {
-    let name = NAMES[draw.below(3)];
+async fn fault(cluster: &Cluster, client: &Client, topic: &str, draw: &mut Rng) -> String {
+    let name = NAMES[draw.usize(..3)];
     let alive = |name: &str| cluster.pid(name).is_some();
     if !NAMES.iter().all(|n| alive(n)) {
         return "none: one is down already".into();
     }
-    match draw.below(10) {
+    match draw.usize(..10) {
         0..=4 => {
             cluster.kill(name);
             format!("kill {name}")
@@ -149,7 +137,7 @@ async fn round(
     cluster: &Cluster,
     client: &Client,
     number: u32,
-    draw: &mut Draw,
+    draw: &mut Rng,
     watch: &Mutex<Watch>,
     begun: Instant,
 ) -> (usize, u64) {
@@ -202,7 +190,7 @@ async fn soak() {
     let folder = down.data.path().to_owned();
     let begun = Instant::now();
     let watch = Arc::new(Mutex::new(Watch::default()));
-    let (mut draw, mut rounds, mut acknowledged, mut delivered, mut cuts) = (Draw(seed), 0, 0, 0, 0);
+    let (mut draw, mut rounds, mut acknowledged, mut delivered, mut cuts) = (Rng::with_seed(seed), 0, 0, 0, 0);
     while begun.elapsed().as_secs_f64() < minutes * 60.0 {
         let cluster = down.start(|serve| power.preload(serve, &folder));
         let client = Client::new(&cluster.servers).unwrap();

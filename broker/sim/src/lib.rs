@@ -303,16 +303,19 @@ impl World {
             self.post(id, to, PeerMessage::Raft(envelope));
         }
         if !effects.announce.is_empty() {
-            let others: Vec<BrokerId> = self.hosts.keys().copied().filter(|b| *b != id).collect();
-            others.into_iter().for_each(|to| self.post(id, to, PeerMessage::Leaders(effects.announce.clone())));
+            self.tell_others(id, &PeerMessage::Leaders(effects.announce));
         }
         if let Some(full) = effects.disk_full {
-            let others: Vec<BrokerId> = self.hosts.keys().copied().filter(|b| *b != id).collect();
-            others.into_iter().for_each(|to| self.post(id, to, PeerMessage::DiskFull(full)));
+            self.tell_others(id, &PeerMessage::DiskFull(full));
         }
         for (ticket, reply) in effects.replies {
             self.replied(ticket, reply);
         }
+    }
+
+    fn tell_others(&mut self, from: BrokerId, message: &PeerMessage) {
+        let others: Vec<BrokerId> = self.hosts.keys().copied().filter(|b| *b != from).collect();
+        others.into_iter().for_each(|to| self.post(from, to, message.clone()));
     }
 
     /// Mixes into the trace.

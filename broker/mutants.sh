@@ -52,4 +52,7 @@ mutate "retention above the smallest cursor" $core/duties.rs 'self.now.log_ms, k
 mutate "a checkpoint whose answer is lost is not sent again" $core/group.rs 'self.raft.report_snapshot(id, SnapshotStatus::Failure);' ''
 mutate "a change that waits for a lost broker is left alone" $core/meta/plan.rs 'assignment.replicas.iter().any(|r| lost(r.broker))' 'assignment.replicas.iter().any(|r| lost(r.broker)) && false'
 mutate "a removed leader leads on" $core/group.rs 'if self.is_leader() && !votes {' 'if self.is_leader() && !votes && false {'
+mutate "what sleeps because of a silent broker sleeps on" $core/sleep.rs 'self.ticks - h.tick == silence)' 'self.ticks - h.tick == silence && false)'
+mutate "what is damaged at a sleeping partition's leader wakes nobody" $core/node.rs 'self.to_renew.insert(info.group, info.damaged);
+            self.wake(info.group);' 'self.to_renew.insert(info.group, info.damaged);'
 exit $survived

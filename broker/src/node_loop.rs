@@ -14,7 +14,7 @@ use weir_core::entry::Control;
 use weir_core::eraftpb::Entry;
 use weir_core::ids::{BrokerId, GroupId, Ticket};
 use weir_core::meta::command::Command;
-use weir_core::node::{Effects, Envelope, Fetch, LeaderInfo, Node, Now, PeerMessage, Reply, Round};
+use weir_core::node::{Effects, Fetch, Node, Now, PeerMessage, Reply, Round};
 use weir_core::storage::{Store, StoreError};
 
 /// Where a reply goes.
@@ -97,8 +97,8 @@ impl NodeHandle {
 
 /// Where messages to peers go.
 pub trait PeerSender: Send + 'static {
-    /// Queues messages for brokers; what cannot be queued is dropped, as the network might.
-    fn send(&mut self, messages: Vec<(BrokerId, Envelope)>, announce: Vec<LeaderInfo>, disk_full: Option<bool>);
+    /// Queues what is for other brokers; what cannot be queued is dropped, as the network might.
+    fn send(&mut self, effects: &mut Effects);
 }
 
 /// Monotonic time, and the wall clock as it was at start moved on by it.
@@ -221,40 +221,38 @@ struct Disk {
 
 fn carry_out(
     node: &Node,
-    effects: Effects,
+    mut effects: Effects,
     shared: &Shared,
     metrics: &Metrics,
     disk: &Disk,
     waiting: &mut HashMap<Ticket, ReplyTo>,
     peers: &mut impl PeerSender,
 ) {
-    if let Some(round) = effects.round {
+    if let Some(round) = effects.round.take() {
         let _ = disk.rounds.send(round);
     }
-    for fetch in effects.fetches {
+    for fetch in effects.fetches.drain(..) {
         let _ = disk.reads.send(fetch);
     }
-    for damage in effects.damage {
+    for damage in effects.damage.drain(..) {
         metrics.damage.inc();
         tracing::error!(%damage, "damaged data: this replica takes part no more and will be rebuilt");
     }
-    for group in effects.opened {
+    for group in effects.opened.drain(..) {
         shared.set_partition(group, node.group(group).map(|g| g.log().tail().clone()));
     }
-    for (group, offset) in effects.advanced {
+    for (group, offset) in effects.advanced.drain(..) {
         shared.advanced(group, offset);
     }
-    for group in effects.leaders {
+    for group in effects.leaders.drain(..) {
         let leader = node.leader_of(group);
         tracing::debug!(%group, ?leader, "leader");
         shared.set_leader(group, leader);
     }
-    if let Some(meta) = effects.meta {
+    if let Some(meta) = effects.meta.take() {
         shared.meta.send_replace(meta);
     }
-    if !effects.messages.is_empty() || !effects.announce.is_empty() || effects.disk_full.is_some() {
-        peers.send(effects.messages, effects.announce, effects.disk_full);
-    }
+    peers.send(&mut effects);
     for (ticket, reply) in effects.replies {
         if let Some(to) = waiting.remove(&ticket) {
             to.send(reply);

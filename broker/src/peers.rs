@@ -14,7 +14,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic_types::StatusExt as _;
 use weir_core::eraftpb::{Entry, EntryType, Message, MessageType};
 use weir_core::ids::{BrokerId, GroupId, ReplicaId};
-use weir_core::node::{Envelope, LeaderInfo, PeerMessage};
+use weir_core::node::{Asleep, Effects, Envelope, LeaderInfo, PeerMessage};
 use weir_proto::v1;
 use weir_proto::v1::peer_client::PeerClient;
 
@@ -22,8 +22,6 @@ use weir_proto::v1::peer_client::PeerClient;
 pub const REMOVED: &str = "REMOVED";
 /// Frames queued to one peer; beyond them they are dropped and Raft sends again.
 const FRAMES_MAX: usize = 256;
-/// A link that has nothing to say says so this often.
-const STILL_HERE: Duration = Duration::from_secs(2);
 /// A frame is closed once it holds this much, bytes.
 const FRAME_BYTES: usize = 2 << 20;
 
@@ -94,9 +92,9 @@ impl Peers {
 }
 
 impl PeerSender for Peers {
-    fn send(&mut self, messages: Vec<(BrokerId, Envelope)>, announce: Vec<LeaderInfo>, disk_full: Option<bool>) {
+    fn send(&mut self, effects: &mut Effects) {
         let mut frames: HashMap<BrokerId, (v1::PeerFrame, usize)> = HashMap::new();
-        for (to, envelope) in messages {
+        for (to, envelope) in effects.messages.drain(..) {
             let message = to_wire(envelope);
             let bytes: usize = message.entries.iter().map(|e| e.data.len()).sum();
             let (frame, held) = frames.entry(to).or_default();
@@ -108,17 +106,21 @@ impl PeerSender for Peers {
                 self.queue(to, full);
             }
         }
+        for (to, Asleep { group, term, index }) in effects.asleep.drain(..) {
+            let asleep = v1::Asleep { group: group.0, term, index };
+            frames.entry(to).or_default().0.asleep.push(asleep);
+        }
         for (to, (frame, _)) in frames {
-            if !frame.raft.is_empty() {
+            if !frame.raft.is_empty() || !frame.asleep.is_empty() {
                 self.queue(to, frame);
             }
         }
-        if !announce.is_empty() || disk_full.is_some() {
-            let leaders: Vec<v1::LeaderInfo> = announce.iter().map(info_to_wire).collect();
-            let disk = disk_full.map_or(v1::DiskState::Unspecified, |full| match full {
-                true => v1::DiskState::Full,
-                false => v1::DiskState::Room,
-            });
+        let disk = effects.disk_full.map_or(v1::DiskState::Unspecified, |full| match full {
+            true => v1::DiskState::Full,
+            false => v1::DiskState::Room,
+        });
+        if !effects.announce.is_empty() || effects.disk_full.is_some() || effects.alive {
+            let leaders: Vec<v1::LeaderInfo> = effects.announce.iter().map(info_to_wire).collect();
             let frame = v1::PeerFrame { leaders, disk: disk.into(), ..Default::default() };
             let meta = self.shared.meta();
             for id in meta.brokers.keys() {
@@ -178,8 +180,6 @@ impl Link {
                 biased;
                 ended = &mut call => { ended?; anyhow::bail!("the peer ended the stream") }
                 frame = frames.recv() => frame,
-                // one that was removed has nothing to say any more; asked like this, it is told
-                () = tokio::time::sleep(STILL_HERE) => Some(v1::PeerFrame::default()),
             };
             let Some(frame) = frame else { return Ok(()) };
             tokio::select! {
@@ -201,7 +201,12 @@ pub fn from_frame(frame: v1::PeerFrame) -> Vec<PeerMessage> {
         v1::DiskState::Unspecified => None,
         state => Some(PeerMessage::DiskFull(state == v1::DiskState::Full)),
     };
-    let mut out: Vec<PeerMessage> = frame.raft.into_iter().filter_map(from_wire).map(PeerMessage::Raft).collect();
+    let mut out = vec![PeerMessage::Alive];
+    out.extend(frame.raft.into_iter().filter_map(from_wire).map(PeerMessage::Raft));
+    if !frame.asleep.is_empty() {
+        let asleep = |a: &v1::Asleep| Asleep { group: GroupId(a.group), term: a.term, index: a.index };
+        out.push(PeerMessage::Asleep(frame.asleep.iter().map(asleep).collect()));
+    }
     if !frame.leaders.is_empty() {
         let info = |l: &v1::LeaderInfo| LeaderInfo {
             group: GroupId(l.group),

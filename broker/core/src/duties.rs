@@ -10,18 +10,20 @@ use crate::meta::plan;
 use crate::meta::state::{Assignment, Start, Subscription};
 use crate::node::{LeaderInfo, Node};
 use crate::retention;
+use std::sync::Arc;
 
 /// Ticket of the node's own proposals; nobody waits for them.
 const NOBODY: Ticket = Ticket(0);
 /// Ticks between two looks at membership and plan.
 const MEMBERSHIP_TICKS: u64 = 4;
 /// Ticks between two announcements of all groups led.
-const ANNOUNCE_TICKS: u64 = 40;
+pub(crate) const ANNOUNCE_TICKS: u64 = 40;
 /// Ticks between two looks at retention.
 const RETENTION_TICKS: u64 = 100;
 
 impl Node {
     pub(crate) fn run_duties(&mut self) {
+        self.out.alive |= self.ticks.is_multiple_of(self.limits.heartbeat_ticks as u64);
         if self.ticks.is_multiple_of(2) {
             self.trim_memory();
         }
@@ -40,18 +42,30 @@ impl Node {
 
     /// Keeps recent entries of all groups within the budget, the same share for each.
     fn trim_memory(&mut self) {
-        let total: u64 = self.groups.values().map(|g| g.log().tail().bytes()).sum();
-        if total <= self.limits.tail_bytes_max {
+        let held = self.awake.iter().filter_map(|id| self.groups.get(id)).map(|g| g.log().tail().bytes());
+        let (mut total, mut busy) = (0, 0);
+        for bytes in held {
+            total += bytes;
+            busy += u64::from(bytes > 64 << 10);
+        }
+        let budget = self.limits.tail_bytes_max.saturating_sub(self.asleep_bytes);
+        if total <= budget {
             return;
         }
-        let busy = self.groups.values().filter(|g| g.log().tail().bytes() > 64 << 10).count().max(1) as u64;
-        let share = self.limits.tail_bytes_max / busy;
-        self.groups.values_mut().for_each(|g| g.evict(share));
+        let share = budget / busy.max(1);
+        for id in &self.awake {
+            self.groups.get_mut(id).into_iter().for_each(|g| g.evict(share));
+        }
     }
 
-    /// Membership, balance and announcements of the groups led here.
+    /// Membership, balance and announcements of the groups led here: of those awake, and where something changed of all.
     pub(crate) fn tend_leaders(&mut self) {
-        let led: Vec<GroupId> = self.groups.values().filter(|g| g.is_leader()).map(Group::id).collect();
+        let led = |g: &&Group| g.is_leader();
+        let led: Vec<GroupId> = if std::mem::take(&mut self.tend_all) {
+            self.groups.values().filter(led).map(Group::id).collect()
+        } else {
+            self.awake.iter().filter_map(|id| self.groups.get(id)).filter(led).map(Group::id).collect()
+        };
         for id in led {
             let Some(assignment) = self.meta.assignment(id).cloned() else { continue };
             let mut info = LeaderInfo { group: id, term: 0, settled_epoch: None, damaged: ReplicaId(0) };
@@ -71,10 +85,15 @@ impl Node {
             if group.has_work() {
                 self.dirty.insert(id);
             }
+            self.keep_awake(id);
             self.tend_cursors(id, TopicId(assignment.topic));
             if info.settled_epoch.is_some() && !assignment.is_settled() {
                 self.settled.insert(id, assignment.epoch);
                 self.out.announce.push(info);
+            }
+            let at_home = assignment.replicas.first().is_some_and(|r| r.broker == self.broker.0);
+            if info.settled_epoch.is_some() && assignment.is_settled() && at_home {
+                self.put_to_sleep(id);
             }
         }
         for (group, replica) in self.damaged.clone() {
@@ -132,8 +151,9 @@ impl Node {
         for (group, replica) in &self.to_renew {
             commands.extend(self.meta.assignment(*group).and_then(|a| renew(*group, a, *replica)));
         }
-        if commands.is_empty() {
+        if commands.is_empty() && self.planned.as_ref().is_none_or(|of| !Arc::ptr_eq(of, &self.meta)) {
             commands = plan::plan(&self.meta);
+            self.planned = commands.is_empty().then(|| self.meta.clone());
         }
         for command in commands {
             self.command(NOBODY, &command);
@@ -145,6 +165,7 @@ impl Node {
         let led: Vec<LeaderInfo> = self.groups.values().filter(|g| g.is_leader()).map(info).collect();
         self.out.announce.extend(led);
         self.out.disk_full = Some(self.low);
+        self.wake_forgotten();
     }
 
     /// Removes what retention no longer keeps, each replica for itself.
@@ -181,6 +202,7 @@ impl Node {
     /// Begins a planned stop: leadership is handed over, and no new one is taken on.
     pub fn resign(&mut self) {
         self.resigning = true;
+        self.tend_all = true;
         self.tend_leaders();
     }
 
@@ -196,7 +218,7 @@ impl Node {
 
     /// Whether a broker of this name may be replaced: the one that had it is silent.
     pub fn is_silent(&self, broker: BrokerId, silence_ms: u64) -> bool {
-        self.heard_ms.get(&broker).is_none_or(|at| self.now.mono_ms - at >= silence_ms)
+        self.heard.get(&broker).is_none_or(|at| self.now.mono_ms - at.ms >= silence_ms)
     }
 }
 

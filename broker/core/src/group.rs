@@ -11,6 +11,7 @@ use crate::meta::state::MetaState;
 use crate::node::{Effects, Envelope, Fetch, LeaderInfo, Limits, Refusal, Reply};
 use crate::partition::{LogSums, PartitionState};
 use crate::producer::{ProducerTable, Verdict};
+use crate::sleep::Sleep;
 use crate::storage::{Checkpoint, HardState, Store, StoreError, StoredGroup, WriteOp};
 use bytes::Bytes;
 use prost::Message as _;
@@ -86,7 +87,7 @@ pub(crate) struct Part {
 pub struct Group {
     id: GroupId,
     replica: ReplicaId,
-    raft: RawNode<GroupLog>,
+    pub(crate) raft: RawNode<GroupLog>,
     machine: Machine,
     sums: LogSums,
     applied: u64,
@@ -113,6 +114,8 @@ pub struct Group {
     hurry: bool,
     /// ticks since followers were sent a checkpoint that they have not answered
     checkpoints_sent: BTreeMap<u64, u32>,
+    /// see [`crate::sleep`]
+    pub(crate) sleep: Sleep,
 }
 
 /// A checkpoint that was not answered by then is sent again: it, or its answer, was lost with a connection. Raft would wait for ever.
@@ -176,6 +179,7 @@ impl Group {
             leader_since_ms: 0,
             hurry: false,
             checkpoints_sent: BTreeMap::new(),
+            sleep: Sleep::default(),
         })
     }
 
@@ -242,7 +246,8 @@ impl Group {
     /// Whether a replica has nearly all of the leader's log and was heard of lately.
     pub fn caught_up(&self, replica: u64) -> bool {
         let last = self.raft.raft.raft_log.last_index();
-        self.raft.raft.prs().get(replica).is_some_and(|p| p.recent_active && p.matched + 64 > last && p.matched > 0)
+        let there = |p: &Progress| p.recent_active || self.is_asleep();
+        self.raft.raft.prs().get(replica).is_some_and(|p| there(p) && p.matched + 64 > last && p.matched > 0)
     }
 
     /// Whether a majority of the voters has nearly all of the log, and is there, without this replica, which leads.
@@ -265,6 +270,7 @@ impl Group {
 
     /// Lets time pass; `salt` chooses this replica's election timeout.
     pub fn tick(&mut self, salt: u64) {
+        self.count_idle(); // before the tick, which may have heartbeats to send
         self.raft.tick();
         self.choose_timeout(salt);
         if self.is_leader() {
@@ -330,6 +336,9 @@ impl Group {
             let what = format!("the leader saw index {} acknowledged here", message.commit);
             return Err(StoreError::Damaged { group: self.id, index: last, what });
         }
+        if !self.says_nothing_new(&message) {
+            self.wake(0);
+        }
         // a message Raft does not want is dropped, as the network might have
         let _ = self.raft.step(message);
         self.choose_timeout(salt);
@@ -371,12 +380,14 @@ impl Group {
 
     /// Stands for election at once (a group of one need not wait).
     pub fn campaign(&mut self) {
+        self.wake(0);
         let _ = self.raft.campaign();
     }
 
     /// Hands leadership to `to`.
     pub fn transfer(&mut self, to: u64) {
         if self.is_leader() && self.raft.raft.lead_transferee.is_none() {
+            self.wake(0);
             self.raft.transfer_leader(to);
         }
     }
@@ -452,6 +463,7 @@ impl Group {
         if self.raft.raft.lead_transferee.is_some() {
             return Err(Refusal::NotLeader);
         }
+        self.wake(0);
         let mut message = Message { from: self.replica.0, ..Default::default() };
         message.set_msg_type(MessageType::MsgPropose);
         // not `RawNode::propose`: it takes a Vec, and the batch would be copied
@@ -480,8 +492,13 @@ impl Group {
     /// Proposes a membership change.
     pub fn change_membership(&mut self, change: &ConfChangeV2) {
         if !self.raft.raft.has_pending_conf() {
+            self.wake(0);
             let _ = self.raft.propose_conf_change(Vec::new(), change.clone());
         }
+    }
+
+    pub(crate) fn has_nothing_under_way(&self) -> bool {
+        self.outstanding == 0 && self.installed.is_none() && self.waiting.is_empty() && !self.hurry
     }
 
     /// Whether Raft has work.

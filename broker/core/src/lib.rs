@@ -19,6 +19,7 @@ pub mod producer;
 pub mod rate;
 pub mod retention;
 pub mod schedule;
+mod sleep;
 pub mod storage;
 pub mod tail;
 

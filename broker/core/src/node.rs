@@ -43,6 +43,10 @@ pub struct Limits {
     pub catch_up_bytes_per_second: u64,
     /// How long a leader leads before it hands over to the preferred one, ms.
     pub balance_after_ms: u64,
+    /// Ticks for which nothing is asked of a group before it sleeps.
+    pub idle_ticks: u32,
+    /// Ticks without a word from a broker after which groups that sleep because of it wake.
+    pub silence_ticks: u64,
 }
 
 impl Default for Limits {
@@ -60,6 +64,8 @@ impl Default for Limits {
             term_jump_max: 1 << 20,
             catch_up_bytes_per_second: 96 << 20,
             balance_after_ms: 5_000,
+            idle_ticks: 40,
+            silence_ticks: 6,
         }
     }
 }
@@ -95,9 +101,24 @@ pub struct LeaderInfo {
     pub damaged: ReplicaId,
 }
 
+/// A group's leader says that it sends no heartbeats until there is something to do: all its replicas have all of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asleep {
+    /// The group.
+    pub group: GroupId,
+    /// The leader's term.
+    pub term: u64,
+    /// Index of the log's last entry, which is committed.
+    pub index: u64,
+}
+
 /// What brokers tell each other.
 #[derive(Clone, Debug, PartialEq)]
 pub enum PeerMessage {
+    /// That the sender runs: what leaders of sleeping groups have instead of heartbeats.
+    Alive,
+    /// Groups the sender leads that sleep from now on.
+    Asleep(Vec<Asleep>),
     /// Raft.
     Raft(Envelope),
     /// Groups the sender leads (or, with `damaged`, of which it holds a damaged replica).
@@ -179,6 +200,10 @@ pub struct Effects {
     pub announce: Vec<LeaderInfo>,
     /// To tell them: whether this broker's disk is full.
     pub disk_full: Option<bool>,
+    /// To tell them: that this broker runs.
+    pub alive: bool,
+    /// To tell brokers with replicas of groups led here: that these sleep. After the messages.
+    pub asleep: Vec<(BrokerId, Asleep)>,
     /// To answer.
     pub replies: Vec<(Ticket, Reply)>,
     /// Groups whose high watermark moved.
@@ -219,6 +244,15 @@ pub enum Disk {
     Full,
 }
 
+/// When a broker was heard of last.
+#[derive(Clone, Copy)]
+pub(crate) struct Heard {
+    /// by the clock
+    pub(crate) ms: u64,
+    /// by this node's ticks: what it was itself stopped for does not count
+    pub(crate) tick: u64,
+}
+
 /// A broker's core.
 pub struct Node {
     pub(crate) broker: BrokerId,
@@ -245,7 +279,15 @@ pub struct Node {
     progress: BTreeMap<GroupId, (u64, u64)>,
     /// leaders of groups as other brokers announced them
     announced: HashMap<GroupId, (u64, BrokerId)>,
-    pub(crate) heard_ms: BTreeMap<BrokerId, u64>,
+    pub(crate) heard: BTreeMap<BrokerId, Heard>,
+    /// groups that time passes for; the others sleep
+    pub(crate) awake: BTreeSet<GroupId>,
+    /// of groups that sleep, bytes in memory, as of the last look
+    pub(crate) asleep_bytes: u64,
+    /// metadata, leadership or disks changed: groups that sleep are looked at, too
+    pub(crate) tend_all: bool,
+    /// the metadata for which there was nothing to plan
+    pub(crate) planned: Option<Arc<MetaState>>,
     /// settled epochs other leaders have reported and the metadata group has not recorded
     pub(crate) settled: BTreeMap<GroupId, u64>,
     pub(crate) to_renew: BTreeMap<GroupId, ReplicaId>,
@@ -292,7 +334,11 @@ impl Node {
             round_since_ms: 0,
             progress: BTreeMap::new(),
             announced: HashMap::new(),
-            heard_ms: BTreeMap::new(),
+            heard: BTreeMap::new(),
+            awake: BTreeSet::new(),
+            asleep_bytes: 0,
+            tend_all: false,
+            planned: None,
             settled: BTreeMap::new(),
             to_renew: BTreeMap::new(),
             resigning: false,
@@ -383,6 +429,7 @@ impl Node {
 
     /// Takes a replica out of everything: it answers nothing, votes for nobody, and waits to be replaced.
     fn quarantine(&mut self, group: GroupId, replica: ReplicaId, error: StoreError) {
+        self.awake.remove(&group);
         if let Some(mut gone) = self.groups.remove(&group) {
             gone.fail_waiters(&mut self.out);
         }
@@ -435,7 +482,7 @@ impl Node {
 
     /// When a broker was last heard of, monotonic ms.
     pub fn heard_ms(&self, broker: BrokerId) -> Option<u64> {
-        self.heard_ms.get(&broker).copied()
+        self.heard.get(&broker).map(|h| h.ms)
     }
 
     /// Lets time pass. A node that was stopped for long does not make up for it all at once.
@@ -451,12 +498,14 @@ impl Node {
         for _ in 0..late.min(4) {
             self.ticks += 1;
             let salt = self.salt();
-            for (id, group) in &mut self.groups {
+            for id in &self.awake {
+                let Some(group) = self.groups.get_mut(id) else { continue };
                 group.tick(salt);
                 if group.has_work() {
                     self.dirty.insert(*id);
                 }
             }
+            self.wake_for_silence();
             // with each, also when several are made up for: every so many ticks means each of those
             self.run_duties();
         }
@@ -468,12 +517,14 @@ impl Node {
 
     /// Takes what a peer said. `from` is the broker as the connection proved it.
     pub fn peer(&mut self, from: BrokerId, message: PeerMessage) {
-        self.heard_ms.insert(from, self.now.mono_ms);
+        self.heard.insert(from, Heard { ms: self.now.mono_ms, tick: self.ticks });
         match message {
+            PeerMessage::Alive => {}
+            PeerMessage::Asleep(list) => list.iter().for_each(|a| self.leader_asleep(from, a)),
             PeerMessage::Raft(envelope) => self.raft_message(from, envelope),
             PeerMessage::Leaders(list) => list.iter().for_each(|info| self.leader_info(from, info)),
-            PeerMessage::DiskFull(true) => drop(self.full_others.insert(from)),
-            PeerMessage::DiskFull(false) => drop(self.full_others.remove(&from)),
+            PeerMessage::DiskFull(true) => self.tend_all |= self.full_others.insert(from),
+            PeerMessage::DiskFull(false) => self.tend_all |= self.full_others.remove(&from),
         }
     }
 
@@ -486,6 +537,7 @@ impl Node {
         if self.low != low {
             self.low = low;
             self.out.disk_full = Some(low);
+            self.tend_all = true;
             self.tend_leaders();
         }
     }
@@ -554,13 +606,19 @@ impl Node {
     /// The connection from a peer broke: its process may have ended.
     pub fn lost_contact(&mut self, with: BrokerId) {
         self.full_others.remove(&with); // it says so again
+        self.wake_with(with, 0);
         self.groups.values_mut().for_each(|g| g.lost_contact(with));
     }
 
     fn leader_info(&mut self, from: BrokerId, info: &LeaderInfo) {
         if info.damaged != ReplicaId(0) {
             self.to_renew.insert(info.group, info.damaged);
+            self.wake(info.group);
             return;
+        }
+        let now = self.ticks;
+        if self.groups.get_mut(&info.group).is_some_and(|g| !g.still_led(from, info.term, now)) {
+            self.wake(info.group);
         }
         let known = self.announced.entry(info.group).or_insert((0, from));
         if info.term >= known.0 && *known != (info.term, from) {
@@ -600,7 +658,10 @@ impl Node {
             Ok(()) => {
                 self.dirty.insert(id);
             }
-            Err(refusal) => self.out.replies.push((ticket, Reply::Refused(refusal))),
+            Err(refusal) => {
+                self.keep_awake(id);
+                self.out.replies.push((ticket, Reply::Refused(refusal)));
+            }
         }
     }
 
@@ -664,7 +725,8 @@ impl Node {
     pub(crate) fn watch_progress(&mut self) {
         let now = self.now.mono_ms;
         let mut seen = BTreeMap::new();
-        for group in self.groups.values().filter(|g| g.is_leader() && g.unapplied() > 0) {
+        let awake = self.awake.iter().filter_map(|id| self.groups.get(id));
+        for group in awake.filter(|g| g.is_leader() && g.unapplied() > 0) {
             let before = self.progress.get(&group.id()).filter(|(applied, _)| *applied == group.applied());
             seen.insert(group.id(), (group.applied(), before.map_or(now, |(_, since)| *since)));
         }
@@ -698,6 +760,7 @@ impl Node {
                 self.quarantine(id, replica, error);
             } else {
                 self.fetches.extend(group.take_fetches());
+                self.keep_awake(id);
             }
             if let Some(meta) = self.out.meta.clone()
                 && !Arc::ptr_eq(&meta, &self.meta)
@@ -732,6 +795,8 @@ impl Node {
     fn set_meta(&mut self, meta: Arc<MetaState>) {
         self.meta = meta.clone();
         self.out.meta = Some(meta.clone());
+        self.tend_all = true;
+        let memory: BTreeSet<u64> = meta.topics.values().filter(|t| t.spec.quorum_memory).map(|t| t.id).collect();
         self.settled.retain(|g, _| meta.assignment(*g).is_some_and(|a| !a.is_settled()));
         self.to_renew.retain(|g, r| meta.assignment(*g).is_some_and(|a| a.replicas.iter().any(|x| x.id == r.0)));
         for (id, assignment) in &meta.groups {
@@ -743,7 +808,7 @@ impl Node {
                 for replica in assignment.replicas.iter().chain(&assignment.leaving) {
                     group.brokers.insert(replica.id, BrokerId(replica.broker));
                 }
-                group.memory = meta.topics.values().any(|t| t.id == assignment.topic && t.spec.quorum_memory);
+                group.memory = memory.contains(&assignment.topic);
             }
         }
         let held: Vec<GroupId> = self.groups.keys().chain(self.damaged.keys()).copied().collect();
@@ -782,6 +847,7 @@ impl Node {
     fn destroy(&mut self, id: GroupId) {
         let Some(replica) = self.held_replica(id) else { return };
         self.tombstones.insert(id, replica);
+        self.awake.remove(&id);
         if let Some(mut group) = self.groups.remove(&id) {
             group.fail_waiters(&mut self.out);
             group.log().tail().reset(0, 0);

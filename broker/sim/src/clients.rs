@@ -94,6 +94,9 @@ impl World {
     }
 
     pub(crate) fn produce(&mut self) {
+        if self.now < self.lull_until {
+            return;
+        }
         for at in 0..self.producers.len() {
             let due = self.producers[at].offer.is_none_or(|(_, again)| again <= self.now);
             if !due || !self.dice.chance(30) {
@@ -184,6 +187,9 @@ impl World {
 
     /// Reads on from the subscription's position at whoever takes itself for the leader, and acknowledges.
     pub(crate) fn consume(&mut self) {
+        if self.now < self.lull_until {
+            return;
+        }
         for partition in 0..self.groups.len() as u32 {
             if !self.dice.chance(4) {
                 continue;

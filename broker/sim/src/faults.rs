@@ -101,6 +101,10 @@ impl World {
                 let until = self.now + ms;
                 self.hosts.get_mut(&victim).expect("a host").paused_until = until;
             }
+            23..=24 => {
+                self.count("lull");
+                self.lull_until = self.now + 500 + self.dice.roll(2_500);
+            }
             _ => {}
         }
     }
@@ -170,6 +174,7 @@ impl World {
     pub fn heal(&mut self) {
         self.cut.clear();
         self.weather = Weather::default();
+        self.lull_until = 0;
         let now = self.now;
         for host in self.hosts.values_mut() {
             host.restart_at = host.restart_at.min(now);
@@ -194,8 +199,9 @@ impl World {
         let now = self.now;
         let keep = self.dice.roll(4) as usize;
         let host = self.hosts.get_mut(&id).expect("a host");
-        if host.node.take().is_none() {
-            return;
+        let Some(node) = host.node.take() else { return };
+        if node.groups().any(|g| g.is_leader() && g.is_asleep()) {
+            *self.faults.entry("crash of a leader whose group sleeps").or_default() += 1;
         }
         // some of what was written, but not synced, may have reached the disk all the same, in order
         host.store.crash(if keep == 3 { usize::MAX } else { keep });

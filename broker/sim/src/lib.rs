@@ -108,6 +108,8 @@ pub struct World {
     now: u64,
     cut: BTreeSet<(BrokerId, BrokerId)>,
     weather: Weather,
+    /// clients ask for nothing until then
+    lull_until: u64,
     groups: Vec<GroupId>,
     subscription: u64,
     /// the newest term in which a position was told, of each partition
@@ -125,6 +127,8 @@ pub struct World {
     pub history: History<u64>,
     /// reads of old entries for followers that were behind
     pub fetched: u64,
+    /// how often a leader put its group to sleep
+    pub slept: u64,
     /// faults of each kind
     pub faults: BTreeMap<&'static str, u64>,
     /// a hash over everything that happened
@@ -164,6 +168,7 @@ impl World {
             now: 1_000,
             cut: BTreeSet::new(),
             weather: Weather::default(),
+            lull_until: 0,
             groups: (0..PARTITIONS).map(|p| meta.group_of(TOPIC, p).expect("just made")).collect(),
             subscription: meta.subscriptions[SUBSCRIPTION].id,
             position_terms: BTreeMap::new(),
@@ -177,6 +182,7 @@ impl World {
             next_value: 1,
             history: History::default(),
             fetched: 0,
+            slept: 0,
             faults: BTreeMap::new(),
             trace: 0,
         };
@@ -192,12 +198,28 @@ impl World {
 
     /// Opens what a host's disk holds.
     fn start(&mut self, id: BrokerId) {
-        let limits = Limits { checkpoint_bytes: 4_000, tail_bytes_max: 8_000, ..Default::default() };
+        let limits = Limits { checkpoint_bytes: 4_000, tail_bytes_max: 8_000, idle_ticks: 6, ..Default::default() };
         let seed = self.dice.roll(u64::MAX);
         let host = self.hosts.get_mut(&id).expect("a host");
         let node = Node::open(id, host.store.clone(), limits, seed, host.time(self.now)).expect("memory does not fail");
         assert!(node.damaged().is_empty() || self.injured, "broker {id} found damage: nothing was damaged");
         host.node = Some(node);
+    }
+
+    /// Clients ask for nothing, for so long or until [`World::heal`].
+    pub fn lull(&mut self, ms: u64) {
+        self.lull_until = self.now + ms;
+    }
+
+    /// Raft messages under way of the first partition.
+    pub fn messages(&self) -> usize {
+        let group = self.group();
+        self.wire.values().filter(|(.., m)| matches!(m, PeerMessage::Raft(e) if e.group == group)).count()
+    }
+
+    /// Brokers at which the first partition sleeps.
+    pub fn sleepers(&self) -> Vec<BrokerId> {
+        self.hosts.keys().copied().filter(|b| self.group_at(*b, self.group()).is_some_and(Group::is_asleep)).collect()
     }
 
     /// The group of the first partition.
@@ -301,6 +323,13 @@ impl World {
         }
         for (to, envelope) in effects.messages {
             self.post(id, to, PeerMessage::Raft(envelope));
+        }
+        for (to, asleep) in effects.asleep {
+            self.slept += 1;
+            self.post(id, to, PeerMessage::Asleep(vec![asleep]));
+        }
+        if effects.alive {
+            self.tell_others(id, &PeerMessage::Alive);
         }
         if !effects.announce.is_empty() {
             self.tell_others(id, &PeerMessage::Leaders(effects.announce));

@@ -25,6 +25,7 @@ fn number(name: &str) -> Option<u64> {
 struct Sums {
     acknowledged: u64,
     fetched: u64,
+    slept: u64,
     faults: BTreeMap<&'static str, u64>,
 }
 
@@ -49,16 +50,17 @@ fn acknowledged_records_survive_whatever_breaks() {
             let mut sums = sums.lock().unwrap();
             sums.acknowledged += world.history.acknowledged() as u64;
             sums.fetched += world.fetched;
+            sums.slept += world.slept;
             world.faults.iter().for_each(|(kind, n)| *sums.faults.entry(kind).or_default() += n);
         }
     };
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work))));
     assert!(!failed.load(Ordering::Relaxed), "a seed failed: see above");
-    let Sums { acknowledged, fetched, faults } = sums.into_inner().unwrap();
+    let Sums { acknowledged, fetched, slept, faults } = sums.into_inner().unwrap();
     let count = end - first;
     println!(
-        "{count} schedules, {acknowledged} acknowledged records, none lost; {fetched} reads for replicas that were behind; {faults:?}"
+        "{count} schedules, {acknowledged} acknowledged records, none lost; {fetched} reads for replicas that were behind; {slept} sleeps; {faults:?}"
     );
     if count >= 100 {
         assert!(fetched > 0, "no replica was ever so far behind that it needed the store");
@@ -69,6 +71,8 @@ fn acknowledged_records_survive_whatever_breaks() {
             "bridge",
             "loss, duplication, reordering",
             "pause",
+            "lull",
+            "crash of a leader whose group sleeps",
             "slow disk",
             "failed sync",
             "full disk",

@@ -294,6 +294,87 @@ fn fault_06_over_a_bridge_one_leads_in_a_term_and_one_side_commits() {
     }
 }
 
+/// Three brokers with an idle partition, which sleeps at all of them, led by the one given.
+fn asleep(seed: u64) -> (World, BrokerId) {
+    let mut world = World::new(seed, 3, 3);
+    world.run(7_000, Faults::None); // leadership is where it is preferred
+    world.lull(1 << 40);
+    for _ in 0..100 {
+        world.run(100, Faults::None);
+        if world.sleepers().len() == 3 {
+            let leader = world.claims()[0].1;
+            return (world, leader);
+        }
+    }
+    panic!("seed {seed}: the partition does not sleep");
+}
+
+/// Runs until another broker leads in a newer term; gives the time that took.
+fn until_replaced(world: &mut World, (term, leader): (u64, BrokerId), what: &str) -> u64 {
+    for step in 0..500 {
+        if world.claims().iter().any(|(t, b)| *t > term && *b != leader) {
+            return step * 10;
+        }
+        world.run(10, Faults::None);
+    }
+    panic!("{what}: nobody took over: {:?} {:?} {:?}", world.claims(), world.leaders(), world.sleepers());
+}
+
+#[test]
+fn an_idle_partition_says_nothing_and_takes_the_next_message_at_once() {
+    for seed in 0..10 {
+        let (mut world, _) = asleep(seed);
+        for _ in 0..600 {
+            world.run(10, Faults::None);
+            assert_eq!((world.messages(), world.sleepers().len()), (0, 3), "seed {seed}");
+        }
+        let before = world.history.acknowledged();
+        world.lull(0);
+        world.run(300, Faults::None);
+        assert!(world.history.acknowledged() > before, "seed {seed}");
+        world.settle();
+        world.check();
+    }
+}
+
+#[test]
+fn a_leader_that_goes_while_its_partition_sleeps_is_replaced_as_soon_as_any() {
+    for seed in 0..30 {
+        let (mut world, leader) = asleep(seed);
+        let before = world.claims()[0];
+        match seed % 3 {
+            0 => world.crash(leader),
+            1 => {
+                for other in (1..=3).map(BrokerId).filter(|b| *b != leader) {
+                    world.cut(leader, other);
+                    world.cut(other, leader);
+                }
+            }
+            _ => world.find_damage(leader),
+        }
+        let took = until_replaced(&mut world, before, &format!("seed {seed}"));
+        assert!(took < 2_500, "seed {seed}: {took} ms");
+        world.settle();
+        world.check();
+    }
+}
+
+#[test]
+fn a_follower_that_does_not_hear_that_its_partition_sleeps_keeps_nobody_from_it_for_long() {
+    for seed in 0..10 {
+        let (mut world, leader) = asleep(seed);
+        let other = BrokerId(1 + leader.0 % 3);
+        // while it is cut off the others cannot sleep; when it is back, all can
+        world.cut(leader, other);
+        world.run(2_000, Faults::None);
+        assert!(!world.sleepers().contains(&other), "seed {seed}");
+        world.heal();
+        world.lull(1 << 40);
+        world.run(8_000, Faults::None);
+        assert_eq!(world.sleepers().len(), 3, "seed {seed}");
+    }
+}
+
 /// The third of three brokers, and the ids of the topic's replicas.
 fn third(quorum_memory: bool) -> (Node, Arc<MemStore>, GroupId, Vec<u64>) {
     let meta = formed(3, TopicSpec { quorum_memory, ..Default::default() });

@@ -24,8 +24,8 @@ pub(crate) struct Cut {
 impl Power {
     pub(crate) fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cluster/power.c");
-        let library = folder.path().join("power.so");
+        let (source, library) = (folder.path().join("power.c"), folder.path().join("power.so"));
+        fs::write(&source, include_str!("power.c")).unwrap();
         let built = Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).args([&library, &source]).status();
         assert!(built.expect("a C compiler").success());
         Self { folder }

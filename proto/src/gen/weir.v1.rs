@@ -869,6 +869,7 @@ pub struct ProposeResponse {
     #[prost(uint64, tag = "2")]
     pub version: u64,
 }
+/// One without anything says that the sender runs.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PeerFrame {
     /// On the first frame.
@@ -880,6 +881,21 @@ pub struct PeerFrame {
     pub leaders: ::prost::alloc::vec::Vec<LeaderInfo>,
     #[prost(enumeration = "DiskState", tag = "4")]
     pub disk: i32,
+    /// Groups the sender leads that are idle: no heartbeats come until there is something to do. After the messages in `raft`.
+    #[prost(message, repeated, tag = "5")]
+    pub asleep: ::prost::alloc::vec::Vec<Asleep>,
+}
+/// An idle group: all its replicas have all of its log.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Asleep {
+    #[prost(uint64, tag = "1")]
+    pub group: u64,
+    /// The leader's term.
+    #[prost(uint64, tag = "2")]
+    pub term: u64,
+    /// Of the log's last entry.
+    #[prost(uint64, tag = "3")]
+    pub index: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PeerHello {

@@ -14,7 +14,7 @@ RUNS ?= 1000
 # one selection everywhere: cargo unites features over what is selected, and another set would compile much again
 SELECTION := --workspace --all-targets
 
-.PHONY: run test examples e2e image chart sim sim-nightly mutants fuzz soak bench-share generate check-generated fmt lint deps deps-e2e rocksdb
+.PHONY: run test examples e2e image chart sim sim-nightly mutants fuzz soak bench-share bench-peers generate check-generated fmt lint deps deps-e2e rocksdb
 
 run: deps rocksdb
 	cargo build --locked $(SELECTION)
@@ -69,6 +69,12 @@ soak: deps rocksdb
 bench-share: deps rocksdb
 	cargo build --locked $(SELECTION)
 	./bench/share.sh
+
+# Weir beside Kafka, NATS and RabbitMQ, in turns, ROUNDS times, into docs/benchmarks.md (a JVM, Maven, Go and rabbitmq-server)
+bench-peers: PACKAGES += default-jre-headless maven golang-go rabbitmq-server
+bench-peers: deps rocksdb
+	cargo build --locked $(SELECTION)
+	$(CARGO_TARGET_DIR)/debug/weir-bench-peers --weir $(CARGO_TARGET_DIR)/debug/weir --cache $(HOME)/.cache/weir/peers --out docs --rounds $(or $(ROUNDS),5)
 
 # regenerates what is generated and committed
 generate:

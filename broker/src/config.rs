@@ -22,6 +22,12 @@ pub struct Config {
     /// Where clients are served (gRPC).
     #[arg(long, env = "WEIR_CLIENT_LISTEN", default_value = "127.0.0.1:7420")]
     pub client_listen: SocketAddr,
+    /// A Unix socket on which clients are served too: on one machine quicker than loopback.
+    #[arg(long, env = "WEIR_CLIENT_SOCKET")]
+    pub client_socket: Option<PathBuf>,
+    /// Whether clients of this process reach it as `inproc:` and its name.
+    #[arg(skip)]
+    pub inproc: bool,
     /// Where peers are served.
     #[arg(long, env = "WEIR_PEER_LISTEN", default_value = "127.0.0.1:7421")]
     pub peer_listen: SocketAddr,

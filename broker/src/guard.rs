@@ -5,16 +5,16 @@ use crate::metrics::Metrics;
 use futures::{Stream, StreamExt as _};
 use std::collections::HashMap;
 use std::io::{Error, ErrorKind, Result};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::time::Sleep;
-use tokio_stream::wrappers::TcpListenerStream;
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tonic::transport::server::Connected;
 
 /// A connection that has said nothing by then is closed.
 const FIRST_WORD_WITHIN: Duration = Duration::from_secs(5);
@@ -36,8 +36,14 @@ struct Guard {
 }
 
 impl Guard {
-    fn admit(&self, stream: TcpStream) -> Option<Guarded> {
+    fn admit_tcp(&self, stream: TcpStream) -> Option<Guarded<TcpStream>> {
         let address = stream.peer_addr().ok()?.ip();
+        // answers are small and wait for nothing else
+        let _ = stream.set_nodelay(true);
+        self.admit(stream, address)
+    }
+
+    fn admit<S>(&self, stream: S, address: IpAddr) -> Option<Guarded<S>> {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         let from_there = counts.each.get(&address).copied().unwrap_or(0);
         if counts.all >= self.max || from_there >= (self.max / ADDRESS_SHARE).max(1) {
@@ -47,8 +53,6 @@ impl Guard {
         counts.all += 1;
         counts.each.insert(address, from_there + 1);
         self.metrics.connections.inc();
-        // answers are small and wait for nothing else
-        let _ = stream.set_nodelay(true);
         let place = Place { guard: self.clone(), address };
         Some(Guarded { stream, silent: Some(Box::pin(tokio::time::sleep(FIRST_WORD_WITHIN))), _place: place })
     }
@@ -75,30 +79,47 @@ impl Drop for Place {
 }
 
 /// An admitted connection.
-pub struct Guarded {
-    stream: TcpStream,
+pub struct Guarded<S> {
+    stream: S,
     /// runs until the first word
     silent: Option<Pin<Box<Sleep>>>,
     _place: Place,
 }
 
 /// A listener's connections, at most `max` at one time.
-pub fn incoming(listener: TcpListener, max: usize, metrics: Arc<Metrics>) -> impl Stream<Item = Result<Guarded>> {
+pub fn incoming(
+    listener: TcpListener,
+    max: usize,
+    metrics: Arc<Metrics>,
+) -> impl Stream<Item = Result<Guarded<TcpStream>>> {
     let guard = Guard { max, counts: Arc::default(), metrics };
     TcpListenerStream::new(listener).filter_map(move |stream| {
-        let admitted = stream.map(|s| guard.admit(s)).transpose();
+        let admitted = stream.map(|s| guard.admit_tcp(s)).transpose();
         async move { admitted }
     })
 }
 
-impl Connected for Guarded {
-    type ConnectInfo = TcpConnectInfo;
-    fn connect_info(&self) -> TcpConnectInfo {
+/// As [`incoming`], of a Unix socket: all connections are from this machine.
+pub fn incoming_unix(
+    listener: UnixListener,
+    max: usize,
+    metrics: Arc<Metrics>,
+) -> impl Stream<Item = Result<Guarded<UnixStream>>> {
+    let guard = Guard { max: max * ADDRESS_SHARE, counts: Arc::default(), metrics };
+    UnixListenerStream::new(listener).filter_map(move |stream| {
+        let admitted = stream.map(|s| guard.admit(s, Ipv6Addr::UNSPECIFIED.into())).transpose();
+        async move { admitted }
+    })
+}
+
+impl<S: Connected> Connected for Guarded<S> {
+    type ConnectInfo = S::ConnectInfo;
+    fn connect_info(&self) -> S::ConnectInfo {
         self.stream.connect_info()
     }
 }
 
-impl AsyncRead for Guarded {
+impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<Result<()>> {
         if let Some(silent) = &mut self.silent
             && silent.as_mut().poll(cx).is_ready()
@@ -114,7 +135,7 @@ impl AsyncRead for Guarded {
     }
 }
 
-impl AsyncWrite for Guarded {
+impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }

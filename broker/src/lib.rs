@@ -29,11 +29,15 @@ use node_loop::{Clock, Event, NodeHandle};
 use service::Context;
 use service::peer::PeerService;
 use shared::Shared;
+use std::io::ErrorKind;
 use std::net::SocketAddr;
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::Path;
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
+use tonic::service::Routes;
 use tonic::transport::Server;
 use vouched::Vouched;
 use weir_core::ids::{BrokerId, META_GROUP, ReplicaId};
@@ -58,10 +62,21 @@ pub struct Running {
     pub shared: Arc<Shared>,
     node: NodeHandle,
     store: Weak<RocksStore>,
+    _place: Option<weir_proto::inproc::Place>,
 }
 
 async fn bind(address: SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address} for {what}; is it in use?"))
+}
+
+/// A socket at a path, also where a broker that ended left its own behind.
+fn bind_unix(path: &Path) -> anyhow::Result<UnixListener> {
+    let stale = path.metadata().is_ok_and(|m| m.file_type().is_socket())
+        && std::os::unix::net::UnixStream::connect(path).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused);
+    if stale {
+        let _ = std::fs::remove_file(path);
+    }
+    UnixListener::bind(path).with_context(|| format!("cannot listen on {} for clients; is it in use?", path.display()))
 }
 
 fn server() -> Server {
@@ -79,6 +94,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let peers = config.peer_list().map_err(anyhow::Error::msg)?;
     std::fs::create_dir_all(&config.data).with_context(|| format!("cannot make {}", config.data.display()))?;
     let clients = bind(config.client_listen, "clients").await?;
+    let socket = config.client_socket.as_deref().map(bind_unix).transpose()?;
     let peer_listener = bind(config.peer_listen, "peers").await?;
     let admins = bind(config.admin_listen, "administrators").await?;
     let scrapers = bind(config.metrics_listen, "metrics").await?;
@@ -161,37 +177,41 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         schedulers,
     };
     let _ = running.set(context.clone());
-    serve_clients(context.clone(), clients, admins, config.connections_max)?;
+    let services = client_services(&context)?;
+    let place = config.inproc.then(|| {
+        let taken = || format!("another broker of this process is called {}", config.name);
+        weir_proto::inproc::register(&config.name, services.clone()).with_context(taken)
+    });
+    let place = place.transpose()?;
+    serve_clients(&context, services, (clients, socket), admins, config.connections_max)?;
     tokio::spawn(garbage::collect(node.clone(), weak_store.clone(), config.data.clone()));
     tokio::spawn(room.watch(node.clone(), context.metrics.clone()));
     tokio::spawn(scheduler::tend(context.clone()));
     tokio::spawn(push::tend(context.clone()));
     tokio::spawn(keep_addresses(context, Broker { id: broker.0, ..me }));
     tracing::info!(%broker, %client, %admin, %peer, metrics = %metrics_at, "serving");
-    Ok(Running { client, admin, peer, metrics: metrics_at, broker, shared, node, store: weak_store })
+    Ok(Running { client, admin, peer, metrics: metrics_at, broker, shared, node, store: weak_store, _place: place })
 }
 
-fn serve_clients(
-    context: Context,
-    clients: TcpListener,
-    admins: TcpListener,
-    connections: usize,
-) -> anyhow::Result<()> {
-    // each listener names what it serves, and no more
-    let reflection = |services: &[&str]| {
-        let named = tonic_reflection::server::Builder::configure()
+/// The reflection service of a listener: it names what is served there, and no more.
+macro_rules! reflection {
+    ($($service:literal),*) => {
+        tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(weir_proto::FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
-            .with_service_name("grpc.health.v1.Health");
-        services.iter().fold(named, |b, s| b.with_service_name(format!("weir.v1.{s}"))).build_v1()
+            .with_service_name("grpc.health.v1.Health")
+            $(.with_service_name(concat!("weir.v1.", $service)))*
+            .build_v1()
     };
+}
+
+/// What clients are served.
+fn client_services(context: &Context) -> anyhow::Result<Routes> {
     let (_, health) = tonic_health::server::health_reporter();
-    let (_, admin_health) = tonic_health::server::health_reporter();
     let limit = weir_proto::MESSAGE_BYTES_MAX;
     let c = || context.clone();
-    let clients = server()
-        .add_service(reflection(&["Publisher", "Subscriber", "Requester", "Log", "Metadata"])?)
+    Ok(Routes::new(reflection!("Publisher", "Subscriber", "Requester", "Log", "Metadata")?)
         .add_service(health)
         .add_service(v1::publisher_server::PublisherServer::new(c()).max_decoding_message_size(limit))
         .add_service(
@@ -201,15 +221,31 @@ fn serve_clients(
         )
         .add_service(v1::requester_server::RequesterServer::new(c()).max_decoding_message_size(limit))
         .add_service(v1::log_server::LogServer::new(c()).max_encoding_message_size(limit))
-        .add_service(v1::metadata_server::MetadataServer::new(c()))
-        .serve_with_incoming(guard::incoming(clients, connections, context.metrics.clone()));
+        .add_service(v1::metadata_server::MetadataServer::new(c())))
+}
+
+fn serve_clients(
+    context: &Context,
+    services: Routes,
+    (clients, socket): (TcpListener, Option<UnixListener>),
+    admins: TcpListener,
+    connections: usize,
+) -> anyhow::Result<()> {
+    let clients = guard::incoming(clients, connections, context.metrics.clone());
+    let clients = server().add_routes(services.clone()).serve_with_incoming(clients);
+    let (_, health) = tonic_health::server::health_reporter();
     let admins = server()
-        .add_service(reflection(&["Admin", "Metadata"])?)
-        .add_service(admin_health)
-        .add_service(v1::admin_server::AdminServer::new(c()))
-        .add_service(v1::metadata_server::MetadataServer::new(c()))
+        .add_service(reflection!("Admin", "Metadata")?)
+        .add_service(health)
+        .add_service(v1::admin_server::AdminServer::new(context.clone()))
+        .add_service(v1::metadata_server::MetadataServer::new(context.clone()))
         .serve_with_incoming(guard::incoming(admins, connections, context.metrics.clone()));
     tokio::spawn(async move { clients.await.inspect_err(|e| tracing::error!(%e, "the client server ended")) });
+    if let Some(socket) = socket {
+        let incoming = guard::incoming_unix(socket, connections, context.metrics.clone());
+        let serving = server().add_routes(services).serve_with_incoming(incoming);
+        tokio::spawn(async move { serving.await.inspect_err(|e| tracing::error!(%e, "the socket's server ended")) });
+    }
     tokio::spawn(async move { admins.await.inspect_err(|e| tracing::error!(%e, "the admin server ended")) });
     Ok(())
 }

@@ -7,12 +7,13 @@ use bytes::Bytes;
 use clap::{Args, Subcommand, ValueEnum};
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use weir_client::consumer::{From, read_partition};
-use weir_client::producer::{Options, Producer};
+use weir_client::producer::{Options, Position, Producer};
 use weir_client::subscriber::{self, Subscriber};
 use weir_client::{Client, Compression, Record};
 
@@ -82,6 +83,17 @@ pub(crate) struct Single {
     /// Records a second; 0 for one as soon as the last is answered.
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1_000_000_000))]
     rate: u64,
+    /// What a record's time ends with.
+    #[arg(long, value_enum, default_value_t = Until::Acked)]
+    until: Until,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Until {
+    /// The publisher knows that it is stored.
+    Acked,
+    /// A reader of the topic has it.
+    Read,
 }
 
 #[derive(Args, Clone)]
@@ -126,6 +138,8 @@ struct Outcome {
     bytes: u64,
     seconds: f64,
     latency_us: Histogram<u64>,
+    /// offsets between those acknowledged that were not; more than those of others who published meanwhile were stored twice
+    gaps: Option<u64>,
 }
 
 fn histogram() -> Histogram<u64> {
@@ -145,7 +159,7 @@ pub(crate) async fn run(client: &Client, bench: Bench, output: Output) -> anyhow
         Bench::Share(work) => share(client, &work).await?,
         Bench::Verify(verify) => return crate::verify::run(client, verify, output).await,
     };
-    let Outcome { records, bytes, seconds, latency_us: l } = outcome;
+    let Outcome { records, bytes, seconds, latency_us: l, gaps } = outcome;
     let (rate, megabytes) = (records as f64 / seconds, bytes as f64 / 1e6 / seconds);
     let (p50, p99, p999, max) =
         (l.value_at_quantile(0.5), l.value_at_quantile(0.99), l.value_at_quantile(0.999), l.max());
@@ -154,7 +168,7 @@ pub(crate) async fn run(client: &Client, bench: Bench, output: Output) -> anyhow
         println!(
             "{}",
             serde_json::json!({"records": records, "bytes": bytes, "seconds": seconds,
-            "records_per_second": rate, "megabytes_per_second": megabytes, "latency_us": latency})
+            "records_per_second": rate, "megabytes_per_second": megabytes, "latency_us": latency, "gaps": gaps})
         );
         return Ok(());
     }
@@ -176,13 +190,36 @@ async fn produce(client: &Client, load: &Load) -> anyhow::Result<Outcome> {
         let producer = Producer::open(client, &load.topic, options).await?;
         tasks.push(tokio::spawn(produce_share(producer, load.clone(), share, latencies.clone(), progress.clone())));
     }
+    let mut stored = Stored::default();
     for task in tasks {
-        task.await??;
+        stored.add(task.await??);
     }
     let seconds = started.elapsed().as_secs_f64();
     progress.finish_and_clear();
     let latency_us = latencies.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    Ok(Outcome { records: load.records, bytes: load.records * load.size as u64, seconds, latency_us })
+    let bytes = load.records * load.size as u64;
+    Ok(Outcome { records: load.records, bytes, seconds, latency_us, gaps: Some(stored.gaps()) })
+}
+
+/// Of each partition the first and last offset acknowledged, and how many were.
+#[derive(Default)]
+struct Stored(BTreeMap<u32, (u64, u64, u64)>);
+
+impl Stored {
+    fn add(&mut self, other: Self) {
+        for (partition, (first, last, count)) in other.0 {
+            self.put(partition, first, last, count);
+        }
+    }
+
+    fn put(&mut self, partition: u32, first: u64, last: u64, count: u64) {
+        let of = self.0.entry(partition).or_insert((first, last, 0));
+        *of = (of.0.min(first), of.1.max(last), of.2 + count);
+    }
+
+    fn gaps(&self) -> u64 {
+        self.0.values().map(|(first, last, count)| (last - first + 1).abs_diff(*count)).sum()
+    }
 }
 
 async fn produce_share(
@@ -191,22 +228,25 @@ async fn produce_share(
     share: u64,
     latencies: Arc<Mutex<Histogram<u64>>>,
     progress: ProgressBar,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Stored> {
     let value = Bytes::from(vec![b'x'; load.size]);
     let (sent, mut waiting) = mpsc::channel(100_000);
     let receiving = tokio::spawn(async move {
         let mut local = histogram();
+        let mut stored = Stored::default();
         let mut count = 0u64;
         while let Some((due, outcome)) = waiting.recv().await {
-            let (due, outcome): (Instant, tokio::sync::oneshot::Receiver<_>) = (due, outcome);
-            outcome.await.context("the producer ended")??;
+            let (due, outcome): (Instant, tokio::sync::oneshot::Receiver<Result<Position, _>>) = (due, outcome);
+            let Position { partition, offset } = outcome.await.context("the producer ended")??;
+            stored.put(partition, offset, offset, 1);
             local.saturating_record((due.elapsed().as_micros() as u64).max(1));
             count += 1;
             if count.is_multiple_of(4_096) {
                 progress.inc(4_096);
             }
         }
-        latencies.lock().unwrap_or_else(PoisonError::into_inner).add(local).context("adding histograms")
+        latencies.lock().unwrap_or_else(PoisonError::into_inner).add(local).context("adding histograms")?;
+        Ok(stored)
     });
     let interval =
         if load.rate == 0 { Duration::ZERO } else { Duration::from_secs_f64(load.producers as f64 / load.rate as f64) };
@@ -254,7 +294,7 @@ async fn consume(client: &Client, load: &Reading) -> anyhow::Result<Outcome> {
     }
     progress.finish_and_clear();
     anyhow::ensure!(records >= load.records, "the topic holds {records} records, {} were asked for", load.records);
-    Ok(Outcome { records, bytes, seconds: started.elapsed().as_secs_f64(), latency_us: histogram() })
+    Ok(Outcome { records, bytes, seconds: started.elapsed().as_secs_f64(), latency_us: histogram(), gaps: None })
 }
 
 async fn share(client: &Client, work: &Share) -> anyhow::Result<Outcome> {
@@ -301,15 +341,34 @@ async fn share(client: &Client, work: &Share) -> anyhow::Result<Outcome> {
     let seconds = started.elapsed().as_secs_f64();
     progress.finish_and_clear();
     let (records, bytes) = (done.load(Ordering::Relaxed), bytes.load(Ordering::Relaxed));
-    Ok(Outcome { records, bytes, seconds, latency_us: histogram() })
+    Ok(Outcome { records, bytes, seconds, latency_us: histogram(), gaps: None })
 }
 
 async fn latency(client: &Client, load: &Single) -> anyhow::Result<Outcome> {
     let options = Options { linger: Duration::ZERO, ..Default::default() };
     let producer = Producer::open(client, &load.topic, options).await?;
+    let mut reader = match load.until {
+        Until::Acked => None,
+        Until::Read => {
+            let (sender, receiver) = mpsc::channel(64);
+            let (client, topic) = (client.clone(), load.topic.clone());
+            tokio::spawn(read_partition(client, topic, 0, From::Latest, false, sender));
+            // it reads on from where the topic ended when it began
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            Some(receiver)
+        }
+    };
     let value = Bytes::from(vec![b'x'; load.size]);
     let record = || Record { value: Some(value.clone()), timestamp_ms: now_ms(), ..Default::default() };
-    producer.send_to(0, record()).await?.await??;
+    let mut single = async || {
+        let stored = producer.send_to(0, record()).await?;
+        let Some(reader) = &mut reader else { return Ok(stored.await??) };
+        let read = reader.recv().await.context("the reader ended")??;
+        let at = stored.await??;
+        anyhow::ensure!(read.iter().any(|m| m.offset == at.offset), "somebody else publishes to the topic");
+        Ok(at)
+    };
+    single().await?;
     let mut latency_us = histogram();
     let progress = bar(load.records);
     let started = Instant::now();
@@ -322,7 +381,7 @@ async fn latency(client: &Client, load: &Single) -> anyhow::Result<Outcome> {
         if due > Instant::now() {
             tokio::time::sleep_until(due.into()).await;
         }
-        producer.send_to(0, record()).await?.await??;
+        single().await?;
         latency_us.saturating_record((due.elapsed().as_micros() as u64).max(1));
         progress.inc(1);
     }
@@ -332,5 +391,6 @@ async fn latency(client: &Client, load: &Single) -> anyhow::Result<Outcome> {
         bytes: load.records * load.size as u64,
         seconds: started.elapsed().as_secs_f64(),
         latency_us,
+        gaps: None,
     })
 }

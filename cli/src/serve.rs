@@ -34,6 +34,9 @@ pub(crate) struct Serve {
     /// Where the first broker's metrics are served; the second one's: the next port.
     #[arg(long, default_value = "127.0.0.1:9464")]
     metrics_listen: SocketAddr,
+    /// A Unix socket on which clients are served too (one broker only); `--server unix:PATH` reaches it.
+    #[arg(long, conflicts_with = "brokers")]
+    socket: Option<PathBuf>,
     /// Do not start a broker process again that ended.
     #[arg(long)]
     no_restart: bool,
@@ -131,6 +134,8 @@ fn config(serve: &Serve, list: &[Addresses], at: usize) -> Config {
         name: me.name.clone(),
         data: if many { serve.data.join(&me.name) } else { serve.data.clone() },
         client_listen: me.client,
+        client_socket: serve.socket.clone().filter(|_| !many),
+        inproc: false,
         peer_listen: me.peer,
         admin_listen: me.admin,
         metrics_listen: me.metrics,

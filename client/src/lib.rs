@@ -6,14 +6,15 @@ pub mod producer;
 pub mod requester;
 pub mod schedule;
 pub mod subscriber;
+pub mod transport;
 
 use futures::StreamExt as _;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use thiserror::Error;
-use tonic::transport::{Channel, Endpoint};
 use tonic_types::StatusExt as _;
+use transport::{Scheme, Transport};
 pub use weir_proto::records::{Compression, Record};
 /// The wire contract, for what this client has no method of its own for.
 pub use weir_proto::v1 as proto;
@@ -34,7 +35,9 @@ pub enum Error {
     #[error("no answer within {after:?}: {last}")]
     Deadline { after: Duration, last: String },
     /// An address that is none.
-    #[error("'{0}' is not an address: use host:port")]
+    #[error(
+        "'{0}' is not an address: use host:port, https://host:port, unix:PATH, or inproc:NAME of a broker of this process"
+    )]
     Address(String),
     /// The producer or consumer has ended.
     #[error("closed")]
@@ -110,7 +113,11 @@ impl Cluster {
 
 struct Inner {
     seeds: Vec<String>,
-    channels: Mutex<HashMap<String, Channel>>,
+    /// of what a broker says of the others' addresses
+    scheme: Scheme,
+    channels: Mutex<HashMap<String, Transport>>,
+    /// addresses of brokers that a seed reaches more directly, with that seed
+    local: Mutex<HashMap<String, String>>,
     cluster: Mutex<Arc<Cluster>>,
 }
 
@@ -125,36 +132,52 @@ impl std::fmt::Debug for Client {
 }
 
 impl Client {
-    /// A client that begins at these addresses, `host:port`, separated by commas. Connects when first used.
+    /// A client that begins at these addresses, separated by commas: `host:port`, with `http://` or `https://` before it or not;
+    /// `unix:PATH` of a broker's socket; `inproc:NAME` of a broker of this process. Connects when first used. With `https://` all
+    /// brokers are reached by TLS.
     pub fn new(servers: &str) -> Result<Self, Error> {
-        let seeds: Vec<String> =
-            servers.split(',').map(|s| s.trim().trim_start_matches("http://").to_owned()).collect();
-        if let Some(bad) =
-            seeds.iter().find(|s| !s.contains(':') || Endpoint::from_shared(format!("http://{s}")).is_err())
-        {
-            return Err(Error::Address(bad.clone()));
+        let seeds: Vec<String> = servers.split(',').map(|s| s.trim().to_owned()).collect();
+        let mut first = None;
+        for seed in &seeds {
+            let (scheme, address) = Scheme::split(seed);
+            let uri = address.parse::<tonic::transport::Uri>();
+            if address.is_empty() || !scheme.is_local() && !(address.contains(':') && uri.is_ok()) {
+                return Err(Error::Address(seed.clone()));
+            }
+            first = first.or((!scheme.is_local()).then_some(scheme));
         }
-        Ok(Self(Arc::new(Inner { seeds, channels: Mutex::default(), cluster: Mutex::default() })))
+        Ok(Self(Arc::new(Inner {
+            seeds,
+            scheme: first.unwrap_or_default(),
+            channels: Mutex::default(),
+            local: Mutex::default(),
+            cluster: Mutex::default(),
+        })))
     }
 
-    /// A lazily connected channel to an address, shared by all that use it.
-    pub fn channel(&self, address: &str) -> Result<Channel, Error> {
+    /// A lazily connected way to an address, one of the seeds or of what a broker told, shared by all that use it.
+    pub fn channel(&self, address: &str) -> Result<Transport, Error> {
+        let local = self.0.local.lock().unwrap_or_else(PoisonError::into_inner).get(address).cloned();
+        let address = local.as_deref().unwrap_or(address);
         let mut channels = self.0.channels.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(channel) = channels.get(address) {
             return Ok(channel.clone());
         }
-        let endpoint =
-            Endpoint::from_shared(format!("http://{address}")).map_err(|_| Error::Address(address.to_owned()))?;
-        let channel = endpoint
-            .connect_timeout(Duration::from_secs(2))
-            .tcp_nodelay(true)
-            .initial_stream_window_size(weir_proto::STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(weir_proto::CONNECTION_WINDOW_BYTES)
-            .http2_keep_alive_interval(Duration::from_secs(1))
-            .keep_alive_timeout(Duration::from_secs(2))
-            .connect_lazy();
+        let channel = match Scheme::split(address) {
+            (Scheme::Http, address) => transport::open(self.0.scheme, address)?,
+            (Scheme::Inproc, address) => return transport::open(Scheme::Inproc, address), // it may end, and another begin
+            (scheme, address) => transport::open(scheme, address)?,
+        };
         channels.insert(address.to_owned(), channel.clone());
         Ok(channel)
+    }
+
+    /// A seed that reaches one broker reaches it better than the address that the broker tells everybody.
+    fn prefer(&self, seed: &str, cluster: &Cluster) {
+        let Some(told) = cluster.answered_by().filter(|_| Scheme::split(seed).0.is_local()) else { return };
+        let mut local = self.0.local.lock().unwrap_or_else(PoisonError::into_inner);
+        local.retain(|_, by| by != seed);
+        local.insert(told, seed.to_owned());
     }
 
     /// The cluster as last seen.
@@ -175,14 +198,16 @@ impl Client {
         addresses.rotate_left(turn % count);
         let mut asked = futures::stream::FuturesUnordered::new();
         for (at, address) in addresses.into_iter().enumerate() {
-            let mut client = v1::metadata_client::MetadataClient::new(self.channel(&address)?);
+            // one that is not there (yet) is none of the others' concern
+            let Ok(channel) = self.channel(&address) else { continue };
+            let mut client = v1::metadata_client::MetadataClient::new(channel);
             asked.push(async move {
                 tokio::time::sleep(ASK_NEXT_AFTER * at as u32).await;
                 let answer = tokio::time::timeout(ANSWER_WITHIN, client.get(v1::GetMetadataRequest::default())).await;
                 (address, answer)
             });
         }
-        let mut last = String::new();
+        let mut last = "no broker is there".to_owned();
         while let Some((address, answer)) = asked.next().await {
             match answer {
                 // a broker that has just joined, or was away, knows less than we do
@@ -194,6 +219,7 @@ impl Client {
                 }
                 Ok(Ok(answer)) => {
                     let cluster = Arc::new(Cluster { metadata: answer.into_inner() });
+                    self.prefer(&address, &cluster);
                     *self.0.cluster.lock().unwrap_or_else(PoisonError::into_inner) = cluster.clone();
                     return Ok(cluster);
                 }
@@ -238,7 +264,7 @@ impl Client {
     }
 
     /// Administrative calls, at any broker. With the address of its admin listener.
-    pub async fn admin(&self) -> Result<v1::admin_client::AdminClient<Channel>, Error> {
+    pub async fn admin(&self) -> Result<v1::admin_client::AdminClient<Transport>, Error> {
         let within = Duration::from_secs(10);
         let end = tokio::time::Instant::now() + within;
         loop {

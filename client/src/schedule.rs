@@ -1,9 +1,9 @@
 //! Messages that are published later, and taking them back.
 
 use crate::consumer::message_of;
+use crate::transport::Transport;
 use crate::{Client, Error};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tonic::transport::Channel;
 use weir_proto::records::{self, Record};
 use weir_proto::v1;
 use weir_proto::v1::publisher_client::PublisherClient;
@@ -27,7 +27,7 @@ fn message(record: Record, at: SystemTime) -> v1::Message {
     v1::Message { deliver_at_ms: ms, ..message_of(record) }
 }
 
-fn publisher(client: &Client, address: &str) -> Result<PublisherClient<Channel>, tonic::Status> {
+fn publisher(client: &Client, address: &str) -> Result<PublisherClient<Transport>, tonic::Status> {
     let channel = client.channel(address).map_err(|e| tonic::Status::internal(e.to_string()))?;
     Ok(PublisherClient::new(channel).max_encoding_message_size(weir_proto::MESSAGE_BYTES_MAX))
 }

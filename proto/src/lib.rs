@@ -5,6 +5,7 @@
 #[path = "gen/weir.v1.rs"]
 pub mod v1;
 
+pub mod inproc;
 pub mod records;
 
 /// Whether a subscription's `topic` is a pattern of topics.

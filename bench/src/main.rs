@@ -1,0 +1,116 @@
+//! Weir beside Kafka, NATS JetStream and RabbitMQ on one machine: the same work, each with its own client, in turns.
+//! `make bench-peers` runs it and writes docs/benchmarks.md.
+
+mod kafka;
+mod nats;
+mod rabbit;
+mod report;
+mod run;
+mod weir;
+
+use clap::Parser;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Weir beside others on this machine.
+#[derive(Parser)]
+#[command(after_help = "Examples:
+  weir-bench-peers --weir target/debug/weir --out docs
+  weir-bench-peers --weir target/debug/weir --only weir,kafka --rounds 1 --scale 0.1")]
+struct Args {
+    /// The program `weir`.
+    #[arg(long)]
+    weir: PathBuf,
+    /// Folder the page and its picture are written to; none prints figures only.
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// Folder in which what is fetched and built of others is kept.
+    #[arg(long)]
+    cache: PathBuf,
+    /// Rounds; each runs every system once.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Only these systems.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Part of the usual number of records.
+    #[arg(long, default_value_t = 1.0)]
+    scale: f64,
+}
+
+/// How much work is done.
+struct Load {
+    scale: f64,
+    /// Records sent one by one.
+    singles: u64,
+}
+
+impl Load {
+    /// Name, bytes and number of the records of each throughput run.
+    fn sizes(&self) -> [(&'static str, usize, u64); 2] {
+        let records = |n: f64| (n * self.scale) as u64;
+        [("100 B", 100, records(5e6)), ("1 KiB", 1_024, records(1e6))]
+    }
+}
+
+/// What a run gave, by name.
+#[derive(Default)]
+struct Figures(BTreeMap<String, f64>);
+
+impl Figures {
+    fn put(&mut self, name: &str, value: f64) {
+        eprintln!("    {name}: {value:.0}");
+        self.0.insert(name.to_owned(), value);
+    }
+
+    fn get(&self, name: &str) -> Option<f64> {
+        self.0.get(name).copied()
+    }
+
+    fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+}
+
+/// A system that is measured.
+struct System {
+    name: &'static str,
+    settings: &'static str,
+    figures: fn(&Args, &Load) -> anyhow::Result<Figures>,
+}
+
+const SYSTEMS: [System; 4] = [
+    System { name: "Weir", settings: weir::SETTINGS, figures: |a, l| weir::figures(&a.weir, l) },
+    System { name: "Kafka", settings: kafka::SETTINGS, figures: |a, l| kafka::figures(&a.cache, l) },
+    System { name: "NATS", settings: nats::SETTINGS, figures: |a, l| nats::figures(&a.cache, l) },
+    System { name: "RabbitMQ", settings: rabbit::SETTINGS, figures: |a, l| rabbit::figures(&a.cache, l) },
+];
+
+/// Processor and memory, for the page.
+fn machine() -> String {
+    let read = |path: &Path| std::fs::read_to_string(path).unwrap_or_default();
+    let cores = std::thread::available_parallelism().map_or(0, |n| n.get());
+    let memory = run::number_after(&read(Path::new("/proc/meminfo")), "MemTotal:").unwrap_or(0.0) / 1024.0 / 1024.0;
+    format!("{cores} shared cores, {memory:.0} GiB of memory and one disk")
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    let load = Load { scale: args.scale, singles: (5_000.0 * args.scale) as u64 };
+    let wanted = |s: &&System| args.only.is_empty() || args.only.iter().any(|o| o.eq_ignore_ascii_case(s.name));
+    let systems: Vec<&System> = SYSTEMS.iter().filter(wanted).collect();
+    anyhow::ensure!(!systems.is_empty(), "--only names none of: Weir, Kafka, NATS, RabbitMQ");
+    let begun = Instant::now();
+    let mut runs: BTreeMap<&'static str, Vec<Figures>> = BTreeMap::new();
+    for round in 1..=args.rounds {
+        for system in &systems {
+            eprintln!("round {round} of {}, {}, {:.0} s", args.rounds, system.name, begun.elapsed().as_secs_f64());
+            runs.entry(system.name).or_default().push((system.figures)(&args, &load)?);
+        }
+    }
+    match &args.out {
+        Some(folder) => report::write(folder, &systems, &runs, &machine()),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,112 @@
+//! The page and its picture.
+
+use crate::{Figures, System};
+use anyhow::Context as _;
+use plotters::prelude::*;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::path::Path;
+
+/// Median, smallest and largest of a figure's runs.
+pub(crate) fn spread(mut values: Vec<f64>) -> Option<(f64, f64, f64)> {
+    values.sort_by(f64::total_cmp);
+    Some((*values.get(values.len() / 2)?, *values.first()?, *values.last()?))
+}
+
+fn written(value: f64) -> String {
+    let digits = format!("{value:.0}");
+    let mut out = String::new();
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+type Runs = BTreeMap<&'static str, Vec<Figures>>;
+
+fn all_of(runs: &Runs, system: &str, figure: &str) -> Vec<f64> {
+    runs.get(system).into_iter().flatten().filter_map(|f| f.get(figure)).collect()
+}
+
+/// Writes `benchmarks.md` and `benchmarks.svg` into a folder.
+pub(crate) fn write(folder: &Path, systems: &[&System], runs: &Runs, machine: &str) -> anyhow::Result<()> {
+    let rounds = runs.values().map(Vec::len).max().unwrap_or(0);
+    let names: BTreeSet<&str> = runs.values().flatten().flat_map(Figures::names).collect();
+    let mut page = format!(
+        "# Beside others\nMade by `make bench-peers` on {machine}: {rounds} rounds, all systems in turns in each, load and servers on the \
+         same machine. Median (smallest to largest). Higher is better, but for µs and MiB.\n\n![throughput](benchmarks.svg)\n\n| |"
+    );
+    systems.iter().for_each(|s| _ = write!(page, " {} |", s.name));
+    page += "\n|---|";
+    systems.iter().for_each(|_| page += "---|");
+    for name in &names {
+        _ = write!(page, "\n| {name} |");
+        for system in systems {
+            let cell = spread(all_of(runs, system.name, name)).map_or(String::new(), |(median, least, most)| {
+                format!("{} ({} to {})", written(median), written(least), written(most))
+            });
+            _ = write!(page, " {cell} |");
+        }
+    }
+    page += "\n\n*three*: published to three brokers, records a second. *one*: to one broker. *read*: read back from the beginning. \
+             *latency three*: one record of 100 bytes in flight, until it is acknowledged. *to consumer*: through one broker until a \
+             consumer has it. *memory*: the most that any one server's process ever held.\n\n## Settings\n";
+    systems.iter().for_each(|s| _ = writeln!(page, "- {}: {}.", s.name, s.settings));
+    page += "\n## Where others are ahead\n";
+    let mut behind = String::new();
+    for name in &names {
+        let lower = name.contains("µs") || name.contains("MiB");
+        let median = |system: &str| spread(all_of(runs, system, name)).map(|s| s.0);
+        let Some(ours) = median("Weir") else { continue };
+        for system in systems.iter().filter(|s| s.name != "Weir") {
+            let Some(theirs) = median(system.name) else { continue };
+            if if lower { theirs < ours } else { theirs > ours } {
+                _ = writeln!(behind, "- {name}: {} {} to {}.", system.name, written(theirs), written(ours));
+            }
+        }
+    }
+    page += if behind.is_empty() { "In none of these.\n" } else { &behind };
+    std::fs::write(folder.join("benchmarks.md"), page)?;
+    let drawn = names.iter().copied().filter(|n| ["three", "one", "read"].iter().any(|p| n.starts_with(p)));
+    draw(&folder.join("benchmarks.svg"), systems, runs, &drawn.collect::<Vec<_>>())
+}
+
+/// Bars in groups: one group a figure, each as a part of its largest.
+fn draw(file: &Path, systems: &[&System], runs: &Runs, names: &[&str]) -> anyhow::Result<()> {
+    let height = 40 + names.len() as i32 * (systems.len() as i32 * 18 + 24);
+    let area = SVGBackend::new(file, (900, height.max(100) as u32)).into_drawing_area();
+    area.fill(&WHITE)?;
+    let text = |size| ("sans-serif", size).into_font();
+    let mut y = 20;
+    for name in names {
+        let medians: Vec<Option<f64>> =
+            systems.iter().map(|s| spread(all_of(runs, s.name, name)).map(|s| s.0)).collect();
+        let most = medians.iter().flatten().copied().fold(0.0, f64::max);
+        area.draw(&Text::new(format!("{name}, records/s"), (20, y), text(15)))?;
+        y += 20;
+        for (at, (system, median)) in systems.iter().zip(&medians).enumerate() {
+            let Some(median) = median else { continue };
+            let end = 130 + (median / most * 620.0) as i32;
+            area.draw(&Rectangle::new([(130, y), (end, y + 14)], Palette99::pick(at).filled()))?;
+            area.draw(&Text::new(system.name, (20, y + 1), text(13)))?;
+            area.draw(&Text::new(written(*median), (end + 6, y + 1), text(13)))?;
+            y += 18;
+        }
+        y += 4;
+    }
+    area.present().context("the picture cannot be written")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_written_for_people() {
+        assert_eq!([written(7.4), written(1_000.0), written(1_234_567.0)], ["7", "1,000", "1,234,567"]);
+        assert_eq!(spread(vec![3.0, 1.0, 2.0]), Some((2.0, 1.0, 3.0)));
+    }
+}

@@ -70,8 +70,8 @@ bench-share: deps rocksdb
 	cargo build --locked $(SELECTION)
 	./bench/share.sh
 
-# Weir beside Kafka, NATS and RabbitMQ, in turns, ROUNDS times, into docs/benchmarks.md (a JVM, Maven, Go and rabbitmq-server)
-bench-peers: PACKAGES += default-jre-headless maven golang-go rabbitmq-server
+# Weir beside Kafka, NATS and RabbitMQ, in turns, ROUNDS times, into docs/benchmarks.md (installs a JVM, Maven and rabbitmq-server; Go 1.21 or newer must be there)
+bench-peers: PACKAGES += default-jre-headless maven rabbitmq-server
 bench-peers: deps rocksdb
 	cargo build --locked $(SELECTION)
 	$(CARGO_TARGET_DIR)/debug/weir-bench-peers --weir $(CARGO_TARGET_DIR)/debug/weir --cache $(HOME)/.cache/weir/peers --out docs --rounds $(or $(ROUNDS),5)

@@ -288,6 +288,16 @@ mod tests {
     }
 
     #[test]
+    fn who_is_moved_has_no_plan_any_more() {
+        let mut cursors = Cursors::default();
+        let plan = Some(Plan::default());
+        cursors.apply(&CursorUpdate { subscription: 1, seek: Some(10), plan, ..Default::default() });
+        assert!(cursors.get(1).unwrap().plan().is_some());
+        cursors.apply(&CursorUpdate { subscription: 1, seek: Some(10), ..Default::default() });
+        assert!(cursors.get(1).unwrap().plan().is_none());
+    }
+
+    #[test]
     fn checkpoints_of_before_bitmaps_are_read() {
         let acked = vec![OffsetRange { start: 5, end: 7 }, OffsetRange { start: 9, end: 10 }];
         let old = CursorRecord { subscription: 1, position: 3, acked, ..Default::default() };

@@ -265,11 +265,6 @@ impl Delivery {
         self.ready > 0
     }
 
-    /// Whether anybody reads.
-    pub fn has_members(&self) -> bool {
-        !self.members.is_empty()
-    }
-
     /// How many more messages are wanted now: what members have credit for and what is not ready yet.
     pub fn wants(&self) -> u64 {
         let credit: u64 = match self.policy.mode {

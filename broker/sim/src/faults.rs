@@ -165,6 +165,12 @@ impl World {
         self.weather.no_acks_of = Some(broker);
     }
 
+    /// A broker's disk has little room left, until all is healed.
+    pub fn lack_room(&mut self, at: BrokerId) {
+        let host = self.hosts.get_mut(&at).expect("a host");
+        (host.low_until, host.low) = (u64::MAX, Disk::Low);
+    }
+
     /// What one broker says does not reach another.
     pub fn cut(&mut self, from: BrokerId, to: BrokerId) {
         self.cut.insert((from, to));

@@ -222,6 +222,15 @@ impl World {
         self.hosts.keys().copied().filter(|b| self.group_at(*b, self.group()).is_some_and(Group::is_asleep)).collect()
     }
 
+    /// Begins a planned stop of a broker; how many of its groups others could lead, just before.
+    pub fn resign(&mut self, at: BrokerId) -> usize {
+        let Some(node) = self.node(at) else { return 0 };
+        let led = node.led_with_others();
+        node.resign();
+        self.pump(at);
+        led
+    }
+
     /// The group of the first partition.
     pub fn group(&self) -> GroupId {
         self.groups[0]

@@ -7,7 +7,7 @@ use weir_core::group::Machine;
 use weir_core::ids::{BrokerId, GroupId, ReplicaId, Ticket};
 use weir_core::meta::command::{ApplySubscription, ApplyTopic, Command, Kind, Placement};
 use weir_core::meta::state::{Broker, MetaState, SubscriptionSpec, TopicSpec};
-use weir_core::node::{Envelope, Limits, Node, Now, PeerMessage, Reply};
+use weir_core::node::{Envelope, Limits, Node, Now, PeerMessage, Refusal, Reply};
 use weir_core::storage::Store as _;
 use weir_sim::{Faults, World};
 use weir_store::mem::MemStore;
@@ -373,6 +373,60 @@ fn a_follower_that_does_not_hear_that_its_partition_sleeps_keeps_nobody_from_it_
         world.run(8_000, Faults::None);
         assert_eq!(world.sleepers().len(), 3, "seed {seed}");
     }
+}
+
+#[test]
+fn leadership_goes_to_where_there_is_room_also_at_a_planned_stop() {
+    for seed in 0..10 {
+        let mut world = World::new(seed, 3, 3);
+        world.run(7_000, Faults::None);
+        let (_, leader) = world.claims()[0];
+        let [full, roomy] = [1, 2].map(|step| BrokerId(1 + (leader.0 - 1 + step) % 3));
+        world.lack_room(full);
+        world.run(200, Faults::None);
+        if seed % 2 == 0 {
+            world.lack_room(leader);
+        } else {
+            assert!(world.resign(leader) > 0, "seed {seed}: others could lead what it leads");
+        }
+        world.run(1_500, Faults::None);
+        assert_eq!(world.claims().into_iter().max().map(|(_, b)| b), Some(roomy), "seed {seed}: {full} is full");
+    }
+}
+
+#[test]
+fn what_is_proposed_and_not_committed_is_bounded() {
+    let (mut node, store, group, _) = third(false);
+    let (mut alone, alone_store, alone_group) = alone(false);
+    let batch = vec![0; 1 << 20];
+    for at in 0..80 {
+        publish(&mut node, at, group, 1, &batch);
+        publish(&mut alone, at, alone_group, 1, &batch);
+    }
+    // no leader, no place; and of what nothing has been written, 64 MiB are taken
+    assert!(settle(&mut node, &store).iter().all(|(_, r)| *r == Reply::Refused(Refusal::NotLeader)));
+    let replies = alone.drain().replies;
+    let refused = replies.iter().filter(|(_, r)| *r == Reply::Refused(Refusal::Overloaded)).count();
+    assert!((10..20).contains(&refused), "{refused} of 80 MiB were refused");
+    drop(alone_store);
+}
+
+#[test]
+fn retention_by_time_goes_on_where_nothing_is_published_any_more() {
+    let meta = formed(1, TopicSpec { retention_ms: 60_000, ..Default::default() });
+    let (mut node, store, group) = start(1, &meta, Limits::default());
+    let mut at = |node: &mut Node, seconds: u64| {
+        node.tick(Now { mono_ms: seconds * 1_000, log_ms: seconds * 1_000 });
+        settle(node, &store);
+    };
+    at(&mut node, 1);
+    publish(&mut node, 1, group, 7, b"value");
+    (1..60).for_each(|s| at(&mut node, s));
+    let start = |node: &Node| node.group(group).unwrap().log().tail().start_offset();
+    assert_eq!(start(&node), 0, "it is younger than a minute");
+    (60..200).for_each(|s| at(&mut node, s));
+    assert_eq!(start(&node), 7, "it is older");
+    assert_eq!(node.led_with_others(), 0, "nobody else could lead");
 }
 
 /// The third of three brokers, and the ids of the topic's replicas.

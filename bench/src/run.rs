@@ -81,9 +81,12 @@ impl Drop for Stage {
 
 /// A process and those it started.
 fn family(pid: u32) -> Vec<u32> {
-    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    let children = children.split_whitespace().filter_map(|p| p.parse().ok()).flat_map(family);
-    std::iter::once(pid).chain(children).collect()
+    // each thread has its own
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let children = threads.filter_map(|t| std::fs::read_to_string(t.path().join("children")).ok());
+    let children: Vec<u32> =
+        children.flat_map(|c| c.split_whitespace().filter_map(|p| p.parse().ok()).collect::<Vec<_>>()).collect();
+    std::iter::once(pid).chain(children.into_iter().flat_map(family)).collect()
 }
 
 fn peak_kib(pid: u32) -> f64 {

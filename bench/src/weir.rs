@@ -29,11 +29,11 @@ pub(crate) fn figures(program: &Path, load: &Load) -> anyhow::Result<Figures> {
     let mut out = Figures::default();
     {
         let topics: Vec<String> =
-            load.sizes().iter().map(|(_, bytes, _)| topic(&format!("load-{bytes}"), 6, 3, "quorumFsync")).collect();
+            load.sizes().iter().map(|(_, bytes, _)| topic(&format!("load-{bytes}"), 6, 3, "quorumSync")).collect();
         let weir = start(
             program,
             3,
-            topics.concat() + &topic("latency", 1, 3, "quorumFsync") + &topic("memory", 1, 3, "quorumMemory"),
+            topics.concat() + &topic("latency", 1, 3, "quorumSync") + &topic("memory", 1, 3, "quorumMemory"),
         )?;
         for (name, bytes, records) in load.sizes() {
             let topic = format!("load-{bytes}");
@@ -45,7 +45,7 @@ pub(crate) fn figures(program: &Path, load: &Load) -> anyhow::Result<Figures> {
         out.put("memory MiB", weir.stage.memory_mib());
     }
     let topics: Vec<String> =
-        load.sizes().iter().map(|(_, bytes, _)| topic(&format!("load-{bytes}"), 6, 1, "quorumFsync")).collect();
+        load.sizes().iter().map(|(_, bytes, _)| topic(&format!("load-{bytes}"), 6, 1, "quorumSync")).collect();
     let weir = start(program, 1, topics.concat() + &topic("memory", 1, 1, "quorumMemory"))?;
     for (name, bytes, records) in load.sizes() {
         let topic = format!("load-{bytes}");

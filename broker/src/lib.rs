@@ -65,6 +65,16 @@ pub struct Running {
     _place: Option<weir_proto::inproc::Place>,
 }
 
+/// The runtime brokers are at their best in: half as many workers as there are processors, or as `TOKIO_WORKER_THREADS` says. To wake
+/// another worker takes longer than most of what there is to do, and the store has threads of its own.
+pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    if std::env::var_os("TOKIO_WORKER_THREADS").is_none() {
+        builder.worker_threads(std::thread::available_parallelism().map_or(1, |n| n.get() / 2).max(1));
+    }
+    builder.enable_all().build()
+}
+
 async fn bind(address: SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address} for {what}; is it in use?"))
 }
@@ -142,7 +152,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     aside::remember(&config.data, &identity.cluster_id)
         .with_context(|| format!("cannot write to {}", config.data.display()))?;
     let weak_store = Arc::downgrade(&store);
-    let (node, events) = node_loop::channel_pair();
+    let node = NodeHandle::default();
     let shared = Arc::new(Shared::new(broker, store.clone(), node.clone()));
     let clock = Clock::new();
     let seed = uuid::Uuid::new_v4().as_u64_pair().0;
@@ -156,10 +166,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
     let mut peer_streams = peers::Peers::new(shared.clone(), runtime, identity.cluster_id.clone(), vouched.clone());
     let data = config.data.clone();
     peer_streams.on_removal(move || aside::leave(&data, broker.0));
-    let (for_loop, loop_shared, loop_metrics) = (node.clone(), shared.clone(), metrics.clone());
-    std::thread::Builder::new().name("weir-node".into()).spawn(move || {
-        node_loop::run(core, clock, store, loop_shared, loop_metrics, for_loop, events, peer_streams);
-    })?;
+    node_loop::start(&node, core, clock, store, shared.clone(), metrics.clone(), peer_streams)?;
     let budget = Arc::new(Semaphore::new(service::IN_FLIGHT_BYTES_MAX / 1024));
     let (hubs, turn, throttles, inboxes, schedulers) = Default::default();
     let context = Context {

@@ -4,10 +4,14 @@ use clap::Parser as _;
 use tokio::signal::unix::{SignalKind, signal};
 use weir_broker::config::Config;
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<()> {
     let config = Config::parse();
     weir_broker::logging::start();
+    let runtime = weir_broker::runtime()?;
+    runtime.block_on(runtime.spawn(run(config)))?
+}
+
+async fn run(config: Config) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let running = tokio::select! {

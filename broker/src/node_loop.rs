@@ -1,12 +1,16 @@
-//! The threads of a broker. One runs the core and never waits for the disk; one writes and syncs rounds,
-//! taking all that have gathered at once; one reads old entries for followers that are behind. A failed write or sync ends the process: nothing is acknowledged after it.
+//! What runs the core. Whoever has something to tell it runs it there and then, where nobody else does; else its own thread does, which
+//! also lets time pass. So a message alone crosses no thread on its way, and many are taken at once. The core never waits for the disk:
+//! a thread writes and syncs rounds, taking all that have gathered; one reads old entries for followers that are behind. Only a small
+//! round that needs no sync is written at once, where that does not mean waiting. A failed write or sync ends the process: nothing
+//! is acknowledged after it.
 
 use crate::metrics::Metrics;
 use crate::shared::Shared;
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use weir_core::batch::BatchHeader;
@@ -15,7 +19,7 @@ use weir_core::eraftpb::Entry;
 use weir_core::ids::{BrokerId, GroupId, Ticket};
 use weir_core::meta::command::Command;
 use weir_core::node::{Effects, Fetch, Node, Now, PeerMessage, Reply, Round};
-use weir_core::storage::{Store, StoreError};
+use weir_core::storage::{Store, StoreError, WriteOp};
 
 /// Where a reply goes.
 pub enum ReplyTo {
@@ -70,14 +74,75 @@ pub enum Event {
     Stop(oneshot::Sender<()>),
 }
 
-/// Sends to the node's thread.
-#[derive(Clone)]
-pub struct NodeHandle(Sender<Event>);
+/// Events taken in one turn at most.
+const TURN_EVENTS_MAX: usize = 4_096;
+/// With more events waiting than this, the core's own thread takes them.
+const IN_PASSING_MAX: usize = 4;
+/// A round of at most so many bytes may be written in passing.
+const ROUND_BYTES_MAX: usize = 64 << 10;
+/// The core's thread looks at least this often at what time it is.
+const TICK: Duration = Duration::from_millis(25);
+
+#[derive(Default)]
+struct Inbox {
+    events: VecDeque<Event>,
+    ended: bool,
+}
+
+#[derive(Default)]
+struct Desk {
+    inbox: Mutex<Inbox>,
+    /// empty before the core runs, and once it has ended
+    driver: Mutex<Option<Driver>>,
+    thread: OnceLock<Thread>,
+}
+
+/// Tells the core what has happened, and runs it where nobody else does.
+#[derive(Clone, Default)]
+pub struct NodeHandle(Arc<Desk>);
 
 impl NodeHandle {
+    fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.0.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Sends an event; a stopped node drops it, and with it the reply's sender.
     pub fn send(&self, event: Event) {
-        let _ = self.0.send(event);
+        let waiting = {
+            let mut inbox = self.inbox();
+            if inbox.ended {
+                return;
+            }
+            inbox.events.push_back(event);
+            inbox.events.len()
+        };
+        if waiting > IN_PASSING_MAX {
+            return self.wake();
+        }
+        match self.0.driver.try_lock() {
+            Ok(mut driver) => {
+                if let Some(driver) = driver.as_mut() {
+                    driver.turn(self);
+                }
+            }
+            // who has it sees this event before it goes, or wakes the thread
+            Err(TryLockError::WouldBlock) => return,
+            Err(TryLockError::Poisoned(_)) => die("the core panicked"),
+        }
+        self.pass_on();
+    }
+
+    /// What came while the core was busy here is its thread's.
+    fn pass_on(&self) {
+        if !self.inbox().events.is_empty() {
+            self.wake();
+        }
+    }
+
+    fn wake(&self) {
+        if let Some(thread) = self.0.thread.get() {
+            thread.unpark();
+        }
     }
 
     /// Sends a request and waits for its reply; `None` where the node has stopped.
@@ -122,142 +187,204 @@ impl Clock {
     }
 }
 
-/// A channel to a node that is not running yet.
-pub fn channel_pair() -> (NodeHandle, Receiver<Event>) {
-    let (to, from) = channel();
-    (NodeHandle(to), from)
-}
-
-/// Runs the core until it is told to stop.
-#[allow(clippy::too_many_arguments)] // called once, by the broker's start
-pub fn run(
-    mut node: Node,
+/// The core, with all that is around it.
+struct Driver {
+    node: Node,
     clock: Clock,
     store: Arc<dyn Store>,
     shared: Arc<Shared>,
     metrics: Arc<Metrics>,
-    handle: NodeHandle,
-    events: Receiver<Event>,
-    mut peers: impl PeerSender,
-) {
-    let (rounds, disk) = channel();
-    let disk_metrics = metrics.clone();
-    let disk_thread = std::thread::Builder::new().name("weir-disk".into());
-    let (reads, reader) = channel();
-    let (reader_store, reader_handle) = (store.clone(), handle.clone());
-    let reader_thread = std::thread::Builder::new().name("weir-reader".into());
-    reader_thread.spawn(move || run_reader(&*reader_store, &reader, &reader_handle)).expect("a thread");
-    let disk_thread = disk_thread.spawn(move || run_disk(&*store, &disk, &handle, &disk_metrics)).expect("a thread");
-    let to_disk = Disk { rounds, reads };
-    let mut waiting: HashMap<Ticket, ReplyTo> = HashMap::new();
-    let mut last_ticket = 0;
-    let tick = Duration::from_millis(25);
-    let mut stop = None;
-    while stop.is_none() {
-        let mut event = match events.recv_timeout(tick) {
-            Ok(event) => Some(event),
-            Err(RecvTimeoutError::Timeout) => None,
-            Err(RecvTimeoutError::Disconnected) => break,
-        };
-        node.tick(clock.now());
-        // all that has gathered goes into one round
-        for _ in 0..4_096 {
-            let Some(next) = event.take() else { break };
-            last_ticket += 1;
-            stop = take(&mut node, next, Ticket(last_ticket), &mut waiting).or(stop);
-            event = events.try_recv().ok();
+    peers: Box<dyn PeerSender>,
+    disk: Disk,
+    disk_thread: JoinHandle<()>,
+    waiting: HashMap<Ticket, ReplyTo>,
+    last_ticket: u64,
+    stop: Option<oneshot::Sender<()>>,
+}
+
+/// Runs the core, on a thread of its own and on those of its callers, until it is told to stop.
+pub fn start(
+    handle: &NodeHandle,
+    node: Node,
+    clock: Clock,
+    store: Arc<dyn Store>,
+    shared: Arc<Shared>,
+    metrics: Arc<Metrics>,
+    peers: impl PeerSender,
+) -> std::io::Result<()> {
+    let thread = |name: &str| std::thread::Builder::new().name(name.into());
+    let (rounds, to_write) = channel();
+    let (reads, to_read) = channel();
+    let (from, reader) = (store.clone(), handle.clone());
+    thread("weir-reader").spawn(move || run_reader(&*from, &to_read, &reader))?;
+    let (to, writer, counted) = (store.clone(), handle.clone(), metrics.clone());
+    let disk_thread = thread("weir-disk").spawn(move || run_disk(&*to, &to_write, &writer, &counted))?;
+    let disk = Disk { rounds, reads, handed: 0, synced: 0 };
+    let (peers, waiting) = (Box::new(peers), HashMap::new());
+    let driver =
+        Driver { node, clock, store, shared, metrics, peers, disk, disk_thread, waiting, last_ticket: 0, stop: None };
+    *handle.0.driver.lock().unwrap_or_else(PoisonError::into_inner) = Some(driver);
+    let handle = handle.clone();
+    let (ready, is_ready) = channel::<()>();
+    thread("weir-node").spawn(move || {
+        let _ = handle.0.thread.set(std::thread::current());
+        drop(ready);
+        run(&handle);
+    })?;
+    let _ = is_ready.recv(); // from now on it can be woken
+    Ok(())
+}
+
+/// The core's own thread.
+fn run(handle: &NodeHandle) {
+    let ended = loop {
+        let mut place = handle.0.driver.lock().unwrap_or_else(|_| die("the core panicked"));
+        let Some(driver) = place.as_mut() else { return };
+        driver.turn(handle);
+        if driver.stop.is_some() {
+            break place.take();
         }
-        let effects = node.drain();
-        shared.stalled_ms.store(node.stalled(), Ordering::Relaxed);
-        carry_out(&node, effects, &shared, &metrics, &to_disk, &mut waiting, &mut peers);
-    }
-    node.checkpoint_all();
-    if let Some(round) = node.drain().round {
-        let _ = to_disk.rounds.send(round);
-    }
-    drop(to_disk);
-    let _ = disk_thread.join();
-    if let Some(stopped) = stop {
-        let _ = stopped.send(());
+        drop(place);
+        if handle.inbox().events.is_empty() {
+            std::thread::park_timeout(TICK);
+        }
+    };
+    let inbox = std::mem::replace(&mut *handle.inbox(), Inbox { ended: true, ..Default::default() });
+    drop(inbox); // who waits for an answer sees that none comes
+    if let Some(driver) = ended {
+        driver.end();
     }
 }
 
-fn take(
-    node: &mut Node,
-    event: Event,
-    ticket: Ticket,
-    waiting: &mut HashMap<Ticket, ReplyTo>,
-) -> Option<oneshot::Sender<()>> {
-    match event {
-        Event::Peer(from, messages) => messages.into_iter().for_each(|m| node.peer(from, m)),
-        Event::LostContact(with) => node.lost_contact(with),
-        Event::Publish { group, data, header, to } => {
-            waiting.insert(ticket, to);
-            node.publish(ticket, group, data, &header);
+impl Driver {
+    /// Lets time pass, takes all that has gathered into one round, and does what comes of it.
+    fn turn(&mut self, handle: &NodeHandle) {
+        if self.stop.is_some() {
+            return handle.wake();
         }
-        Event::Control { group, control, to } => {
-            waiting.insert(ticket, to);
-            node.control(ticket, group, &control);
+        self.node.tick(self.clock.now());
+        for _ in 0..TURN_EVENTS_MAX {
+            let Some(event) = handle.inbox().events.pop_front() else { break };
+            self.last_ticket += 1;
+            self.take(event, Ticket(self.last_ticket));
+            if self.stop.is_some() {
+                handle.wake();
+                break;
+            }
         }
-        Event::Command { command, to } => {
-            waiting.insert(ticket, to);
-            node.command(ticket, &command);
-        }
-        Event::Written(round) => node.written(round),
-        Event::Synced(round) => node.synced(round),
-        Event::Fetched(fetch, read) => node.fetched(fetch, read),
-        Event::Damage(group, error) => node.found_damage(group, error),
-        Event::Ask(read) => read(node),
-        Event::Stop(stopped) => return Some(stopped),
+        // a round that was written at once has effects of its own
+        while self.carry_out() {}
+        self.shared.stalled_ms.store(self.node.stalled(), Ordering::Relaxed);
     }
-    None
+
+    /// The last: checkpoints are written, then the disk's threads end.
+    fn end(mut self) {
+        self.node.checkpoint_all();
+        if let Some(round) = self.node.drain().round {
+            let _ = self.disk.rounds.send(round);
+        }
+        drop(self.disk);
+        let _ = self.disk_thread.join();
+        if let Some(stopped) = self.stop {
+            let _ = stopped.send(());
+        }
+    }
+
+    fn take(&mut self, event: Event, ticket: Ticket) {
+        let node = &mut self.node;
+        match event {
+            Event::Peer(from, messages) => messages.into_iter().for_each(|m| node.peer(from, m)),
+            Event::LostContact(with) => node.lost_contact(with),
+            Event::Publish { group, data, header, to } => {
+                self.waiting.insert(ticket, to);
+                node.publish(ticket, group, data, &header);
+            }
+            Event::Control { group, control, to } => {
+                self.waiting.insert(ticket, to);
+                node.control(ticket, group, &control);
+            }
+            Event::Command { command, to } => {
+                self.waiting.insert(ticket, to);
+                node.command(ticket, &command);
+            }
+            Event::Written(round) => node.written(round),
+            Event::Synced(round) => {
+                self.disk.synced = round;
+                node.synced(round);
+            }
+            Event::Fetched(fetch, read) => node.fetched(fetch, read),
+            Event::Damage(group, error) => node.found_damage(group, error),
+            Event::Ask(read) => read(node),
+            Event::Stop(stopped) => self.stop = Some(stopped),
+        }
+    }
+
+    /// Does what the core wants; true where a round was written meanwhile.
+    fn carry_out(&mut self) -> bool {
+        let mut effects = self.node.drain();
+        let mut written = None;
+        if let Some(round) = effects.round.take() {
+            if self.write_in_passing(&round) {
+                written = Some(round.id);
+            } else {
+                self.disk.handed = round.id;
+                let _ = self.disk.rounds.send(round);
+            }
+        }
+        for fetch in effects.fetches.drain(..) {
+            let _ = self.disk.reads.send(fetch);
+        }
+        for damage in effects.damage.drain(..) {
+            self.metrics.damage.inc();
+            tracing::error!(%damage, "damaged data: this replica takes part no more and will be rebuilt");
+        }
+        for group in effects.opened.drain(..) {
+            self.shared.set_partition(group, self.node.group(group).map(|g| g.log().tail().clone()));
+        }
+        for (group, offset) in effects.advanced.drain(..) {
+            self.shared.advanced(group, offset);
+        }
+        for group in effects.leaders.drain(..) {
+            let leader = self.node.leader_of(group);
+            tracing::debug!(%group, ?leader, "leader");
+            self.shared.set_leader(group, leader);
+        }
+        if let Some(meta) = effects.meta.take() {
+            self.shared.meta.send_replace(meta);
+        }
+        self.peers.send(&mut effects);
+        for (ticket, reply) in effects.replies {
+            if let Some(to) = self.waiting.remove(&ticket) {
+                to.send(reply);
+            }
+        }
+        let Some(round) = written else { return false };
+        self.node.written(round);
+        self.node.synced(round);
+        true
+    }
+
+    /// Writes a round at once: one that needs no sync, is small, and comes after no other, where the store need not wait for anything.
+    fn write_in_passing(&self, round: &Round) -> bool {
+        let bytes = |op: &WriteOp| match op {
+            WriteOp::Append { entries, .. } => entries.iter().map(|e| e.data.len()).sum(),
+            _ => 0,
+        };
+        let apart = self.disk.handed == self.disk.synced;
+        if round.sync || !apart || round.ops.iter().map(bytes).sum::<usize>() > ROUND_BYTES_MAX {
+            return false;
+        }
+        self.store.try_write(&round.ops).unwrap_or_else(|error| die(&format!("a write failed: {error}")))
+    }
 }
 
 /// The threads that touch the disk.
 struct Disk {
     rounds: Sender<Round>,
     reads: Sender<Fetch>,
-}
-
-fn carry_out(
-    node: &Node,
-    mut effects: Effects,
-    shared: &Shared,
-    metrics: &Metrics,
-    disk: &Disk,
-    waiting: &mut HashMap<Ticket, ReplyTo>,
-    peers: &mut impl PeerSender,
-) {
-    if let Some(round) = effects.round.take() {
-        let _ = disk.rounds.send(round);
-    }
-    for fetch in effects.fetches.drain(..) {
-        let _ = disk.reads.send(fetch);
-    }
-    for damage in effects.damage.drain(..) {
-        metrics.damage.inc();
-        tracing::error!(%damage, "damaged data: this replica takes part no more and will be rebuilt");
-    }
-    for group in effects.opened.drain(..) {
-        shared.set_partition(group, node.group(group).map(|g| g.log().tail().clone()));
-    }
-    for (group, offset) in effects.advanced.drain(..) {
-        shared.advanced(group, offset);
-    }
-    for group in effects.leaders.drain(..) {
-        let leader = node.leader_of(group);
-        tracing::debug!(%group, ?leader, "leader");
-        shared.set_leader(group, leader);
-    }
-    if let Some(meta) = effects.meta.take() {
-        shared.meta.send_replace(meta);
-    }
-    peers.send(&mut effects);
-    for (ticket, reply) in effects.replies {
-        if let Some(to) = waiting.remove(&ticket) {
-            to.send(reply);
-        }
-    }
+    /// the newest round given to the disk's thread, and the newest it has done
+    handed: u64,
+    synced: u64,
 }
 
 fn run_disk(store: &dyn Store, rounds: &Receiver<Round>, handle: &NodeHandle, metrics: &Metrics) {

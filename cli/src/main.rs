@@ -74,10 +74,13 @@ enum Command {
     Broker(Box<weir_broker::config::Config>),
 }
 
-#[tokio::main]
-async fn main() -> std::process::ExitCode {
+fn main() -> std::process::ExitCode {
     let cli = Cli::parse();
-    match run(cli).await {
+    let serves = matches!(cli.command, Command::Serve(_) | Command::Broker(_));
+    let runtime = if serves { weir_broker::runtime() } else { tokio::runtime::Runtime::new() };
+    // on a worker: what it wakes stays on that worker's processor
+    let done = runtime.map_err(Into::into).and_then(|runtime| runtime.block_on(runtime.spawn(run(cli)))?);
+    match done {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("weir: {error:#}");

@@ -166,6 +166,11 @@ pub trait Store: Send + Sync + 'static {
     fn checkpoint(&self, group: GroupId, index: u64) -> Result<Option<Checkpoint>, StoreError>;
     /// Applies a round atomically; readable afterwards, durable only after [`Self::sync`].
     fn write(&self, ops: &[WriteOp]) -> Result<(), StoreError>;
+    /// As [`Self::write`], where that does not mean to wait for what runs in the background; false where it would, and nothing was
+    /// written.
+    fn try_write(&self, ops: &[WriteOp]) -> Result<bool, StoreError> {
+        self.write(ops).map(|()| true)
+    }
     /// Makes all that was written durable.
     fn sync(&self) -> Result<(), StoreError>;
 }

@@ -415,7 +415,7 @@ fn what_is_proposed_and_not_committed_is_bounded() {
 fn retention_by_time_goes_on_where_nothing_is_published_any_more() {
     let meta = formed(1, TopicSpec { retention_ms: 60_000, ..Default::default() });
     let (mut node, store, group) = start(1, &meta, Limits::default());
-    let mut at = |node: &mut Node, seconds: u64| {
+    let at = |node: &mut Node, seconds: u64| {
         node.tick(Now { mono_ms: seconds * 1_000, log_ms: seconds * 1_000 });
         settle(node, &store);
     };

@@ -385,10 +385,30 @@ impl Store for RocksStore {
     }
 
     fn write(&self, ops: &[WriteOp]) -> Result<(), StoreError> {
+        self.write_by(ops, &WriteOptions::default()).map_err(io)
+    }
+
+    fn try_write(&self, ops: &[WriteOp]) -> Result<bool, StoreError> {
+        let mut options = WriteOptions::default();
+        options.set_no_slowdown(true);
+        match self.write_by(ops, &options) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::Incomplete => Ok(false),
+            Err(error) => Err(io(error)),
+        }
+    }
+
+    fn sync(&self) -> Result<(), StoreError> {
+        self.db.flush_wal(true).map_err(io)
+    }
+}
+
+impl RocksStore {
+    fn write_by(&self, ops: &[WriteOp], options: &WriteOptions) -> Result<(), rocksdb::Error> {
         let mut batch = WriteBatch::default();
         let mut buffer = Vec::new();
         ops.iter().for_each(|op| self.add_op(&mut batch, op, &mut buffer));
-        self.db.write(batch).map_err(io)?;
+        self.db.write_opt(batch, options)?;
         for op in ops {
             let (group, to) = match op {
                 WriteOp::Truncate { group, index, .. } => (group, index + 1),
@@ -400,9 +420,5 @@ impl Store for RocksStore {
             let _ = self.db.delete_file_in_range_cf(self.family(LOG), log::key(group.0, 0), log::key(group.0, to));
         }
         Ok(())
-    }
-
-    fn sync(&self) -> Result<(), StoreError> {
-        self.db.flush_wal(true).map_err(io)
     }
 }

@@ -42,6 +42,8 @@ pub struct Metrics {
     disk_free_bytes: IntGauge,
     /// Bytes of the write-ahead log's torn tail that were left out at start.
     pub torn_bytes: IntGauge,
+    /// Replicas here that sleep.
+    pub asleep: IntGauge,
     /// 1 while the disk is full.
     pub disk_full: IntGauge,
     disk_size_bytes: IntGauge,
@@ -221,6 +223,7 @@ impl Metrics {
             connections: gauge(&r, "weir_connections", "Connections open, over all gRPC listeners"),
             partitions: PartitionGauges::new(&r),
             torn_bytes: gauge(&r, "weir_torn_tail_bytes", "Torn tail of the write-ahead log, left out at start"),
+            asleep: gauge(&r, "weir_replicas_asleep", "Replicas here whose partition is idle and sends no heartbeats"),
             disk_full: gauge(&r, "weir_disk_full", "1 while the disk is full: no more messages are taken on"),
             disk_free_bytes: gauge(&r, "weir_disk_free_bytes", "Free on the disk of the data"),
             disk_size_bytes: gauge(&r, "weir_disk_size_bytes", "Size of the disk of the data"),
@@ -256,6 +259,7 @@ impl Metrics {
     async fn render(&self, context: &Context) -> String {
         self.partitions.set(context, &context.describe(&[]).await);
         self.forget_deleted(context);
+        self.asleep.set(context.node.ask(|node| node.asleep()).await.unwrap_or(0) as i64);
         if let Some((free, whole)) = crate::room::of(&self.data) {
             self.disk_free_bytes.set(free as i64);
             self.disk_size_bytes.set(whole as i64);

@@ -63,6 +63,7 @@ impl Group {
         let last = raft.raft_log.last_index();
         self.is_leader()
             && self.rests_at(last)
+            && !self.has_work()
             && raft.lead_transferee.is_none()
             && self.conf().voters_outgoing.is_empty()
             && raft.prs().iter().all(|(_, p)| p.matched == last)
@@ -71,11 +72,7 @@ impl Group {
     /// Whether all there is, up to `index`, is on disk and applied, and nothing is under way.
     fn rests_at(&self, index: u64) -> bool {
         let log = &self.raft.raft.raft_log;
-        log.last_index() == index
-            && log.persisted == index
-            && self.applied() == index
-            && self.has_nothing_under_way()
-            && !self.has_work()
+        log.last_index() == index && log.persisted == index && self.applied() == index && self.has_nothing_under_way()
     }
 
     pub(crate) fn count_idle(&mut self) {
@@ -88,7 +85,7 @@ impl Group {
         ack && !message.reject && message.term == self.term() && self.is_leader()
     }
 
-    /// As a follower: sleeps where its leader's word fits what is here.
+    /// As a follower: sleeps where its leader's word fits what is here. The answer to a heartbeat of the same frame may be on its way.
     fn follow_asleep(&mut self, from: BrokerId, asleep: &Asleep, tick: u64) -> bool {
         let fits = self.raft.raft.state == StateRole::Follower
             && self.term() == asleep.term
@@ -115,6 +112,11 @@ impl Group {
 }
 
 impl Node {
+    /// Replicas held here that sleep.
+    pub fn asleep(&self) -> usize {
+        self.groups.values().filter(|g| g.is_asleep()).count()
+    }
+
     pub(crate) fn wake(&mut self, id: GroupId) {
         if let Some(group) = self.groups.get_mut(&id) {
             group.wake(0);

@@ -392,7 +392,10 @@ impl World {
             }
             if let Some(node) = self.node(to) {
                 node.peer(from, message);
-                self.pump(to);
+                // several may be taken at once
+                if self.dice.chance(70) {
+                    self.pump(to);
+                }
             }
         }
     }

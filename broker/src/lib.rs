@@ -189,7 +189,7 @@ pub async fn start(config: Config) -> anyhow::Result<Running> {
         let taken = || format!("another broker of this process is called {}", config.name);
         weir_proto::inproc::register(&config.name, services.clone()).with_context(taken)
     });
-    let place = place.transpose()?;
+    let place = place.transpose().inspect_err(|_| node.send(Event::Stop(tokio::sync::oneshot::channel().0)))?;
     serve_clients(&context, services, (clients, socket), admins, config.connections_max)?;
     tokio::spawn(garbage::collect(node.clone(), weak_store.clone(), config.data.clone()));
     tokio::spawn(room.watch(node.clone(), context.metrics.clone()));

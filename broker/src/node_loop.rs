@@ -106,18 +106,29 @@ impl NodeHandle {
         self.0.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Puts an event in; how many there are then, 0 where nobody takes them any more.
+    fn put(&self, event: Event) -> usize {
+        let mut inbox = self.inbox();
+        if inbox.ended {
+            return 0;
+        }
+        inbox.events.push_back(event);
+        inbox.events.len()
+    }
+
+    /// Leaves an event to the core's own thread.
+    fn leave(&self, event: Event) {
+        if self.put(event) > 0 {
+            self.wake();
+        }
+    }
+
     /// Sends an event; a stopped node drops it, and with it the reply's sender.
     pub fn send(&self, event: Event) {
-        let waiting = {
-            let mut inbox = self.inbox();
-            if inbox.ended {
-                return;
-            }
-            inbox.events.push_back(event);
-            inbox.events.len()
-        };
-        if waiting > IN_PASSING_MAX {
-            return self.wake();
+        match self.put(event) {
+            0 => return,
+            1..=IN_PASSING_MAX => {}
+            _ => return self.wake(),
         }
         match self.0.driver.try_lock() {
             Ok(mut driver) => {
@@ -390,18 +401,21 @@ struct Disk {
 fn run_disk(store: &dyn Store, rounds: &Receiver<Round>, handle: &NodeHandle, metrics: &Metrics) {
     while let Ok(first) = rounds.recv() {
         let mut last = first.id;
-        let mut sync = first.sync;
+        let (mut sync, mut in_memory) = (first.sync, first.in_memory);
         let mut ops = first.ops;
         for next in rounds.try_iter().take(64) {
             last = next.id;
             sync |= next.sync;
+            in_memory |= next.in_memory;
             ops.extend(next.ops);
         }
         let started = Instant::now();
         if let Err(error) = store.write(&ops) {
             die(&format!("a write failed: {error}"));
         }
-        handle.send(Event::Written(last));
+        if sync && in_memory {
+            handle.leave(Event::Written(last)); // the core goes on meanwhile
+        }
         if sync {
             if let Err(error) = store.sync() {
                 die(&format!("a sync failed: {error}"));

@@ -141,7 +141,8 @@ impl Client {
         for seed in &seeds {
             let (scheme, address) = Scheme::split(seed);
             let uri = address.parse::<tonic::transport::Uri>();
-            if address.is_empty() || !scheme.is_local() && !(address.contains(':') && uri.is_ok()) {
+            let reachable = scheme.is_local() || address.contains(':') && uri.is_ok();
+            if address.is_empty() || !reachable {
                 return Err(Error::Address(seed.clone()));
             }
             first = first.or((!scheme.is_local()).then_some(scheme));
@@ -158,13 +159,19 @@ impl Client {
     /// A lazily connected way to an address, one of the seeds or of what a broker told, shared by all that use it.
     pub fn channel(&self, address: &str) -> Result<Transport, Error> {
         let local = self.0.local.lock().unwrap_or_else(PoisonError::into_inner).get(address).cloned();
-        let address = local.as_deref().unwrap_or(address);
+        // a broker of this process that has ended may run elsewhere
+        let there = |seed: &&str| match Scheme::split(seed) {
+            (Scheme::Inproc, name) => weir_proto::inproc::find(name).is_some(),
+            _ => true,
+        };
+        let address = local.as_deref().filter(there).unwrap_or(address);
         let mut channels = self.0.channels.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(channel) = channels.get(address) {
             return Ok(channel.clone());
         }
         let channel = match Scheme::split(address) {
-            (Scheme::Http, address) => transport::open(self.0.scheme, address)?,
+            // what brokers tell has no prefix
+            (Scheme::Http, bare) if bare == address => transport::open(self.0.scheme, address)?,
             (Scheme::Inproc, address) => return transport::open(Scheme::Inproc, address), // it may end, and another begin
             (scheme, address) => transport::open(scheme, address)?,
         };
@@ -178,6 +185,11 @@ impl Client {
         let mut local = self.0.local.lock().unwrap_or_else(PoisonError::into_inner);
         local.retain(|_, by| by != seed);
         local.insert(told, seed.to_owned());
+    }
+
+    /// A seed that does not answer may reach no broker any more, which others reach by what it tells everybody.
+    fn give_up(&self, seed: &str) {
+        self.0.local.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, by| by != seed);
     }
 
     /// The cluster as last seen.
@@ -223,8 +235,14 @@ impl Client {
                     *self.0.cluster.lock().unwrap_or_else(PoisonError::into_inner) = cluster.clone();
                     return Ok(cluster);
                 }
-                Ok(Err(status)) => last = format!("{address}: {}", status.message()),
-                Err(_) => last = format!("{address}: no answer"),
+                Ok(Err(status)) => {
+                    self.give_up(&address);
+                    last = format!("{address}: {}", status.message());
+                }
+                Err(_) => {
+                    self.give_up(&address);
+                    last = format!("{address}: no answer");
+                }
             }
         }
         Err(Error::Deadline { after: ANSWER_WITHIN, last })

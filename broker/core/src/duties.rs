@@ -48,7 +48,7 @@ impl Node {
             total += bytes;
             busy += u64::from(bytes > 64 << 10);
         }
-        let budget = self.limits.tail_bytes_max.saturating_sub(self.asleep_bytes);
+        let budget = self.limits.tail_bytes_max - self.asleep_bytes.min(self.limits.tail_bytes_max / 2);
         if total <= budget {
             return;
         }
@@ -87,19 +87,32 @@ impl Node {
             }
             self.keep_awake(id);
             self.tend_cursors(id, TopicId(assignment.topic));
-            if info.settled_epoch.is_some() && !assignment.is_settled() {
+            let reached = info.settled_epoch.is_some() && !assignment.is_settled();
+            if reached && self.membership_is_on_disk(id) {
                 self.settled.insert(id, assignment.epoch);
                 self.out.announce.push(info);
             }
             let at_home = assignment.replicas.first().is_some_and(|r| r.broker == self.broker.0);
             if info.settled_epoch.is_some() && assignment.is_settled() && at_home {
                 self.put_to_sleep(id);
+            } else {
+                self.wake(id); // there is something to do for it, and not just once
             }
         }
         for (group, replica) in self.damaged.clone() {
             self.to_renew.insert(group, replica);
             self.out.announce.push(LeaderInfo { group, term: 0, settled_epoch: None, damaged: replica });
         }
+    }
+
+    fn membership_is_on_disk(&mut self, id: GroupId) -> bool {
+        let log_ms = self.now.log_ms;
+        let Some(group) = self.groups.get_mut(&id) else { return false };
+        let known = group.membership_is_on_disk(log_ms);
+        if group.has_work() {
+            self.dirty.insert(id);
+        }
+        known
     }
 
     /// Gives new subscriptions their start in a partition led here, and forgets those that were deleted.

@@ -65,6 +65,8 @@ struct Lead {
     producers: ProducerTable,
     /// the log's end when this leadership began, or when cursors were last proposed: before it is applied, cursors are not judged
     cursors_from: u64,
+    /// index of the first entry proposed after the membership was applied that is to be reported; 0 for none
+    marker: u64,
     /// (end offset, index) of what was proposed in this leadership and is not applied yet
     in_flight: std::collections::VecDeque<(u64, u64)>,
 }
@@ -92,6 +94,8 @@ pub struct Group {
     sums: LogSums,
     applied: u64,
     conf: ConfState,
+    /// index from which on it is the membership
+    conf_index: u64,
     lead: Option<Lead>,
     waiting: BTreeMap<u64, Vec<Waiter>>,
     /// brokers of replicas, as assigned or as their messages came
@@ -166,6 +170,7 @@ impl Group {
             sums,
             applied: checkpoint_index,
             conf,
+            conf_index: checkpoint_index,
             lead: None,
             waiting: BTreeMap::new(),
             brokers: BTreeMap::new(),
@@ -255,6 +260,23 @@ impl Group {
         let voters = &self.conf.voters;
         let others = voters.iter().filter(|id| **id != self.replica.0 && self.caught_up(**id)).count();
         self.is_leader() && self.conf.voters_outgoing.is_empty() && others > voters.len() / 2
+    }
+
+    /// Whether a majority of the voters has on disk that the membership is what it is: an entry that was sent once it was committed.
+    /// Without that, should this leader's disk be lost now, the others would need the votes of replicas that it has taken out.
+    pub(crate) fn membership_is_on_disk(&mut self, now_ms: u64) -> bool {
+        let Some(lead) = self.lead.as_ref().filter(|l| l.term == self.raft.raft.term) else { return false };
+        if lead.marker <= self.conf_index {
+            let (base_offset, append_time_ms) = (lead.next_offset, now_ms.max(self.sums.append_time_ms));
+            let context = Context { kind: Kind::Control, base_offset, count: 0, append_time_ms };
+            if let Ok(index) = self.propose(context.encode(), Control::default().to_bytes()) {
+                self.lead.as_mut().expect("still leader").marker = index;
+            }
+            return false;
+        }
+        let marker = lead.marker;
+        let has = |id: &&u64| self.raft.raft.prs().get(**id).is_some_and(|p| p.matched >= marker);
+        self.conf.voters.iter().filter(has).count() > self.conf.voters.len() / 2
     }
 
     /// Term of the last entry applied, where it is known: a leader's own once it has applied all that was committed before it.
@@ -590,6 +612,7 @@ impl Group {
         self.sums = LogSums { bytes: checkpoint.log_bytes, append_time_ms: checkpoint.append_time_ms };
         self.applied = checkpoint.index;
         self.conf = checkpoint.conf_state();
+        self.conf_index = checkpoint.index;
         ops.push(WriteOp::Install { group: self.id, checkpoint: checkpoint.clone() });
         self.installed = Some(checkpoint.index);
         out.advanced.push((self.id, checkpoint.next_offset));
@@ -646,6 +669,7 @@ impl Group {
         let Ok(conf) = self.raft.apply_conf_change(&change) else { return };
         let votes = conf.voters.contains(&self.replica.0) || conf.voters_outgoing.contains(&self.replica.0);
         self.conf = conf;
+        self.conf_index = entry.index;
         // no leader removes itself, but one that was elected after its removal was proposed does. Raft would let it lead on, and
         // panic at the next acknowledgement
         if self.is_leader() && !votes {
@@ -731,6 +755,7 @@ impl Group {
             term,
             next_offset: self.log().tail().end_offset(),
             cursors_from: self.last_index(),
+            marker: 0,
             producers: ProducerTable::default(),
             in_flight: Default::default(),
         };

@@ -172,6 +172,8 @@ pub struct Round {
     pub ops: Vec<WriteOp>,
     /// Whether a sync must follow before [`Node::synced`].
     pub sync: bool,
+    /// Whether anything waits for the write alone, and so for [`Node::written`].
+    pub in_memory: bool,
 }
 
 /// Old entries to read from the store, for followers that are behind. Answered by [`Node::fetched`].
@@ -787,8 +789,9 @@ impl Node {
         if self.rounds.is_empty() {
             self.round_since_ms = self.now.mono_ms;
         }
+        let in_memory = parts.iter().any(|p| !p.sync);
         self.rounds.push_back((id, parts));
-        self.out.round = Some(Round { id, ops, sync });
+        self.out.round = Some(Round { id, ops, sync, in_memory });
     }
 
     /// Takes over new metadata: opens, renews and removes replicas.

@@ -153,7 +153,7 @@ impl Node {
     /// No time passes for it from now on, and its share of memory is an equal one.
     fn fall_asleep(&mut self, id: GroupId) {
         self.awake.remove(&id);
-        let share = self.limits.tail_bytes_max / self.groups.len().max(1) as u64;
+        let share = self.limits.tail_bytes_max / 2 / self.groups.len().max(1) as u64;
         self.groups.get_mut(&id).into_iter().for_each(|g| g.evict(share));
     }
 

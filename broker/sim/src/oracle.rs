@@ -50,7 +50,9 @@ impl World {
 
     fn describe(&self) -> String {
         let group = |g: &Group| {
-            format!("{}:r{} t{} a{} l{}", g.id(), g.replica().0, g.term(), g.applied(), g.leader().map_or(0, |l| l.0))
+            let (leader, asleep) = (g.leader().map_or(0, |l| l.0), if g.is_asleep() { " asleep" } else { "" });
+            let voters = &g.conf().voters;
+            format!("{}:r{} t{} a{} l{leader} of {voters:?}{asleep}", g.id(), g.replica().0, g.term(), g.applied())
         };
         let host = |(id, host): (&BrokerId, &Host)| match &host.node {
             Some(node) => {

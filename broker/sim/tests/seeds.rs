@@ -91,6 +91,10 @@ fn seeds_that_found_something_pass() {
     let found = [
         (272, "a checkpoint whose answer was lost was never sent again"),
         (1265, "a change that waited for a broker which lost its disk again never ended"),
+        (
+            2777,
+            "a leader whose disk was lost just after it had told that a membership was reached left two that needed the one taken out",
+        ),
         (6373, "a leader that its own group had removed panicked at the next acknowledgement"),
     ];
     for (seed, what) in found {

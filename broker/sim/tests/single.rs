@@ -481,6 +481,21 @@ fn a_leader_elected_while_it_is_removed_steps_down() {
     assert!(!replies.iter().any(|(_, r)| matches!(r, Reply::Published { .. })), "{replies:?}");
 }
 
+#[test]
+fn a_replica_that_forgot_what_it_acknowledged_takes_part_no_more() {
+    let (mut node, store, group, ids) = third(false);
+    let mut hear = |term, commit| {
+        let mut heartbeat = Message { from: ids[0], to: ids[2], term, commit, ..Default::default() };
+        heartbeat.set_msg_type(MessageType::MsgHeartbeat);
+        node.peer(BrokerId(1), PeerMessage::Raft(Envelope { group, message: heartbeat }));
+        settle(&mut node, &store);
+        (node.group(group).is_some(), node.damaged().contains_key(&group))
+    };
+    assert_eq!(hear(3, 1), (true, false));
+    assert_eq!(hear(2, 9), (true, false), "a leader of before says nothing about now");
+    assert_eq!(hear(3, 9), (false, true), "the leader saw more acknowledged here than there is");
+}
+
 /// Found with ten thousand partitions: where the two came in one frame the follower stayed awake, asked for votes, and woke the others.
 #[test]
 fn a_heartbeat_and_the_word_that_a_partition_sleeps_may_come_in_one_frame() {

@@ -207,7 +207,8 @@ impl Kubernetes {
         }))?;
         self.api::<Job>().create(&PostParams::default(), &job).await?;
         let pods = self.api::<Pod>();
-        self.until(&format!("job {name} started"), Duration::from_secs(60), async || {
+        // after the API server was away its clients come back with waits of up to a minute, one after the other
+        self.until(&format!("job {name} started"), Duration::from_secs(240), async || {
             let list = pods.list(&ListParams::default().labels(&format!("job-name={name}"))).await.ok()?;
             let phase = list.items.first()?.status.as_ref()?.phase.clone()?;
             (phase != "Pending").then_some(())

@@ -85,7 +85,6 @@ impl Node {
             if group.has_work() {
                 self.dirty.insert(id);
             }
-            self.keep_awake(id);
             self.tend_cursors(id, TopicId(assignment.topic));
             let reached = info.settled_epoch.is_some() && !assignment.is_settled();
             if reached && self.membership_is_on_disk(id) {

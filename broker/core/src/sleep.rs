@@ -85,16 +85,12 @@ impl Group {
         ack && !message.reject && message.term == self.term() && self.is_leader()
     }
 
-    /// As a follower: sleeps where its leader's word fits what is here. The answer to a heartbeat of the same frame may be on its way.
-    fn follow_asleep(&mut self, from: BrokerId, asleep: &Asleep, tick: u64) -> bool {
-        let fits = self.raft.raft.state == StateRole::Follower
+    /// For a follower: whether its leader's word fits what is here. The answer to a heartbeat of the same frame may be on its way.
+    fn may_follow(&self, from: BrokerId, asleep: &Asleep) -> bool {
+        self.raft.raft.state == StateRole::Follower
             && self.term() == asleep.term
             && self.leader_is_on(from)
-            && self.rests_at(asleep.index);
-        if fits {
-            self.sleep = Sleep { asleep: true, idle: 0, named: tick };
-        }
-        fits
+            && self.rests_at(asleep.index)
     }
 
     pub(crate) fn leader_is_on(&self, broker: BrokerId) -> bool {
@@ -145,23 +141,22 @@ impl Node {
         let asleep = Asleep { group: id, term: group.term(), index: group.last_index() };
         self.out.asleep.extend(others.into_iter().map(|broker| (broker, asleep)));
         self.fall_asleep(id);
-        if let Some(group) = self.groups.get_mut(&id) {
-            group.sleep.asleep = true;
-        }
     }
 
     /// No time passes for it from now on, and its share of memory is an equal one.
     fn fall_asleep(&mut self, id: GroupId) {
         self.awake.remove(&id);
         let share = self.limits.tail_bytes_max / 2 / self.groups.len().max(1) as u64;
-        self.groups.get_mut(&id).into_iter().for_each(|g| g.evict(share));
+        if let Some(group) = self.groups.get_mut(&id) {
+            group.sleep = Sleep { asleep: true, idle: 0, named: self.ticks };
+            group.evict(share);
+        }
     }
 
     /// A leader's word that its group sleeps.
     pub(crate) fn leader_asleep(&mut self, from: BrokerId, asleep: &Asleep) {
-        let tick = self.ticks;
-        let Some(group) = self.groups.get_mut(&asleep.group).filter(|g| g.id() != META_GROUP) else { return };
-        if group.follow_asleep(from, asleep, tick) {
+        let group = self.groups.get(&asleep.group).filter(|g| g.id() != META_GROUP);
+        if group.is_some_and(|g| g.may_follow(from, asleep)) {
             self.fall_asleep(asleep.group);
         }
     }

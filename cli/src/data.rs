@@ -78,7 +78,7 @@ pub(crate) async fn publish(client: &Client, args: Publish, output: Output) -> a
     let receiving = async {
         let mut count = 0u64;
         while let Some(outcome) = waiting.recv().await {
-            let position = outcome.await.context("the producer ended")??;
+            let position = outcome.await?;
             count += 1;
             if output == Output::Json {
                 println!("{}", serde_json::json!({"partition": position.partition, "offset": position.offset}));

@@ -55,7 +55,7 @@ pub(crate) async fn redrive(client: &Client, name: &str, max: u64) -> anyhow::Re
                     new.insert(producer)
                 }
             };
-            origin.send(record).await?.await??; // one by one: acked only when it is back
+            origin.send(record).await?.await?; // one by one: acked only when it is back
             count += 1;
         }
         delivered.ack();

@@ -112,11 +112,11 @@ async fn publish(client: &Client, args: &Verify, run: &str) -> anyhow::Result<Se
                     seen.pauses.push(Pause { at: begun.elapsed(), length });
                 }
                 match outcome {
-                    Ok(Ok(at)) => {
+                    Ok(at) => {
                         let at = Place { partition: at.partition, offset: at.offset };
                         seen.history.push(Event::Acked { value: (key, number), at });
                     }
-                    _ => seen.failed += 1,
+                    Err(_) => seen.failed += 1,
                 }
             }
             anyhow::Ok(())

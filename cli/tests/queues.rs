@@ -35,7 +35,7 @@ async fn publish(client: &Client, topic: &str, numbers: std::ops::Range<u64>) {
         under_way.push(producer.send(numbered(at)).await.unwrap());
     }
     for outcome in under_way {
-        outcome.await.unwrap().unwrap();
+        outcome.await.unwrap();
     }
 }
 

@@ -21,7 +21,7 @@ async fn publish(client: &Client, topic: &str, count: u64, bytes: usize) {
         under_way.push(producer.send(Record { value: Some(value.into()), ..Default::default() }).await.unwrap());
     }
     for outcome in under_way {
-        outcome.await.unwrap().unwrap();
+        outcome.await.unwrap();
     }
 }
 
@@ -186,7 +186,7 @@ async fn batches_of_the_largest_size_are_published_replicated_rebuilt_and_read()
         let mut value = format!("{at} ").into_bytes();
         value.resize(largest, b'.');
         let sent = producer.send(Record { value: Some(value.into()), ..Default::default() }).await.unwrap();
-        sent.await.unwrap().unwrap();
+        sent.await.unwrap();
     }
     // a replica that has nothing gets a checkpoint and all of them
     let folder = cluster.data.path().join("weir-1");
@@ -210,7 +210,7 @@ async fn batches_of_the_largest_size_are_published_replicated_rebuilt_and_read()
     let mut value = b"9 ".to_vec();
     value.resize(33 << 20, b'.');
     let sent = producer.send(Record { value: Some(value.into()), ..Default::default() }).await.unwrap();
-    let Err(Error::Refused { reason, message, .. }) = sent.await.unwrap() else { panic!("a larger one was taken") };
+    let Err(Error::Refused { reason, message, .. }) = sent.await else { panic!("a larger one was taken") };
     assert_eq!(reason, "TOO_LARGE", "{message}");
 }
 
@@ -230,7 +230,7 @@ async fn producers_and_subscribers_follow_a_topic_that_grows() {
     while partitions.len() < 4 {
         at += 1;
         let record = Record { key: Some(format!("k{at}").into()), value: Some("x".into()), ..Default::default() };
-        producer.send(record).await.unwrap().await.unwrap().unwrap();
+        producer.send(record).await.unwrap().await.unwrap();
         let next = tokio::time::timeout(PATIENCE, subscriber.next()).await.expect("what was published comes");
         let delivered = next.unwrap().unwrap();
         partitions.insert(delivered.message.partition);

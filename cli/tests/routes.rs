@@ -21,7 +21,7 @@ fn record(value: &str, headers: &[(&str, &str)]) -> Record {
 async fn publish(client: &Client, topic: &str, records: Vec<Record>) {
     let producer = Producer::open(client, topic, Options::default()).await.unwrap();
     for record in records {
-        producer.send(record).await.unwrap().await.unwrap().unwrap();
+        producer.send(record).await.unwrap().await.unwrap();
     }
 }
 

@@ -28,7 +28,7 @@ async fn publish(client: &Client, topic: &str, keys: u32, count: u64) {
         }
     }
     for outcome in under_way {
-        outcome.await.unwrap().unwrap();
+        outcome.await.unwrap();
     }
 }
 
@@ -258,7 +258,7 @@ async fn large_messages_get_through_to_a_member_with_much_credit() {
         under_way.push(producer.send(record).await.unwrap());
     }
     for outcome in under_way {
-        outcome.await.unwrap().unwrap();
+        outcome.await.unwrap();
     }
     let mut pull = Pull::open(&client, "s", "t", 0, "m", 10_000).await.unwrap();
     let (mut seen, begun) = (std::collections::BTreeSet::new(), Instant::now());

@@ -18,7 +18,7 @@ async fn goes_through(client: &Client) {
     let producer = Producer::open(client, "t", Options::default()).await.unwrap();
     for at in 0..10u8 {
         let record = Record { value: Some(vec![at].into()), ..Default::default() };
-        producer.send(record).await.unwrap().await.unwrap().unwrap();
+        producer.send(record).await.unwrap().await.unwrap();
     }
     let mut subscriber = Subscriber::open(client, "s", Default::default()).await.unwrap();
     for at in 0..10u8 {

@@ -1,17 +1,22 @@
 //! Publishing: records gather into batches by bytes and linger, batches go out pipelined, answers come back.
 //!
-//! Each partition has a task of its own, which keeps its batches in order over retries and failover: after a broken stream it sends
-//! all that is unanswered again, from the oldest on, and the broker answers what it already has with its old offset.
+//! A record is written into its partition's open batch by the sender itself, so that a record costs neither a message between tasks
+//! nor an allocation. Each partition has a task, which keeps its batches in order over retries and failover: after a broken stream
+//! it sends all that is unanswered again, from the oldest on, and the broker answers what it already has with its old offset.
 
 use crate::{Client, Error, waits};
 use bytes::Bytes;
+use futures::FutureExt as _;
+use futures::future::Shared;
 use std::collections::{HashMap, VecDeque};
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
-use weir_proto::records::{self, Compression, Record, Stamp};
+use weir_proto::records::{self, Builder, Compression, Record, Stamp};
 use weir_proto::v1;
 
 /// Batches unanswered on one partition; below what a broker remembers of a producer (32).
@@ -20,6 +25,8 @@ const IN_FLIGHT_MAX: usize = 16;
 const GROWTH_LOOK: Duration = Duration::from_secs(5);
 /// A stream that answers nothing for this long while batches wait is taken for dead.
 const SILENCE_MAX: Duration = Duration::from_millis(2_000);
+/// A batch that cannot go out takes records for no longer than this, or the linger: its records reach their deadline together.
+const OPEN_MAX: Duration = Duration::from_millis(100);
 
 /// How a producer works.
 #[derive(Clone, Debug)]
@@ -57,39 +64,198 @@ pub struct Position {
     pub offset: u64,
 }
 
-type Outcome = Result<Position, Error>;
+/// A batch's partition and first offset.
+type Outcome = Result<(u32, u64), Error>;
 
-struct Queued {
-    record: Record,
+/// Where a record was stored, or why it was not: a future. A record goes its way also where this is dropped.
+#[derive(Clone, Debug)]
+pub struct Receipt {
+    batch: Shared<oneshot::Receiver<Outcome>>,
+    /// the record's place in its batch
+    at: u32,
+}
+
+impl Future for Receipt {
+    type Output = Result<Position, Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let outcome = ready!(self.batch.poll_unpin(cx)).unwrap_or(Err(Error::Closed));
+        let at = u64::from(self.at);
+        Poll::Ready(outcome.map(|(partition, base)| Position { partition, offset: base + at }))
+    }
+}
+
+/// What a batch's records hold of the producer's memory.
+struct Held {
+    of: Arc<Semaphore>,
+    units: usize,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.of.add_permits(self.units);
+    }
+}
+
+/// Whom to tell of a batch, and since when they wait.
+struct Waiting {
     done: oneshot::Sender<Outcome>,
-    _memory: OwnedSemaphorePermit,
-    since: Instant,
+    /// when its last record came
+    last: Instant,
+    memory: Held,
 }
 
-/// Records that wait for a stream.
-struct Queue {
-    receiver: mpsc::UnboundedReceiver<Queued>,
-    /// taken from it to see how long they have waited; they come first
-    looked_at: VecDeque<Queued>,
-}
-
-impl Queue {
-    fn try_recv(&mut self) -> Option<Queued> {
-        self.looked_at.pop_front().or_else(|| self.receiver.try_recv().ok())
+impl Waiting {
+    fn is_late(&self, deadline: Duration) -> bool {
+        self.last.elapsed() >= deadline
     }
 
-    async fn recv(&mut self) -> Option<Queued> {
-        match self.looked_at.pop_front() {
-            Some(next) => Some(next),
-            None => self.receiver.recv().await,
+    /// Those who do not wait any more need no answer.
+    fn tell(self, outcome: Outcome) {
+        let _ = self.done.send(outcome);
+    }
+}
+
+/// A batch that takes records.
+struct Open {
+    builder: Builder,
+    since: Instant,
+    waiting: Waiting,
+    receipts: Shared<oneshot::Receiver<Outcome>>,
+}
+
+/// A batch that takes no more, and was not sent.
+struct Full {
+    builder: Builder,
+    waiting: Waiting,
+}
+
+#[derive(Default)]
+struct Gathered {
+    full: VecDeque<Full>,
+    open: Option<Open>,
+    /// bytes of the batch before, which the next one is likely to have too
+    usual_bytes: usize,
+    /// no more records come
+    ended: bool,
+    /// nobody takes them any more
+    abandoned: bool,
+}
+
+impl Gathered {
+    fn close(&mut self, Open { builder, waiting, .. }: Open) -> Full {
+        self.usual_bytes = builder.bytes();
+        Full { builder, waiting }
+    }
+}
+
+/// Where one partition's records gather.
+#[derive(Default)]
+struct Lane {
+    gathered: Mutex<Gathered>,
+    news: Notify,
+}
+
+impl Lane {
+    fn lock(&self) -> MutexGuard<'_, Gathered> {
+        self.gathered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes a record of so many bytes into the open batch, which from then on holds the record's share of the memory.
+    fn put(
+        &self,
+        record: &Record,
+        bytes: usize,
+        options: &Options,
+        memory: &Arc<Semaphore>,
+        share: SemaphorePermit<'_>,
+    ) -> Result<Receipt, Error> {
+        let now = Instant::now();
+        let mut gathered = self.lock();
+        if gathered.abandoned {
+            return Err(Error::Closed);
+        }
+        let lasts = options.linger.max(OPEN_MAX);
+        let is_over = |open: &mut Open| {
+            open.builder.bytes() + bytes > options.batch_bytes || now.duration_since(open.since) >= lasts
+        };
+        let mut news = false;
+        if let Some(over) = gathered.open.take_if(is_over) {
+            let full = gathered.close(over);
+            gathered.full.push_back(full);
+            news = true;
+        }
+        let usual_bytes = gathered.usual_bytes;
+        let units = share.num_permits();
+        share.forget(); // the batch gives it back
+        let open = match &mut gathered.open {
+            Some(open) => {
+                open.waiting.memory.units += units;
+                open.waiting.last = now;
+                open
+            }
+            none => {
+                news = true;
+                let (done, receipts) = oneshot::channel();
+                let builder = Builder::new(options.compression, bytes.max(usual_bytes));
+                let waiting = Waiting { done, last: now, memory: Held { of: memory.clone(), units } };
+                none.insert(Open { builder, since: now, waiting, receipts: receipts.shared() })
+            }
+        };
+        let receipt = Receipt { batch: open.receipts.clone(), at: open.builder.count() };
+        open.builder.push(record);
+        if open.builder.bytes() >= options.batch_bytes
+            && let Some(full) = gathered.open.take()
+        {
+            let full = gathered.close(full);
+            gathered.full.push_back(full);
+            news = true;
+        }
+        drop(gathered);
+        if news {
+            self.news.notify_one();
+        }
+        Ok(receipt)
+    }
+
+    /// The next batch, once it is full or has lingered; `None` where no more comes.
+    async fn next(&self, linger: Duration) -> Option<Full> {
+        loop {
+            let left = {
+                let mut gathered = self.lock();
+                if let Some(full) = gathered.full.pop_front() {
+                    return Some(full);
+                }
+                let left = gathered.open.as_ref().map(|open| linger.saturating_sub(open.since.elapsed()));
+                if left.is_some_and(|left| left.is_zero() || gathered.ended) {
+                    return gathered.open.take().map(|open| gathered.close(open));
+                }
+                if gathered.ended {
+                    return None;
+                }
+                left
+            };
+            match left {
+                Some(left) => drop(tokio::time::timeout(left, self.news.notified()).await),
+                None => self.news.notified().await,
+            }
         }
     }
 
-    /// Takes out those that have waited for `deadline`.
-    fn expired(&mut self, deadline: Duration) -> Vec<Queued> {
-        self.looked_at.extend(std::iter::from_fn(|| self.receiver.try_recv().ok()));
-        let old = self.looked_at.iter().take_while(|q| q.since.elapsed() >= deadline).count();
-        self.looked_at.drain(..old).collect()
+    /// Takes out what has waited for `deadline`.
+    fn late(&self, deadline: Duration) -> Vec<Waiting> {
+        let mut gathered = self.lock();
+        let late = gathered.full.iter().take_while(|full| full.waiting.is_late(deadline)).count();
+        let mut out: Vec<Waiting> = gathered.full.drain(..late).map(|full| full.waiting).collect();
+        if gathered.full.is_empty() {
+            out.extend(gathered.open.take_if(|open| open.waiting.is_late(deadline)).map(|open| open.waiting));
+        }
+        out
+    }
+
+    fn end(&self) {
+        self.lock().ended = true;
+        self.news.notify_one();
     }
 }
 
@@ -98,10 +264,16 @@ struct Inner {
     options: Options,
     topic: String,
     memory: Arc<Semaphore>,
-    partitions: Mutex<HashMap<u32, mpsc::UnboundedSender<Queued>>>,
+    lanes: Mutex<HashMap<u32, Arc<Lane>>>,
     round_robin: AtomicU32,
     /// partitions the topic has; it may grow
     count: AtomicU32,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.lanes.get_mut().unwrap_or_else(PoisonError::into_inner).values().for_each(|lane| lane.end());
+    }
 }
 
 /// Publishes to one topic. Cheap to clone.
@@ -124,7 +296,7 @@ impl Producer {
             options,
             topic: topic.to_owned(),
             memory,
-            partitions: Mutex::default(),
+            lanes: Mutex::default(),
             round_robin: 0.into(),
             count: count.into(),
         };
@@ -133,10 +305,10 @@ impl Producer {
         Ok(Self(inner))
     }
 
-    /// Takes a record once there is memory for it; the receiver gets its position.
+    /// Takes a record once there is memory for it; the receipt gets its position.
     /// Records of one key are stored in the order of their `send`s, as long as the topic keeps its number of partitions;
     /// it is seen to have grown within five seconds, and then keys move to other partitions.
-    pub async fn send(&self, record: Record) -> Result<oneshot::Receiver<Outcome>, Error> {
+    pub async fn send(&self, record: Record) -> Result<Receipt, Error> {
         let count = self.0.count.load(Ordering::Relaxed);
         let partition = match &record.key {
             Some(key) => records::partition_of(key, count),
@@ -147,25 +319,34 @@ impl Producer {
     }
 
     /// As [`Self::send`], to a partition of the caller's choice.
-    pub async fn send_to(&self, partition: u32, record: Record) -> Result<oneshot::Receiver<Outcome>, Error> {
+    pub async fn send_to(&self, partition: u32, record: Record) -> Result<Receipt, Error> {
+        let refused = |reason: &str, message| {
+            let (code, reason) = (tonic::Code::InvalidArgument, reason.to_owned());
+            Err(Error::Refused { code, reason, message })
+        };
         if let Some(name) = records::repeated_header(&record) {
-            let message = format!("header {name} stands twice in a record");
-            return Err(Error::Refused { code: tonic::Code::InvalidArgument, reason: "RECORDS".into(), message });
+            return refused("RECORDS", format!("header {name} stands twice in a record"));
         }
         let bytes = size(&record);
-        let units = (bytes.div_ceil(64)).min(self.0.options.memory_bytes / 64).max(1) as u32;
-        let _memory = self.0.memory.clone().acquire_many_owned(units).await.map_err(|_| Error::Closed)?;
-        let (done, outcome) = oneshot::channel();
-        let queued = Queued { record, done, _memory, since: Instant::now() };
-        self.partition(partition).send(queued).map_err(|_| Error::Closed)?;
-        Ok(outcome)
+        if bytes > weir_proto::MESSAGE_BYTES_MAX {
+            let most = weir_proto::MESSAGE_BYTES_MAX;
+            return refused("TOO_LARGE", format!("the record has {bytes} bytes, and a message at most {most}"));
+        }
+        let Inner { memory, options, .. } = &*self.0;
+        let units = (bytes.div_ceil(64)).min(options.memory_bytes / 64).max(1);
+        let share = match memory.try_acquire_many(units as u32) {
+            Ok(share) => share,
+            Err(_) => memory.acquire_many(units as u32).await.map_err(|_| Error::Closed)?,
+        };
+        self.lane(partition).put(&record, bytes, options, memory, share)
     }
 
-    fn partition(&self, partition: u32) -> mpsc::UnboundedSender<Queued> {
-        let mut partitions = self.0.partitions.lock().unwrap_or_else(PoisonError::into_inner);
+    fn lane(&self, partition: u32) -> Arc<Lane> {
+        let mut lanes = self.0.lanes.lock().unwrap_or_else(PoisonError::into_inner);
         let start = || {
-            let (sender, receiver) = mpsc::unbounded_channel();
+            let lane = Arc::<Lane>::default();
             let task = Task {
+                lane: lane.clone(),
                 client: self.0.client.clone(),
                 options: self.0.options.clone(),
                 topic: self.0.topic.clone(),
@@ -175,10 +356,10 @@ impl Producer {
                 in_flight: VecDeque::new(),
                 next_id: 1,
             };
-            tokio::spawn(task.run(Queue { receiver, looked_at: VecDeque::new() }));
-            sender
+            tokio::spawn(task.run());
+            lane
         };
-        partitions.entry(partition).or_insert_with(start).clone()
+        lanes.entry(partition).or_insert_with(start).clone()
     }
 }
 
@@ -201,13 +382,15 @@ fn size(record: &Record) -> usize {
     record.key.as_ref().map_or(0, Bytes::len) + record.value.as_ref().map_or(0, Bytes::len) + headers + 24
 }
 
+/// A batch under way.
 struct Batch {
     id: u64,
     bytes: Bytes,
-    waiting: Vec<Queued>,
+    waiting: Waiting,
 }
 
 struct Task {
+    lane: Arc<Lane>,
     client: Client,
     options: Options,
     topic: String,
@@ -216,6 +399,14 @@ struct Task {
     next_sequence: i32,
     in_flight: VecDeque<Batch>,
     next_id: u64,
+}
+
+impl Drop for Task {
+    /// However it ended: nobody waits for what nobody sends.
+    fn drop(&mut self) {
+        let unsent = std::mem::replace(&mut *self.lane.lock(), Gathered { abandoned: true, ..Default::default() });
+        drop(unsent); // which wakes those who wait, with nothing locked
+    }
 }
 
 /// Why a stream was left.
@@ -227,16 +418,16 @@ enum Left {
 }
 
 impl Task {
-    async fn run(mut self, mut queue: Queue) {
+    async fn run(mut self) {
         let mut waits = waits();
         loop {
             let answered_before = self.next_id - self.in_flight.len() as u64;
-            let last = match self.stream(&mut queue).await {
+            let last = match self.stream().await {
                 Ok(Left::Finished) => return,
                 Ok(Left::Again(why)) => why,
                 Err(error) => error.to_string(),
             };
-            self.expire(&last, &mut queue);
+            self.expire(&last);
             if self.next_id - self.in_flight.len() as u64 > answered_before {
                 waits = crate::waits();
             }
@@ -246,19 +437,14 @@ impl Task {
     }
 
     /// What is beyond its deadline fails. What follows a batch that was sent must not be taken for it: a new producer id begins.
-    fn expire(&mut self, last: &str, queue: &mut Queue) {
+    fn expire(&mut self, last: &str) {
         let deadline = self.options.deadline;
-        let failed = |queued: Queued| {
-            let _ = queued.done.send(Err(Error::Deadline { after: deadline, last: last.to_owned() }));
-        };
-        queue.expired(deadline).into_iter().for_each(failed);
-        let old = |b: &Batch| b.waiting.iter().all(|q| q.since.elapsed() >= deadline);
-        if !self.in_flight.front().is_some_and(old) {
+        let failed = |waiting: Waiting| waiting.tell(Err(Error::Deadline { after: deadline, last: last.to_owned() }));
+        self.lane.late(deadline).into_iter().for_each(failed);
+        if !self.in_flight.front().is_some_and(|batch| batch.waiting.is_late(deadline)) {
             return;
         }
-        while let Some(batch) = self.in_flight.pop_front() {
-            batch.waiting.into_iter().for_each(failed);
-        }
+        self.in_flight.drain(..).for_each(|batch| failed(batch.waiting));
         self.producer_id = None;
     }
 
@@ -276,7 +462,7 @@ impl Task {
         Ok(id)
     }
 
-    async fn stream(&mut self, queue: &mut Queue) -> Result<Left, Error> {
+    async fn stream(&mut self) -> Result<Left, Error> {
         let Some(address) = self.client.cluster().leader(&self.topic, self.partition) else {
             return Ok(Left::Again("the partition has no leader".to_owned()));
         };
@@ -308,9 +494,9 @@ impl Task {
                         None => return Ok(Left::Again(format!("{address} ended the stream"))),
                     }
                 }
-                first = queue.recv(), if room => match first {
-                    Some(first) => {
-                        let batch = self.gather(first, queue).await;
+                full = self.lane.next(self.options.linger), if room => match full {
+                    Some(full) => {
+                        let batch = self.stamp(full);
                         let wire = self.to_wire(&batch);
                         if self.in_flight.is_empty() {
                             heard = Instant::now();
@@ -331,27 +517,13 @@ impl Task {
         }
     }
 
-    /// Takes what is queued, waiting for more up to the linger, as one batch.
-    async fn gather(&mut self, first: Queued, queue: &mut Queue) -> Batch {
-        let mut bytes = size(&first.record);
-        let mut waiting = vec![first];
-        let linger = tokio::time::sleep(self.options.linger);
-        tokio::pin!(linger);
-        while bytes < self.options.batch_bytes {
-            let next = match queue.try_recv() {
-                Some(next) => Some(next),
-                None if self.options.linger.is_zero() => None,
-                None => tokio::select! { next = queue.recv() => next, () = &mut linger => None },
-            };
-            let Some(next) = next else { break };
-            bytes += size(&next.record);
-            waiting.push(next);
-        }
-        let list: Vec<Record> = waiting.iter_mut().map(|q| std::mem::take(&mut q.record)).collect();
+    /// Makes a batch the next one of this producer.
+    fn stamp(&mut self, Full { builder, waiting }: Full) -> Batch {
         let id = self.producer_id.expect("a stream has one");
         let stamp = Stamp { id, epoch: 0, sequence: self.next_sequence };
-        let bytes = records::encode(&list, self.options.compression, Some(stamp)).expect("records encode");
-        self.next_sequence = ((i64::from(self.next_sequence) + list.len() as i64) & i64::from(i32::MAX)) as i32;
+        self.next_sequence =
+            ((i64::from(self.next_sequence) + i64::from(builder.count())) & i64::from(i32::MAX)) as i32;
+        let bytes = builder.finish(Some(stamp)).expect("records encode");
         let id = self.next_id;
         self.next_id += 1;
         Batch { id, bytes, waiting }
@@ -373,9 +545,7 @@ impl Task {
         match ack.outcome? {
             Outcome::BaseOffset(base) => {
                 let batch = self.in_flight.remove(at).expect("just found");
-                for (i, queued) in batch.waiting.into_iter().enumerate() {
-                    let _ = queued.done.send(Ok(Position { partition: self.partition, offset: base + i as u64 }));
-                }
+                batch.waiting.tell(Ok((self.partition, base)));
                 None
             }
             Outcome::Error(error) => {
@@ -386,11 +556,9 @@ impl Task {
                     return Some(error.message);
                 }
                 let batch = self.in_flight.remove(at).expect("just found");
-                for queued in batch.waiting {
-                    let code = tonic::Code::from_i32(error.code);
-                    let failure = Error::Refused { code, reason: error.reason.clone(), message: error.message.clone() };
-                    let _ = queued.done.send(Err(failure));
-                }
+                let code = tonic::Code::from_i32(error.code);
+                let (reason, message) = (error.reason, error.message.clone());
+                batch.waiting.tell(Err(Error::Refused { code, reason, message }));
                 // its sequences are missing now, so what is behind it begins anew
                 self.renumber();
                 Some(error.message)
@@ -402,11 +570,111 @@ impl Task {
     fn renumber(&mut self) {
         self.producer_id = None;
         for batch in std::mem::take(&mut self.in_flight) {
-            for queued in batch.waiting {
-                let message = "a batch before it was refused; send it again".to_owned();
-                let code = tonic::Code::Aborted;
-                let _ = queued.done.send(Err(Error::Refused { code, reason: "ABORTED".to_owned(), message }));
-            }
+            let (code, reason) = (tonic::Code::Aborted, "ABORTED".to_owned());
+            let message = "a batch before it was refused; send it again".to_owned();
+            batch.waiting.tell(Err(Error::Refused { code, reason, message }));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MEMORY: usize = 1_000;
+
+    struct Fixture {
+        lane: Arc<Lane>,
+        options: Options,
+        memory: Arc<Semaphore>,
+    }
+
+    impl Fixture {
+        fn new(batch_bytes: usize) -> Self {
+            let options = Options { batch_bytes, linger: Duration::from_secs(3_600), ..Default::default() };
+            Self { lane: Arc::default(), options, memory: Arc::new(Semaphore::new(MEMORY)) }
+        }
+
+        fn put(&self, bytes: usize) -> Result<Receipt, Error> {
+            let record = Record { value: Some(vec![b'x'; bytes].into()), ..Default::default() };
+            let share = self.memory.try_acquire_many(10).unwrap();
+            self.lane.put(&record, size(&record), &self.options, &self.memory, share)
+        }
+
+        fn held(&self) -> usize {
+            MEMORY - self.memory.available_permits()
+        }
+    }
+
+    fn now<T>(future: impl Future<Output = T>) -> Option<T> {
+        future.now_or_never()
+    }
+
+    #[test]
+    fn records_of_a_batch_get_the_offsets_that_follow_its_first() {
+        let at = Fixture::new(1_000);
+        let receipts = [at.put(10).unwrap(), at.put(10).unwrap()];
+        let batch = now(at.lane.next(Duration::ZERO)).flatten().unwrap();
+        assert_eq!((batch.builder.count(), at.held()), (2, 20));
+        assert!(now(receipts[1].clone()).is_none(), "nobody has stored it");
+        batch.waiting.tell(Ok((3, 40)));
+        let offsets = receipts.map(|r| now(r).unwrap().unwrap());
+        assert_eq!(offsets, [40, 41].map(|offset| Position { partition: 3, offset }));
+        assert_eq!(at.held(), 0, "its memory is free again");
+    }
+
+    #[tokio::test]
+    async fn a_batch_goes_when_the_next_record_has_no_room_in_it_and_not_before() {
+        let at = Fixture::new(1_000);
+        at.put(100).unwrap();
+        assert!(now(at.lane.next(at.options.linger)).is_none());
+        at.put(5_000).unwrap();
+        let first = now(at.lane.next(at.options.linger)).flatten().unwrap();
+        let second = now(at.lane.next(at.options.linger)).flatten().expect("it is full");
+        assert_eq!((first.builder.count(), second.builder.count()), (1, 1));
+        at.put(10).unwrap();
+        assert!(now(at.lane.next(at.options.linger)).is_none());
+    }
+
+    #[test]
+    fn what_waits_when_no_more_comes_goes_at_once() {
+        let at = Fixture::new(1_000);
+        at.put(10).unwrap();
+        at.lane.end();
+        assert!(now(at.lane.next(at.options.linger)).unwrap().is_some());
+        assert!(now(at.lane.next(at.options.linger)).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_has_waited_too_long_is_taken_out_in_order() {
+        let at = Fixture::new(1_000);
+        let receipts = [at.put(900).unwrap(), at.put(900).unwrap()];
+        assert!(at.lane.late(Duration::from_secs(3_600)).is_empty());
+        let late = at.lane.late(Duration::ZERO);
+        assert_eq!((late.len(), at.held()), (2, 20));
+        late.into_iter().for_each(|waiting| waiting.tell(Err(Error::Closed)));
+        assert!(receipts.into_iter().all(|r| matches!(now(r), Some(Err(Error::Closed)))));
+        assert_eq!(at.held(), 0);
+    }
+
+    #[test]
+    fn a_lane_that_nobody_takes_from_refuses_and_keeps_no_memory() {
+        let at = Fixture::new(1_000);
+        let waits = at.put(10).unwrap();
+        let task = Task {
+            lane: at.lane.clone(),
+            client: Client::new("127.0.0.1:1").unwrap(),
+            options: at.options.clone(),
+            topic: "t".into(),
+            partition: 0,
+            producer_id: None,
+            next_sequence: 0,
+            in_flight: VecDeque::new(),
+            next_id: 1,
+        };
+        drop(task); // as where its runtime ends
+        assert!(matches!(now(waits), Some(Err(Error::Closed))));
+        assert!(matches!(at.put(10), Err(Error::Closed)));
+        assert_eq!(at.held(), 0);
     }
 }

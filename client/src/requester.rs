@@ -66,7 +66,7 @@ impl Requester {
         // also when this is dropped because time is up
         let _forget = Forget(&self.pending, id);
         let producer = self.producer(topic).await?;
-        producer.send(question).await?.await.map_err(|_| Error::Closed)??;
+        producer.send(question).await?.await?;
         answer.await.map_err(|_| Error::Closed)
     }
 

@@ -59,40 +59,75 @@ pub fn encode(records: &[Record], compression: Compression, stamp: Option<Stamp>
     if let Some(name) = records.iter().find_map(repeated_header) {
         return Err(format!("header {name} stands twice in a record"));
     }
-    let Stamp { id, epoch, sequence } = stamp.unwrap_or(Stamp { id: -1, epoch: -1, sequence: -1 });
-    let base_timestamp = records.first().map_or(0, |r| r.timestamp_ms);
-    let max_timestamp = records.iter().map(|r| r.timestamp_ms).max().unwrap_or(0);
-    let bytes: usize = records.iter().map(size_hint).sum();
-    let mut out = Vec::with_capacity(HEADER_BYTES + bytes);
-    out.extend([0; 16]); // base offset, length and leader epoch, all set later
-    out.push(2); // magic
-    out.extend([0; 4]); // checksum, set below
-    out.extend((compression as i16).to_be_bytes());
-    out.extend((records.len() as i32 - 1).to_be_bytes());
-    out.extend(base_timestamp.to_be_bytes());
-    out.extend(max_timestamp.to_be_bytes());
-    out.extend(id.to_be_bytes());
-    out.extend(epoch.to_be_bytes());
-    out.extend(sequence.to_be_bytes());
-    out.extend((records.len() as i32).to_be_bytes());
-    let put = |out: &mut Vec<u8>| {
-        records
-            .iter()
-            .enumerate()
-            .for_each(|(at, r)| put_record(out, r, at as i64, r.timestamp_ms.wrapping_sub(base_timestamp)));
-    };
-    if compression == Compression::None {
-        put(&mut out);
-    } else {
-        let mut plain = Vec::with_capacity(bytes);
-        put(&mut plain);
-        out = fold::fold(out, compression, &plain).map_err(|e| e.to_string())?;
+    let mut builder = Builder::new(compression, records.iter().map(size_hint).sum());
+    records.iter().for_each(|record| builder.push(record));
+    builder.finish(stamp)
+}
+
+/// A batch in the making, which takes records as they come.
+#[derive(Debug)]
+pub struct Builder {
+    compression: Compression,
+    /// the header, all of it set at the end, and the records
+    out: Vec<u8>,
+    count: i32,
+    base_timestamp: i64,
+    max_timestamp: i64,
+}
+
+impl Builder {
+    /// One that has room for this many bytes of records before it must grow.
+    pub fn new(compression: Compression, bytes: usize) -> Self {
+        let mut out = Vec::with_capacity(HEADER_BYTES + bytes);
+        out.resize(HEADER_BYTES, 0);
+        Self { compression, out, count: 0, base_timestamp: 0, max_timestamp: 0 }
     }
-    let length = i32::try_from(out.len() - 12).map_err(|_| "a batch beyond 2 GiB".to_owned())?;
-    out[8..12].copy_from_slice(&length.to_be_bytes());
-    let crc = crc32c::crc32c(&out[21..]);
-    out[17..21].copy_from_slice(&crc.to_be_bytes());
-    Ok(out.into())
+
+    /// Adds a record, in which no header stands twice ([`repeated_header`]).
+    pub fn push(&mut self, record: &Record) {
+        let time = record.timestamp_ms;
+        if self.count == 0 {
+            (self.base_timestamp, self.max_timestamp) = (time, time);
+        }
+        self.max_timestamp = self.max_timestamp.max(time);
+        put_record(&mut self.out, record, i64::from(self.count), time.wrapping_sub(self.base_timestamp));
+        self.count += 1;
+    }
+
+    /// Records in it.
+    pub fn count(&self) -> u32 {
+        self.count as u32
+    }
+
+    /// Bytes of the batch so far, before compression.
+    pub fn bytes(&self) -> usize {
+        self.out.len()
+    }
+
+    /// The batch; at least one record is in it.
+    pub fn finish(self, stamp: Option<Stamp>) -> Result<Bytes, String> {
+        let Self { compression, mut out, count, base_timestamp, max_timestamp } = self;
+        if compression != Compression::None {
+            let header = out[..HEADER_BYTES].to_vec();
+            out = fold::fold(header, compression, &out[HEADER_BYTES..]).map_err(|e| e.to_string())?;
+        }
+        let Stamp { id, epoch, sequence } = stamp.unwrap_or(Stamp { id: -1, epoch: -1, sequence: -1 });
+        let length = i32::try_from(out.len() - 12).map_err(|_| "a batch beyond 2 GiB".to_owned())?;
+        // the base offset and the leader epoch are the broker's
+        out[8..12].copy_from_slice(&length.to_be_bytes());
+        out[16] = 2; // magic
+        out[21..23].copy_from_slice(&(compression as i16).to_be_bytes());
+        out[23..27].copy_from_slice(&(count - 1).to_be_bytes());
+        out[27..35].copy_from_slice(&base_timestamp.to_be_bytes());
+        out[35..43].copy_from_slice(&max_timestamp.to_be_bytes());
+        out[43..51].copy_from_slice(&id.to_be_bytes());
+        out[51..53].copy_from_slice(&epoch.to_be_bytes());
+        out[53..57].copy_from_slice(&sequence.to_be_bytes());
+        out[57..61].copy_from_slice(&count.to_be_bytes());
+        let crc = crc32c::crc32c(&out[21..]);
+        out[17..21].copy_from_slice(&crc.to_be_bytes());
+        Ok(out.into())
+    }
 }
 
 /// At least what a record takes in a batch.

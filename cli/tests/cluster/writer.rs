@@ -65,7 +65,7 @@ impl Writer {
                     }
                     for (name, outcome) in under_way {
                         match outcome.await {
-                            Ok(Ok(at)) => {
+                            Ok(at) => {
                                 let at = Place { partition: at.partition, offset: at.offset };
                                 seen.lock().unwrap().push(Event::Acked { value: name, at });
                                 let mut all = last_ack.lock().unwrap();

@@ -26,7 +26,7 @@ pub async fn publish(client: &Client, topic: &str, records: Vec<Record>) -> anyh
     }
     let mut out = Vec::new();
     for acknowledged in under_way {
-        out.push(acknowledged.await??);
+        out.push(acknowledged.await?);
     }
     Ok(out)
 }

@@ -8,13 +8,13 @@ ROCKSDB_FLAGS_x86_64 := -C target-feature=+sse4.2,+pclmulqdq
 ROCKSDB_FLAGS_aarch64 := -C target-feature=+crc,+aes
 export ROCKSDB_LIB_DIR ?= $(HOME)/.cache/weir/rocksdb-$(ROCKSDB_VERSION)-crc
 export ROCKSDB_STATIC ?= 1
-PACKAGES := clang libclang-dev cmake make g++ pkg-config iproute2 iptables
+PACKAGES := clang libclang-dev cmake make g++ pkg-config iproute2 iptables valgrind
 PACKAGES_E2E := containerd runc containernetworking-plugins etcd-server conntrack iptables iproute2 prometheus openssl curl
 RUNS ?= 1000
 # one selection everywhere: cargo unites features over what is selected, and another set would compile much again
 SELECTION := --workspace --all-targets
 
-.PHONY: run test examples e2e image chart sim sim-nightly mutants fuzz soak bench-share bench-peers generate check-generated fmt lint deps deps-e2e rocksdb
+.PHONY: run test examples e2e image chart sim sim-nightly mutants fuzz soak bench bench-share bench-peers generate check-generated fmt lint deps deps-e2e rocksdb
 
 run: deps rocksdb
 	cargo build --locked $(SELECTION)
@@ -65,20 +65,25 @@ soak: deps rocksdb
 	cargo build --locked $(SELECTION)
 	OUT=$(abspath $(or $(OUT),soak)) cargo test --locked --workspace --test soak -- --ignored --nocapture
 
+# how long the paths take that every message takes, and how often they ask for memory (criterion)
+bench: deps rocksdb
+	cargo bench --locked --workspace --profile dev --bench paths
+
 # a shared subscription beside RabbitMQ (Debian's rabbitmq-server, a JVM and Maven for its PerfTest)
 bench-share: deps rocksdb
 	cargo build --locked $(SELECTION)
 	./bench/share.sh
 
-# Weir beside Kafka, NATS and RabbitMQ, in turns, ROUNDS times, into docs/benchmarks.md (installs a JVM, Maven and rabbitmq-server; Go 1.21 or newer must be there)
-bench-peers: PACKAGES += default-jre-headless maven rabbitmq-server
+# Weir beside Kafka, NATS, RabbitMQ, RocketMQ and ActiveMQ, in turns, ROUNDS times, then what Weir's work costs, into
+# docs/benchmarks.md (installs a JDK, Maven and rabbitmq-server; Go 1.21 or newer must be there)
+bench-peers: PACKAGES += default-jdk-headless maven rabbitmq-server
 bench-peers: deps rocksdb
 	cargo build --locked $(SELECTION)
-	$(CARGO_TARGET_DIR)/debug/weir-bench-peers --weir $(CARGO_TARGET_DIR)/debug/weir --cache $(HOME)/.cache/weir/peers --out docs --rounds $(or $(ROUNDS),5)
+	$(CARGO_TARGET_DIR)/debug/weir-bench-peers --weir $(CARGO_TARGET_DIR)/debug/weir --cache $(HOME)/.cache/weir/peers --out docs --costs --rounds $(or $(ROUNDS),5)
 
-# regenerates what is generated and committed
+# regenerates what is generated and committed, and counts anew what the paths take
 generate:
-	WEIR_BLESS=1 cargo test --locked --workspace --test generated
+	WEIR_BLESS=1 cargo test --locked --workspace --test generated --test instructions
 check-generated:
 	cargo test --locked --workspace --test generated
 

@@ -5,6 +5,7 @@ use crate::{Figures, Load};
 use anyhow::Context as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 const VERSION: &str = "4.3.1";
 const BROKERS: usize = 3;
@@ -39,6 +40,7 @@ pub(crate) fn figures(cache: &Path, load: &Load) -> anyhow::Result<Figures> {
         out.put(&format!("one {name}"), kafka.produce(&topic, bytes, records)?);
     }
     out.put("memory MiB", kafka.stage.memory_mib());
+    out.put("leader killed ms", kafka.failover("latency")?);
     Ok(out)
 }
 
@@ -113,5 +115,24 @@ impl Kafka {
         let text = run(command.args(["--producer-acks", "all", "--record-size", "100"]))?;
         let ms = number_after(&text, "50th = ").with_context(|| format!("no latency in: {text}"))?;
         Ok(ms * 1_000.0)
+    }
+
+    /// Kills the leader of a topic's partition while it is published to; the longest wait for an acknowledgement, ms.
+    fn failover(&self, topic: &str) -> anyhow::Result<f64> {
+        let mut command = self.tool("TopicCommand");
+        let text = run(command.args(["--bootstrap-server", &self.servers, "--describe", "--topic", topic]))?;
+        let leader = number_after(&text, "Leader: ").with_context(|| format!("no leader in: {text}"))? as usize;
+        let pid = self.stage.pid(&format!("kafka-{}", leader - 1)).context("a broker that runs")?;
+        let killer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_secs(8)); // by then the producer's JVM is warm
+            Command::new("kill").args(["-9", &pid.to_string()]).status()
+        });
+        let mut command = self.tool("VerifiableProducer");
+        command.args(["--bootstrap-server", &self.servers, "--topic", topic, "--throughput", "500", "--acks", "-1"]);
+        let text = run(command.args(["--max-messages", "15000"]))?;
+        let _ = killer.join();
+        let acked = text.lines().filter(|l| l.contains("producer_send_success"));
+        let at: Vec<f64> = acked.filter_map(|l| number_after(l, "\"timestamp\":")).collect();
+        at.windows(2).map(|pair| pair[1] - pair[0]).reduce(f64::max).context("no acknowledgements")
     }
 }

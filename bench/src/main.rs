@@ -1,10 +1,14 @@
-//! Weir beside Kafka, NATS JetStream and RabbitMQ on one machine: the same work, each with its own client, in turns.
+//! Weir beside others on one machine: the same work, each with its own client, in turns; and what Weir's own work costs.
 //! `make bench-peers` runs it and writes docs/benchmarks.md.
 
+mod active;
+mod costs;
+mod goals;
 mod kafka;
 mod nats;
 mod rabbit;
 mod report;
+mod rocket;
 mod run;
 mod weir;
 
@@ -34,6 +38,9 @@ struct Args {
     /// Only these systems.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
+    /// Also, once, what grows with the work: partitions, producers, sizes, backlogs, and what idles.
+    #[arg(long)]
+    costs: bool,
     /// Part of the usual number of records.
     #[arg(long, default_value_t = 1.0)]
     scale: f64,
@@ -59,7 +66,8 @@ impl Load {
 struct Figures(BTreeMap<String, f64>);
 
 impl Figures {
-    fn put(&mut self, name: &str, value: f64) {
+    fn put(&mut self, name: &str, value: impl Into<Option<f64>>) {
+        let Some(value) = value.into() else { return };
         eprintln!("    {name}: {value:.0}");
         self.0.insert(name.to_owned(), value);
     }
@@ -80,11 +88,13 @@ struct System {
     figures: fn(&Args, &Load) -> anyhow::Result<Figures>,
 }
 
-const SYSTEMS: [System; 4] = [
+const SYSTEMS: [System; 6] = [
     System { name: "Weir", settings: weir::SETTINGS, figures: |a, l| weir::figures(&a.weir, l) },
     System { name: "Kafka", settings: kafka::SETTINGS, figures: |a, l| kafka::figures(&a.cache, l) },
     System { name: "NATS", settings: nats::SETTINGS, figures: |a, l| nats::figures(&a.cache, l) },
     System { name: "RabbitMQ", settings: rabbit::SETTINGS, figures: |a, l| rabbit::figures(&a.cache, l) },
+    System { name: "RocketMQ", settings: rocket::SETTINGS, figures: |a, l| rocket::figures(&a.cache, l) },
+    System { name: "ActiveMQ", settings: active::SETTINGS, figures: |a, l| active::figures(&a.cache, l) },
 ];
 
 /// Processor and memory, for the page.
@@ -100,7 +110,7 @@ fn main() -> anyhow::Result<()> {
     let load = Load { scale: args.scale, singles: (5_000.0 * args.scale) as u64 };
     let wanted = |s: &&System| args.only.is_empty() || args.only.iter().any(|o| o.eq_ignore_ascii_case(s.name));
     let systems: Vec<&System> = SYSTEMS.iter().filter(wanted).collect();
-    anyhow::ensure!(!systems.is_empty(), "--only names none of: Weir, Kafka, NATS, RabbitMQ");
+    anyhow::ensure!(!systems.is_empty(), "--only names none of: Weir, Kafka, NATS, RabbitMQ, RocketMQ, ActiveMQ");
     let begun = Instant::now();
     let mut runs: BTreeMap<&'static str, Vec<Figures>> = BTreeMap::new();
     for round in 1..=args.rounds {
@@ -109,8 +119,9 @@ fn main() -> anyhow::Result<()> {
             runs.entry(system.name).or_default().push((system.figures)(&args, &load)?);
         }
     }
+    let costs = if args.costs { Some(costs::measure(&args.weir, args.scale)?) } else { None };
     match &args.out {
-        Some(folder) => report::write(folder, &systems, &runs, &machine()),
+        Some(folder) => report::write(folder, &systems, &runs, costs.as_ref(), &machine()),
         None => Ok(()),
     }
 }

@@ -1,5 +1,7 @@
 //! The page and its picture.
 
+use crate::costs::Costs;
+use crate::goals::{Bound, GOALS};
 use crate::{Figures, System};
 use anyhow::Context as _;
 use plotters::prelude::*;
@@ -32,12 +34,18 @@ fn all_of(runs: &Runs, system: &str, figure: &str) -> Vec<f64> {
 }
 
 /// Writes `benchmarks.md` and `benchmarks.svg` into a folder.
-pub(crate) fn write(folder: &Path, systems: &[&System], runs: &Runs, machine: &str) -> anyhow::Result<()> {
+pub(crate) fn write(
+    folder: &Path,
+    systems: &[&System],
+    runs: &Runs,
+    costs: Option<&Costs>,
+    machine: &str,
+) -> anyhow::Result<()> {
     let rounds = runs.values().map(Vec::len).max().unwrap_or(0);
     let names: BTreeSet<&str> = runs.values().flatten().flat_map(Figures::names).collect();
     let mut page = format!(
         "# Beside others\nMade by `make bench-peers` on {machine}: {rounds} rounds, all systems in turns in each, load and servers on the \
-         same machine. Median (smallest to largest). Higher is better, but for µs and MiB.\n\n![throughput](benchmarks.svg)\n\n| |"
+         same machine. Median (smallest to largest). Higher is better, but for µs, ms and MiB.\n\n![throughput](benchmarks.svg)\n\n| |"
     );
     systems.iter().for_each(|s| _ = write!(page, " {} |", s.name));
     page += "\n|---|";
@@ -53,12 +61,14 @@ pub(crate) fn write(folder: &Path, systems: &[&System], runs: &Runs, machine: &s
     }
     page += "\n\n*three*: published to three brokers, records a second. *one*: to one broker. *read*: read back from the beginning. \
              *latency three*: one record of 100 bytes in flight, until it is acknowledged. *to consumer*: through one broker until a \
-             consumer has it. *memory*: the most that any one server's process ever held.\n\n## Settings\n";
+             consumer has it. *at 10,000/s*: three brokers, 1 KiB, from when each was due, while \
+             retention deletes, memtables are flushed and a broker whose disk was lost is filled again. *leader killed*: the longest wait \
+             for an acknowledgement. *memory*: the most that any one server's process ever held.\n\n## Settings\n";
     systems.iter().for_each(|s| _ = writeln!(page, "- {}: {}.", s.name, s.settings));
     page += "\n## Where others are ahead\n";
     let mut behind = String::new();
     for name in &names {
-        let lower = name.contains("µs") || name.contains("MiB");
+        let lower = ["µs", "ms", "MiB"].iter().any(|unit| name.ends_with(unit));
         let median = |system: &str| spread(all_of(runs, system, name)).map(|s| s.0);
         let Some(ours) = median("Weir") else { continue };
         for system in systems.iter().filter(|s| s.name != "Weir") {
@@ -69,9 +79,45 @@ pub(crate) fn write(folder: &Path, systems: &[&System], runs: &Runs, machine: &s
         }
     }
     page += if behind.is_empty() { "In none of these.\n" } else { &behind };
+    page += &goals(runs, costs);
+    if let Some(costs) = costs {
+        page += "\n## What work costs\nOne broker, measured once each; but for what is varied, 6 partitions, one producer, records of 100 bytes. \
+                 Processor time is that of client and broker.\n\n| | records/s | processor time a record, µs |\n|---|---|---|\n";
+        for row in &costs.rows {
+            _ = writeln!(page, "| {} | {} | {:.2} |", row.what, written(row.rate), row.cpu_us);
+        }
+        page += COSTS_NOTE;
+    }
     std::fs::write(folder.join("benchmarks.md"), page)?;
     let drawn = names.iter().copied().filter(|n| ["three", "one", "read"].iter().any(|p| n.starts_with(p)));
     draw(&folder.join("benchmarks.svg"), systems, runs, &drawn.collect::<Vec<_>>())
+}
+
+/// What of the work's costs is no straight line.
+const COSTS_NOTE: &str = "";
+
+/// Each goal with what was measured, and where that is not enough with the reason.
+fn goals(runs: &Runs, costs: Option<&Costs>) -> String {
+    let mut out = "\n## Goals\n| | to reach | measured | |\n|---|---|---|---|\n".to_owned();
+    let median = |system: &str, figure: &str| {
+        let once = costs.filter(|_| system == "Weir").and_then(|c| c.figures.get(figure));
+        spread(all_of(runs, system, figure)).map(|s| s.0).or(once)
+    };
+    for goal in GOALS {
+        let Some(measured) = median("Weir", goal.figure) else { continue };
+        let (wanted, reached) = match goal.bound {
+            Bound::AtLeast(least) => (format!("≥ {}", written(least)), measured >= least),
+            Bound::AtMost(most) => (format!("≤ {}", written(most)), measured <= most),
+            Bound::Times(times, other) => {
+                let Some(theirs) = median(other, goal.figure) else { continue };
+                let text = format!("≥ {times} times {other}'s {}", written(theirs));
+                (text, measured >= times * theirs)
+            }
+        };
+        let (figure, verdict) = (goal.figure, if reached { "reached" } else { goal.note });
+        _ = writeln!(out, "| {figure} | {wanted} | {} | {verdict} |", written(measured));
+    }
+    out
 }
 
 /// Bars in groups: one group a figure, each as a part of its largest.

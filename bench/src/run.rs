@@ -44,6 +44,11 @@ impl Stage {
         Ok(())
     }
 
+    /// Its process.
+    pub(crate) fn pid(&self, name: &str) -> Option<u32> {
+        self.running.iter().find(|(n, _)| n == name).map(|(_, c)| c.id())
+    }
+
     /// What a server has printed.
     pub(crate) fn log(&self, name: &str) -> String {
         std::fs::read_to_string(self.folder.path().join(format!("{name}.log"))).unwrap_or_default()
@@ -61,11 +66,32 @@ impl Stage {
         Ok(())
     }
 
+    /// Processor time of all servers, seconds.
+    pub(crate) fn cpu_seconds(&self) -> f64 {
+        self.running.iter().map(|(_, c)| cpu_seconds(c.id())).sum()
+    }
+
     /// The largest resident memory of the servers and of what they started, MiB.
     pub(crate) fn memory_mib(&self) -> f64 {
         let all: Vec<u32> = self.running.iter().map(|(_, c)| c.id()).flat_map(family).collect();
-        all.into_iter().map(|pid| peak_kib(pid) / 1024.0).fold(0.0, f64::max)
+        all.into_iter().map(|pid| status_kib(pid, "VmHWM:") / 1024.0).fold(0.0, f64::max)
     }
+}
+
+/// Processor time a process and those it started have used, seconds.
+pub(crate) fn cpu_seconds(pid: u32) -> f64 {
+    let ticks = |pid: u32| -> Option<f64> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // behind the name, which may hold anything: the state, and ten numbers more
+        let rest: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        Some(rest.get(11)?.parse::<f64>().ok()? + rest.get(12)?.parse::<f64>().ok()?)
+    };
+    family(pid).into_iter().filter_map(ticks).sum::<f64>() / 100.0
+}
+
+/// Resident memory of a process now, MiB.
+pub(crate) fn resident_mib(pid: u32) -> f64 {
+    status_kib(pid, "VmRSS:") / 1024.0
 }
 
 impl Drop for Stage {
@@ -89,9 +115,9 @@ fn family(pid: u32) -> Vec<u32> {
     std::iter::once(pid).chain(children.into_iter().flat_map(family)).collect()
 }
 
-fn peak_kib(pid: u32) -> f64 {
+fn status_kib(pid: u32, name: &str) -> f64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok());
+    let line = status.lines().find_map(|l| l.strip_prefix(name)?.trim().strip_suffix(" kB")?.parse().ok());
     line.unwrap_or(0.0)
 }
 
@@ -146,8 +172,28 @@ pub(crate) fn number_before(text: &str, before: &str) -> Option<f64> {
 /// Java with all jars of a folder.
 pub(crate) fn java(jars: &Path, heap: &str) -> Command {
     let mut command = Command::new("java");
-    command.arg(heap).arg("-cp").arg(format!("{}/*", jars.display()));
+    command.arg(heap).arg("-cp").arg(format!("{0}:{0}/*", jars.display()));
     command
+}
+
+/// Compiles a client of ours with a folder of jars, into that folder; the command that runs it.
+pub(crate) fn java_client(jars: &Path, name: &str, source: &str) -> anyhow::Result<()> {
+    let file = jars.join(format!("{name}.java"));
+    if std::fs::read_to_string(&file).is_ok_and(|there| there == source) && jars.join(format!("{name}.class")).exists()
+    {
+        return Ok(());
+    }
+    std::fs::write(&file, source)?;
+    let mut compiler = Command::new("javac");
+    compiler.arg("-cp").arg(format!("{}/*", jars.display())).arg("-d").arg(jars).arg(&file);
+    run(&mut compiler)?;
+    Ok(())
+}
+
+/// The number a client of ours prints at its end.
+pub(crate) fn result_of(command: &mut Command) -> anyhow::Result<f64> {
+    let text = run(command)?;
+    number_after(&text, "result ").with_context(|| format!("no result in: {text}"))
 }
 
 /// Jars of Maven artifacts (`group:artifact:version`) with what they need, fetched once into `folder`.

@@ -4,90 +4,135 @@ use crate::run::{Stage, run};
 use crate::{Figures, Load};
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
+use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+/// Longest wait for brokers to serve and topics to be led.
+const START_MAX: Duration = Duration::from_secs(180);
+
 pub(crate) const SETTINGS: &str = "this commit, three brokers, 6 partitions, three replicas, each acknowledged when a majority has synced it; \
-    as it comes (linger 5 ms, batches of 256 KiB); `weir bench`. After each run the number of records read is held against the number \
+    as it comes (linger 2 ms, batches of 128 KiB); `weir bench`. After each run the number of records read is held against the number \
     acknowledged, and the offsets acknowledged must have no gap";
 
-struct Weir<'a> {
+/// `weir serve`, running.
+pub(crate) struct Weir<'a> {
     program: &'a Path,
-    stage: Stage,
+    pub(crate) stage: Stage,
     servers: String,
+    /// broker ids and process ids
+    pids: Vec<(u64, u32)>,
+    /// from the start until the brokers said that they serve
+    pub(crate) came_up: Duration,
 }
 
-fn topic(name: &str, partitions: u32, replicas: u32, durability: &str) -> String {
+/// A topic's manifest; what else its spec holds begins with a comma.
+pub(crate) fn topic(name: &str, partitions: u32, replicas: u32, more: &str) -> String {
     format!(
-        "apiVersion: weir.dev/v1alpha1\nkind: Topic\nmetadata: {{name: {name}}}\nspec: {{partitions: {partitions}, replicas: {replicas}, \
-         durability: {durability}}}\n---\n"
+        "apiVersion: weir.dev/v1alpha1\nkind: Topic\nmetadata: {{name: {name}}}\nspec: {{partitions: {partitions}, replicas: {replicas}{more}}}\n---\n"
     )
 }
 
+const MEMORY: &str = ", durability: quorumMemory";
+
 pub(crate) fn figures(program: &Path, load: &Load) -> anyhow::Result<Figures> {
     let mut out = Figures::default();
-    {
-        let topics: Vec<String> =
-            load.sizes().iter().map(|(_, bytes, _)| topic(&format!("load-{bytes}"), 6, 3, "quorumSync")).collect();
-        let weir = start(
-            program,
-            3,
-            topics.concat() + &topic("latency", 1, 3, "quorumSync") + &topic("memory", 1, 3, "quorumMemory"),
-        )?;
-        for (name, bytes, records) in load.sizes() {
-            let topic = format!("load-{bytes}");
-            out.put(&format!("three {name}"), weir.produce(&topic, bytes, records)?);
-            weir.consume(&topic, records)?;
-        }
-        out.put("latency three p50 µs", weir.latency("latency", load.singles, "acked")?);
-        out.put("latency three, memory p50 µs", weir.latency("memory", load.singles, "acked")?);
-        out.put("memory MiB", weir.stage.memory_mib());
-    }
-    let topics: Vec<String> =
-        load.sizes().iter().map(|(_, bytes, _)| topic(&format!("load-{bytes}"), 6, 1, "quorumSync")).collect();
-    let weir = start(program, 1, topics.concat() + &topic("memory", 1, 1, "quorumMemory"))?;
-    for (name, bytes, records) in load.sizes() {
-        let topic = format!("load-{bytes}");
-        out.put(&format!("one {name}"), weir.produce(&topic, bytes, records)?);
-        out.put(&format!("read {name}"), weir.consume(&topic, records)?);
-    }
-    out.put("to consumer p50 µs", weir.latency("memory", load.singles, "read")?);
+    three_brokers(program, load, &mut out)?;
+    one_broker(program, load, &mut out)?;
+    in_process(load, &mut out)?;
     Ok(out)
 }
 
-fn start(program: &Path, brokers: u32, topics: String) -> anyhow::Result<Weir<'_>> {
+fn three_brokers(program: &Path, load: &Load, out: &mut Figures) -> anyhow::Result<()> {
+    let topics = load.sizes().map(|(_, bytes, _)| topic(&format!("load-{bytes}"), 6, 3, ""));
+    let paced = topic("paced", 6, 3, ", retention: {bytes: 32Mi}");
+    let topics = topics.concat() + &topic("latency", 1, 3, "") + &topic("memory", 1, 3, MEMORY) + &paced;
+    let weir = start(program, 3, &[], topics)?;
+    for (name, bytes, records) in load.sizes() {
+        let topic = format!("load-{bytes}");
+        out.put(&format!("three {name}"), weir.produce(&topic, bytes, records, &[])?["records_per_second"].as_f64());
+        weir.consume(&topic, records)?;
+    }
+    out.put("latency three p50 µs", weir.latency("latency", load.singles, "acked")?);
+    out.put("latency three, memory p50 µs", weir.latency("memory", load.singles, "acked")?);
+    out.put("memory MiB", Some(weir.stage.memory_mib()));
+    // ten thousand a second, while retention deletes, memtables are flushed, and a broker whose disk was lost is filled again
+    let seconds = (30.0 * load.scale).ceil() as u64;
+    let (id, pid) = *weir.pids.last().context("three brokers")?;
+    weir.kill(pid)?;
+    std::fs::remove_dir_all(weir.stage.folder("data")?.join(format!("weir-{}", weir.pids.len() - 1)))?;
+    weir.until_leading_elsewhere(id)?;
+    let paced = weir.produce("paced", 1_024, 10_000 * seconds, &["--rate", "10000"])?;
+    for (name, quantile) in [("p99", "p99"), ("p99.9", "p999")] {
+        out.put(&format!("at 10,000/s {name} µs"), paced["latency_us"][quantile].as_f64());
+    }
+    out.put("leader killed ms", Some(weir.failover("latency")?));
+    Ok(())
+}
+
+fn one_broker(program: &Path, load: &Load, out: &mut Figures) -> anyhow::Result<()> {
+    let topics = load.sizes().map(|(_, bytes, _)| topic(&format!("load-{bytes}"), 6, 1, ""));
+    let socket = tempfile::tempdir()?;
+    let path = socket.path().join("weir.sock");
+    let topics = topics.concat() + &topic("memory", 1, 1, MEMORY) + &topic("beside", 6, 1, "");
+    let mut weir = start(program, 1, &["--socket".as_ref(), path.as_os_str()], topics)?;
+    std::thread::sleep(Duration::from_secs(3)); // what is needed once is done by then
+    out.put("idle broker MiB", Some(crate::run::resident_mib(weir.pids[0].1)));
+    for (name, bytes, records) in load.sizes() {
+        let topic = format!("load-{bytes}");
+        out.put(&format!("one {name}"), weir.produce(&topic, bytes, records, &[])?["records_per_second"].as_f64());
+        out.put(&format!("read {name}"), Some(weir.consume(&topic, records)?));
+    }
+    // 1 KiB at half of what it can, alone and while another client reads a backlog as fast as it can
+    let (_, bytes, records) = load.sizes()[1];
+    let rate = |done: Value| done["records_per_second"].as_f64().context("a rate");
+    let alone = rate(weir.produce("beside", bytes, records, &[])?)?;
+    let beside = std::thread::scope(|scope| {
+        let reading = scope.spawn(|| weir.consume("load-1024", records));
+        let beside = weir.produce("beside", bytes, records, &[]).and_then(rate);
+        reading.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
+        beside
+    })?;
+    out.put("one 1 KiB while another reads, % of alone", Some(beside / alone * 100.0));
+    out.put("to consumer p50 µs", weir.latency("memory", load.singles, "read")?);
+    weir.servers = format!("unix:{}", path.display());
+    out.put("to consumer over a Unix socket p50 µs", weir.latency("memory", load.singles, "read")?);
+    Ok(())
+}
+
+fn in_process(load: &Load, out: &mut Figures) -> anyhow::Result<()> {
+    let embedded = weir_bench::Embedded::start("bench", 1)?;
+    let mut took = embedded.one_by_one("memory", load.singles, true)?;
+    took.sort_unstable();
+    out.put("to consumer in process p50 µs", Some(took[took.len() / 2].as_secs_f64() * 1e6));
+    Ok(())
+}
+
+/// Starts brokers, and waits until the topics of the manifests are led.
+pub(crate) fn start<'a>(program: &'a Path, brokers: u32, more: &[&OsStr], topics: String) -> anyhow::Result<Weir<'a>> {
+    start_in(None, program, brokers, more, topics)
+}
+
+/// As [`start`], with data that is kept in a folder of the caller's.
+pub(crate) fn start_in<'a>(
+    data: Option<&Path>,
+    program: &'a Path,
+    brokers: u32,
+    more: &[&OsStr],
+    topics: String,
+) -> anyhow::Result<Weir<'a>> {
     let mut stage = Stage::new()?;
     let manifests = stage.folder("manifests")?;
     std::fs::write(manifests.join("topics.yaml"), &topics)?;
     let mut serve = Command::new(program);
     serve.args(["serve", "-o", "json", "--brokers", &brokers.to_string(), "--listen", "127.0.0.1:0"]);
-    serve.args(["--metrics-listen", "127.0.0.1:0"]).arg("--manifests").arg(manifests);
-    serve.arg("--data").arg(stage.folder("data")?);
+    serve.args(["--metrics-listen", "127.0.0.1:0"]).arg("--manifests").arg(manifests).args(more);
+    serve.arg("--data").arg(data.map_or_else(|| stage.folder("data"), |data| Ok(data.to_owned()))?);
     stage.start("weir", &mut serve)?;
-    let begun = Instant::now();
-    let described = loop {
-        let log = stage.log("weir");
-        if let Some(line) = log.lines().find(|l| l.starts_with("{\"brokers\"")) {
-            break serde_json::from_str::<Value>(line)?;
-        }
-        ensure!(begun.elapsed() < Duration::from_secs(60), "weir serve does not come up:\n{log}");
-        std::thread::sleep(Duration::from_millis(50));
-    };
-    let brokers = described["brokers"].as_array().context("brokers")?;
-    let servers = brokers.iter().filter_map(|b| b["client"].as_str()).collect::<Vec<_>>().join(",");
-    let weir = Weir { program, stage, servers };
-    let wanted = topics.matches("kind: Topic").count();
-    // all topics are there, and led
-    loop {
-        let listed = weir.json(&["topic", "list"]).ok();
-        let led = |t: &Value| t["partitions"].as_array().is_none_or(|all| all.iter().all(|p| p["leader"] != 0));
-        if listed.is_some_and(|l| l.as_array().is_some_and(|all| all.len() == wanted && all.iter().all(led))) {
-            return Ok(weir);
-        }
-        ensure!(begun.elapsed() < Duration::from_secs(60), "the topics do not come up:\n{}", weir.stage.log("weir"));
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    let mut weir = Weir { program, stage, servers: String::new(), pids: Vec::new(), came_up: Duration::ZERO };
+    weir.wait(topics.matches("kind: Topic").count())?;
+    Ok(weir)
 }
 
 impl Weir<'_> {
@@ -97,22 +142,122 @@ impl Weir<'_> {
         Ok(serde_json::from_str(line)?)
     }
 
-    fn produce(&self, topic: &str, bytes: usize, records: u64) -> anyhow::Result<f64> {
-        let (bytes, records) = (bytes.to_string(), records.to_string());
-        let done = self.json(&["bench", "produce", "--topic", topic, "--records", &records, "--size", &bytes])?;
-        ensure!(done["gaps"] == 0, "offsets of {topic} that nobody was told of: {done}");
-        done["records_per_second"].as_f64().context("a rate")
+    /// Until the brokers say where they are and all topics are led.
+    fn wait(&mut self, topics: usize) -> anyhow::Result<()> {
+        let begun = Instant::now();
+        let described = loop {
+            let log = self.stage.log("weir");
+            if let Some(line) = log.lines().find(|l| l.starts_with("{\"brokers\"")) {
+                break serde_json::from_str::<Value>(line)?;
+            }
+            ensure!(begun.elapsed() < START_MAX, "weir serve does not come up:\n{log}");
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        self.came_up = begun.elapsed();
+        let brokers = described["brokers"].as_array().context("brokers")?;
+        self.servers = brokers.iter().filter_map(|b| b["client"].as_str()).collect::<Vec<_>>().join(",");
+        loop {
+            let listed = self.json(&["topic", "list"]).ok();
+            let led = |t: &Value| t["partitions"].as_array().is_none_or(|all| all.iter().all(|p| p["leader"] != 0));
+            if listed.is_some_and(|l| l.as_array().is_some_and(|all| all.len() == topics && all.iter().all(led))) {
+                break;
+            }
+            ensure!(begun.elapsed() < START_MAX, "the topics do not come up:\n{}", self.stage.log("weir"));
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        let status = self.json(&["cluster", "status"])?;
+        let id = |name: &Value| {
+            status["brokers"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .find(|b| b["name"] == *name)
+                .and_then(|b| b["id"].as_u64())
+        };
+        let ids = |b: &Value| Some((id(&b["name"])?, b["pid"].as_u64()? as u32));
+        self.pids = brokers.iter().filter_map(ids).collect();
+        ensure!(self.pids.len() == brokers.len(), "not all brokers have joined: {status}");
+        Ok(())
     }
 
-    fn consume(&self, topic: &str, records: u64) -> anyhow::Result<f64> {
+    /// Publishes, and checks that the offsets acknowledged have no gap.
+    pub(crate) fn produce(&self, topic: &str, bytes: usize, records: u64, more: &[&str]) -> anyhow::Result<Value> {
+        let (bytes, records) = (bytes.to_string(), records.to_string());
+        let args = ["bench", "produce", "--topic", topic, "--records", &records, "--size", &bytes];
+        let done = self.json(&[&args[..], more].concat())?;
+        ensure!(done["gaps"] == 0, "offsets of {topic} that nobody was told of: {done}");
+        Ok(done)
+    }
+
+    /// Reads so many records, all that were acknowledged.
+    pub(crate) fn consume_all(&self, topic: &str, records: u64) -> anyhow::Result<Value> {
         let done = self.json(&["bench", "consume", "--topic", topic, "--records", &records.to_string()])?;
         ensure!(done["records"] == records, "{records} records of {topic} were acknowledged: {done}");
-        done["records_per_second"].as_f64().context("a rate")
+        Ok(done)
     }
 
-    fn latency(&self, topic: &str, records: u64, until: &str) -> anyhow::Result<f64> {
+    /// As [`Self::consume_all`]; how many a second.
+    fn consume(&self, topic: &str, records: u64) -> anyhow::Result<f64> {
+        self.consume_all(topic, records)?["records_per_second"].as_f64().context("a rate")
+    }
+
+    /// The brokers' processes.
+    pub(crate) fn pids(&self) -> impl Iterator<Item = u32> {
+        self.pids.iter().map(|(_, pid)| *pid)
+    }
+
+    /// Of one record in flight, µs, median.
+    fn latency(&self, topic: &str, records: u64, until: &str) -> anyhow::Result<Option<f64>> {
         let done =
             self.json(&["bench", "latency", "--topic", topic, "--records", &records.to_string(), "--until", until])?;
-        done["latency_us"]["p50"].as_f64().context("a latency")
+        Ok(done["latency_us"]["p50"].as_f64())
+    }
+
+    fn kill(&self, pid: u32) -> anyhow::Result<()> {
+        run(Command::new("kill").args(["-9", &pid.to_string()])).map(drop)
+    }
+
+    fn leaders(&self) -> anyhow::Result<Vec<(String, u64)>> {
+        let listed = self.json(&["topic", "list"])?;
+        let topics = listed.as_array().context("topics")?.iter();
+        let of = |t: &Value| -> Vec<(String, u64)> {
+            let name = t["name"].as_str().unwrap_or_default();
+            let partitions = t["partitions"].as_array().into_iter().flatten();
+            partitions.map(|p| (name.to_owned(), p["leader"].as_u64().unwrap_or(0))).collect()
+        };
+        Ok(topics.flat_map(of).collect())
+    }
+
+    /// Until every partition has a leader, and none of them is this broker.
+    fn until_leading_elsewhere(&self, broker: u64) -> anyhow::Result<()> {
+        let begun = Instant::now();
+        while !self.leaders().is_ok_and(|all| all.iter().all(|(_, leader)| *leader != 0 && *leader != broker)) {
+            ensure!(begun.elapsed() < START_MAX, "broker {broker} still leads");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+
+    /// Kills the leader of a topic's partition while it is published to; the longest wait for an acknowledgement, ms. What is read
+    /// afterwards is held against what was acknowledged.
+    fn failover(&self, topic: &str) -> anyhow::Result<f64> {
+        let (_, leader) = self.leaders()?.into_iter().find(|(name, _)| name.ends_with(topic)).context("a leader")?;
+        // the newest line about a broker names its process
+        let log = self.stage.log("weir");
+        let at = self.pids.iter().position(|(id, _)| *id == leader).context("a known broker")?;
+        let again = format!("weir: broker weir-{at} has pid ");
+        let pid = log.lines().rev().find_map(|l| l.strip_prefix(&again)?.trim().parse().ok());
+        let pid = pid.unwrap_or(self.pids[at].1);
+        let killer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_secs(3));
+            Command::new("kill").args(["-9", &pid.to_string()]).status()
+        });
+        let done =
+            self.json(&["bench", "verify", "--topic", topic, "--seconds", "8", "--keys", "1", "--rate", "500"])?;
+        ensure!(
+            killer.join().is_ok_and(|k| k.is_ok_and(|s| s.success())),
+            "broker {leader} was not there to be killed"
+        );
+        done["longest_pause_ms"].as_f64().context("a pause")
     }
 }

@@ -1,0 +1,76 @@
+//! `make bench`: how long each path takes, and how often it asks for memory.
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use std::hint::black_box;
+use std::sync::Arc;
+use weir_bench::{Embedded, PATHS, RECORDS, VALUE_BYTES, publish_to_disk};
+use weir_core::eraftpb::Entry;
+use weir_core::ids::GroupId;
+use weir_core::storage::{Store as _, WriteOp};
+use weir_store::rocks::RocksStore;
+
+/// Says how often a step asks for memory, once it has run a while.
+fn allocations(name: &str, step: &mut dyn FnMut()) {
+    (0..100).for_each(|_| step());
+    let counted = allocation_counter::measure(|| (0..100).for_each(|_| step()));
+    println!(
+        "{name}: {:.1} allocations, {} bytes of them",
+        counted.count_total as f64 / 100.0,
+        counted.bytes_total / 100
+    );
+}
+
+fn paths(criterion: &mut Criterion) {
+    for path in &PATHS {
+        let mut step = (path.prepare)();
+        allocations(path.name, &mut step);
+        let mut group = criterion.benchmark_group("paths");
+        group.throughput(Throughput::Bytes(path.bytes as u64));
+        group.bench_function(path.name, |bencher| bencher.iter(&mut step));
+    }
+}
+
+fn disk(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("disk");
+    let folder = tempfile::tempdir().expect("a folder");
+    for (name, records) in [("publish-one-record", 1), ("publish-one-batch", RECORDS)] {
+        let mut step = publish_to_disk(&folder.path().join(name), records);
+        group.throughput(Throughput::Bytes((records * VALUE_BYTES) as u64));
+        group.bench_function(name, |bencher| bencher.iter(&mut step));
+    }
+    let store = Arc::new(RocksStore::open(&folder.path().join("rounds")).expect("an empty folder"));
+    for kib in [1usize, 16, 64, 256] {
+        let mut index = 0;
+        group.throughput(Throughput::Bytes(6 * kib as u64 * 1_024));
+        // six partitions' values in one write, and one sync, as a broker does it
+        group.bench_function(format!("round-six-times-{kib}-KiB"), |bencher| {
+            bencher.iter(|| {
+                index += 1;
+                let entry = Entry { index, term: 1, data: vec![b'x'; kib << 10].into(), ..Default::default() };
+                let append =
+                    |group| WriteOp::Append { group: GroupId(group), entries: vec![entry.clone()], replace_from: None };
+                let ops: Vec<WriteOp> = (1..=6).map(append).collect();
+                store.write(black_box(&ops)).expect("there is room");
+                store.sync().expect("there is room");
+            });
+        });
+    }
+}
+
+/// One message in flight, three brokers in this process.
+fn replicated(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("three-brokers");
+    let embedded = Embedded::start("bench", 3).expect("brokers start");
+    group.throughput(Throughput::Elements(1));
+    for topic in ["synced", "memory"] {
+        let run = |times| embedded.one_by_one(topic, times, false).expect("it is acknowledged").into_iter().sum();
+        group.bench_function(format!("publish-{topic}"), |bencher| bencher.iter_custom(run));
+    }
+}
+
+criterion_group! {
+    name = all;
+    config = Criterion::default().sample_size(20);
+    targets = paths, disk, replicated
+}
+criterion_main!(all);

@@ -1,0 +1,143 @@
+//! What grows with the work, and what idles: each measured once.
+
+use crate::run::{cpu_seconds, resident_mib};
+use crate::weir::{Weir, start, start_in, topic};
+use anyhow::Context as _;
+use std::path::Path;
+use std::time::Duration;
+
+/// Throughput and processor time of some work.
+pub(crate) struct Row {
+    /// What was varied, and how much of it there was.
+    pub(crate) what: String,
+    /// Records a second.
+    pub(crate) rate: f64,
+    /// Processor time of clients and brokers for each record, µs.
+    pub(crate) cpu_us: f64,
+}
+
+/// All of them.
+#[derive(Default)]
+pub(crate) struct Costs {
+    pub(crate) rows: Vec<Row>,
+    /// By name, as those of a round.
+    pub(crate) figures: crate::Figures,
+}
+
+/// Bytes written before a broker is started anew with them.
+const KEPT_BYTES: f64 = 10.0 * 1024.0 * 1024.0 * 1024.0;
+
+pub(crate) fn measure(program: &Path, scale: f64) -> anyhow::Result<Costs> {
+    let mut costs = Costs::default();
+    let count = |n: f64| (n * scale) as u64;
+    publishing(program, count, &mut costs)?;
+    backlogs(program, count, &mut costs)?;
+    many_partitions(program, count, &mut costs)?;
+    idle(program, &mut costs)?;
+    restart(program, scale, &mut costs)?;
+    Ok(costs)
+}
+
+impl Costs {
+    fn add(
+        &mut self,
+        weir: &Weir<'_>,
+        what: String,
+        work: impl FnOnce() -> anyhow::Result<(u64, f64, f64)>,
+    ) -> anyhow::Result<()> {
+        let before = weir.stage.cpu_seconds();
+        let (records, rate, client_seconds) = work()?;
+        let cpu_us = (weir.stage.cpu_seconds() - before + client_seconds) * 1e6 / records as f64;
+        eprintln!("    {what}: {rate:.0}/s, {cpu_us:.2} µs");
+        self.rows.push(Row { what, rate, cpu_us });
+        Ok(())
+    }
+}
+
+/// One thing varied at a time, around 6 partitions, one producer and 100 bytes, on one broker.
+fn publishing(program: &Path, count: impl Fn(f64) -> u64, costs: &mut Costs) -> anyhow::Result<()> {
+    let partitions = [1, 10, 100, 1_000];
+    let topics: Vec<String> = partitions.iter().map(|n| topic(&format!("of-{n}"), *n, 1, "")).collect();
+    let large = topic("large", 6, 1, ", maxMessageBytes: 8Mi");
+    let weir = start(program, 1, &[], topics.concat() + &topic("load", 6, 1, "") + &large)?;
+    let produce = |topic: &str, bytes: usize, records: u64, producers: u32| {
+        let producers = producers.to_string();
+        let done = weir.produce(topic, bytes, records, &["--producers", &producers])?;
+        let number = |name: &str| done[name].as_f64().with_context(|| format!("{name} in {done}"));
+        anyhow::Ok((records, number("records_per_second")?, number("cpu_seconds")?))
+    };
+    for n in partitions {
+        costs.add(&weir, format!("{n} partitions"), || produce(&format!("of-{n}"), 100, count(5e6), 1))?;
+    }
+    for n in [1, 10, 100] {
+        costs.add(&weir, format!("{n} producers"), || produce("load", 100, count(5e6), n))?;
+    }
+    for (bytes, name) in
+        [(100, "100 B"), (1 << 10, "1 KiB"), (10 << 10, "10 KiB"), (100 << 10, "100 KiB"), (1 << 20, "1 MiB")]
+    {
+        let records = count((2e9 / bytes as f64).min(5e6)).max(100);
+        costs.add(&weir, format!("records of {name}"), || produce("large", bytes, records, 1))?;
+    }
+    Ok(())
+}
+
+/// A backlog of so many records is read back.
+fn backlogs(program: &Path, count: impl Fn(f64) -> u64, costs: &mut Costs) -> anyhow::Result<()> {
+    let millions = [1.0, 3.0, 10.0];
+    let topics: Vec<String> = millions.iter().map(|n| topic(&format!("of-{n}"), 6, 1, "")).collect();
+    let weir = start(program, 1, &[], topics.concat())?;
+    for n in millions {
+        let (name, records) = (format!("of-{n}"), count(n * 1e6));
+        weir.produce(&name, 100, records, &[])?;
+        costs.add(&weir, format!("a backlog of {n} million, read"), || {
+            let done = weir.consume_all(&name, records)?;
+            let number = |name: &str| done[name].as_f64().with_context(|| format!("{name} in {done}"));
+            Ok((records, number("records_per_second")?, number("cpu_seconds")?))
+        })?;
+    }
+    Ok(())
+}
+
+/// Three brokers: a thousand busy partitions beside six, in turns.
+fn many_partitions(program: &Path, count: impl Fn(f64) -> u64, costs: &mut Costs) -> anyhow::Result<()> {
+    let weir = start(program, 3, &[], topic("few", 6, 3, "") + &topic("many", 1_000, 3, ""))?;
+    let mut rates = [Vec::new(), Vec::new()];
+    for _ in 0..3 {
+        for (topic, rates) in ["few", "many"].into_iter().zip(&mut rates) {
+            let done = weir.produce(topic, 100, count(5e6), &[])?;
+            rates.push(done["records_per_second"].as_f64().context("a rate")?);
+        }
+    }
+    let median = |mut of: Vec<f64>| {
+        of.sort_by(f64::total_cmp);
+        of[of.len() / 2]
+    };
+    let [few, many] = rates.map(median);
+    costs.figures.put("1,000 busy partitions, % of six", many / few * 100.0);
+    Ok(())
+}
+
+/// Three brokers with ten thousand partitions that nobody uses.
+fn idle(program: &Path, costs: &mut Costs) -> anyhow::Result<()> {
+    let topics: Vec<String> = (0..20).map(|n| topic(&format!("idle-{n}"), 500, 3, "")).collect();
+    let weir = start(program, 3, &[], topics.concat())?;
+    std::thread::sleep(Duration::from_secs(20)); // they fall asleep
+    let before: Vec<f64> = weir.pids().map(cpu_seconds).collect();
+    let seconds = 20.0;
+    std::thread::sleep(Duration::from_secs_f64(seconds));
+    let used = weir.pids().map(cpu_seconds).zip(before).map(|(now, before)| (now - before) / seconds * 100.0);
+    costs.figures.put("10,000 idle partitions, % of a core", used.fold(0.0, f64::max));
+    costs.figures.put("10,000 idle partitions MiB", weir.pids().map(resident_mib).fold(0.0, f64::max));
+    Ok(())
+}
+
+/// From a broker's start with ten gibibytes until it can be published to.
+fn restart(program: &Path, scale: f64, costs: &mut Costs) -> anyhow::Result<()> {
+    let data = tempfile::tempdir()?;
+    let start = || start_in(Some(data.path()), program, 1, &[], topic("kept", 6, 1, ""));
+    let weir = start()?;
+    weir.produce("kept", 1_024, (KEPT_BYTES * scale / 1_090.0) as u64, &[])?;
+    drop(weir); // which kills it
+    costs.figures.put("start with 10 GiB ms", start()?.came_up.as_secs_f64() * 1e3);
+    Ok(())
+}

@@ -4,6 +4,7 @@ use crate::run::{Stage, run};
 use crate::{Figures, Load};
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Command;
@@ -21,8 +22,8 @@ pub(crate) struct Weir<'a> {
     program: &'a Path,
     pub(crate) stage: Stage,
     servers: String,
-    /// broker ids and process ids
-    pids: Vec<(u64, u32)>,
+    /// brokers' names and processes
+    pids: Vec<(String, u32)>,
     /// from the start until the brokers said that they serve
     pub(crate) came_up: Duration,
 }
@@ -59,9 +60,16 @@ fn three_brokers(program: &Path, load: &Load, out: &mut Figures) -> anyhow::Resu
     out.put("memory MiB", Some(weir.stage.memory_mib()));
     // ten thousand a second, while retention deletes, memtables are flushed, and a broker whose disk was lost is filled again
     let seconds = (30.0 * load.scale).ceil() as u64;
-    let (id, pid) = *weir.pids.last().context("three brokers")?;
-    weir.kill(pid)?;
-    std::fs::remove_dir_all(weir.stage.folder("data")?.join(format!("weir-{}", weir.pids.len() - 1)))?;
+    let (name, pid) = weir.pids.last().context("three brokers")?;
+    let id = weir.id(name)?;
+    weir.kill(*pid)?;
+    let lost = weir.stage.folder("data")?.join(name);
+    let begun = Instant::now();
+    while let Err(error) = std::fs::remove_dir_all(&lost) {
+        // what was killed may take a moment to end
+        ensure!(begun.elapsed() < Duration::from_millis(900), "{} cannot be removed: {error}", lost.display());
+        std::thread::sleep(Duration::from_millis(10));
+    }
     weir.until_leading_elsewhere(id)?;
     let paced = weir.produce("paced", 1_024, 10_000 * seconds, &["--rate", "10000"])?;
     for (name, quantile) in [("p99", "p99"), ("p99.9", "p999")] {
@@ -126,7 +134,10 @@ pub(crate) fn start_in<'a>(
     let manifests = stage.folder("manifests")?;
     std::fs::write(manifests.join("topics.yaml"), &topics)?;
     let mut serve = Command::new(program);
-    serve.args(["serve", "-o", "json", "--brokers", &brokers.to_string(), "--listen", "127.0.0.1:0"]);
+    serve.args(["serve", "-o", "json", "--listen", "127.0.0.1:0"]);
+    if brokers > 1 {
+        serve.args(["--brokers", &brokers.to_string()]);
+    }
     serve.args(["--metrics-listen", "127.0.0.1:0"]).arg("--manifests").arg(manifests).args(more);
     serve.arg("--data").arg(data.map_or_else(|| stage.folder("data"), |data| Ok(data.to_owned()))?);
     stage.start("weir", &mut serve)?;
@@ -157,27 +168,26 @@ impl Weir<'_> {
         let brokers = described["brokers"].as_array().context("brokers")?;
         self.servers = brokers.iter().filter_map(|b| b["client"].as_str()).collect::<Vec<_>>().join(",");
         loop {
-            let listed = self.json(&["topic", "list"]).ok();
-            let led = |t: &Value| t["partitions"].as_array().is_none_or(|all| all.iter().all(|p| p["leader"] != 0));
-            if listed.is_some_and(|l| l.as_array().is_some_and(|all| all.len() == topics && all.iter().all(led))) {
+            let leaders = self.leaders().unwrap_or_default();
+            let names: BTreeSet<&str> = leaders.iter().map(|(name, _)| name.as_str()).collect();
+            if names.len() == topics && leaders.iter().all(|(_, leader)| *leader != 0) {
                 break;
             }
             ensure!(begun.elapsed() < START_MAX, "the topics do not come up:\n{}", self.stage.log("weir"));
             std::thread::sleep(Duration::from_millis(200));
         }
-        let status = self.json(&["cluster", "status"])?;
-        let id = |name: &Value| {
-            status["brokers"]
-                .as_array()
-                .into_iter()
-                .flatten()
-                .find(|b| b["name"] == *name)
-                .and_then(|b| b["id"].as_u64())
-        };
-        let ids = |b: &Value| Some((id(&b["name"])?, b["pid"].as_u64()? as u32));
-        self.pids = brokers.iter().filter_map(ids).collect();
-        ensure!(self.pids.len() == brokers.len(), "not all brokers have joined: {status}");
+        for broker in brokers {
+            let (name, pid) = (broker["name"].as_str().context("a name")?, broker["pid"].as_u64().context("a pid")?);
+            self.pids.push((name.to_owned(), pid as u32));
+        }
         Ok(())
+    }
+
+    /// The id under which a broker is a member now: one that lost its disk has another.
+    fn id(&self, name: &str) -> anyhow::Result<u64> {
+        let status = self.json(&["cluster", "status"])?;
+        let broker = status["brokers"].as_array().into_iter().flatten().find(|b| b["name"] == name);
+        broker.and_then(|b| b["id"].as_u64()).with_context(|| format!("{name} is no member: {status}"))
     }
 
     /// Publishes, and checks that the offsets acknowledged have no gap.
@@ -222,7 +232,7 @@ impl Weir<'_> {
         let topics = listed.as_array().context("topics")?.iter();
         let of = |t: &Value| -> Vec<(String, u64)> {
             let name = t["name"].as_str().unwrap_or_default();
-            let partitions = t["partitions"].as_array().into_iter().flatten();
+            let partitions = t["assignment"].as_array().into_iter().flatten();
             partitions.map(|p| (name.to_owned(), p["leader"].as_u64().unwrap_or(0))).collect()
         };
         Ok(topics.flat_map(of).collect())
@@ -242,12 +252,12 @@ impl Weir<'_> {
     /// afterwards is held against what was acknowledged.
     fn failover(&self, topic: &str) -> anyhow::Result<f64> {
         let (_, leader) = self.leaders()?.into_iter().find(|(name, _)| name.ends_with(topic)).context("a leader")?;
-        // the newest line about a broker names its process
+        let named = |(name, _): &&(String, u32)| self.id(name).is_ok_and(|id| id == leader);
+        let (name, first) = self.pids.iter().find(named).context("a known broker")?;
+        // one that was started again has another process
+        let again = format!("weir: broker {name} has pid ");
         let log = self.stage.log("weir");
-        let at = self.pids.iter().position(|(id, _)| *id == leader).context("a known broker")?;
-        let again = format!("weir: broker weir-{at} has pid ");
-        let pid = log.lines().rev().find_map(|l| l.strip_prefix(&again)?.trim().parse().ok());
-        let pid = pid.unwrap_or(self.pids[at].1);
+        let pid = log.lines().rev().find_map(|l| l.strip_prefix(&again)?.trim().parse().ok()).unwrap_or(*first);
         let killer = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_secs(3));
             Command::new("kill").args(["-9", &pid.to_string()]).status()

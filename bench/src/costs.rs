@@ -4,7 +4,7 @@ use crate::run::{cpu_seconds, resident_mib};
 use crate::weir::{Weir, start, start_in, topic};
 use anyhow::Context as _;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Throughput and processor time of some work.
 pub(crate) struct Row {
@@ -121,12 +121,24 @@ fn many_partitions(program: &Path, count: impl Fn(f64) -> u64, costs: &mut Costs
 fn idle(program: &Path, costs: &mut Costs) -> anyhow::Result<()> {
     let topics: Vec<String> = (0..20).map(|n| topic(&format!("idle-{n}"), 500, 3, "")).collect();
     let weir = start(program, 3, &[], topics.concat())?;
-    std::thread::sleep(Duration::from_secs(20)); // they fall asleep
-    let before: Vec<f64> = weir.pids().map(cpu_seconds).collect();
-    let seconds = 20.0;
-    std::thread::sleep(Duration::from_secs_f64(seconds));
-    let used = weir.pids().map(cpu_seconds).zip(before).map(|(now, before)| (now - before) / seconds * 100.0);
-    costs.figures.put("10,000 idle partitions, % of a core", used.fold(0.0, f64::max));
+    // they are placed, led where they should be, and fall asleep: half a minute, and until what is used no longer falls, or two minutes
+    let (window, begun) = (Duration::from_secs(10), Instant::now());
+    let used = || {
+        let before: Vec<f64> = weir.pids().map(cpu_seconds).collect();
+        std::thread::sleep(window);
+        let used = weir.pids().map(cpu_seconds).zip(before).map(|(now, before)| now - before);
+        used.fold(0.0, f64::max) / window.as_secs_f64() * 100.0
+    };
+    let mut last = used();
+    loop {
+        let next = used();
+        let settled = begun.elapsed() > Duration::from_secs(30) && next >= last * 0.9;
+        last = next;
+        if settled || begun.elapsed() > Duration::from_secs(120) {
+            break;
+        }
+    }
+    costs.figures.put("10,000 idle partitions, % of a core", last);
     costs.figures.put("10,000 idle partitions MiB", weir.pids().map(resident_mib).fold(0.0, f64::max));
     Ok(())
 }

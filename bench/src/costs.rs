@@ -1,8 +1,10 @@
 //! What grows with the work, and what idles: each measured once.
 
+use crate::report::spread;
 use crate::run::{cpu_seconds, resident_mib};
 use crate::weir::{Weir, start, start_in, topic};
 use anyhow::Context as _;
+use serde_json::Value;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -43,11 +45,14 @@ impl Costs {
         &mut self,
         weir: &Weir<'_>,
         what: String,
-        work: impl FnOnce() -> anyhow::Result<(u64, f64, f64)>,
+        records: u64,
+        work: impl FnOnce() -> anyhow::Result<Value>,
     ) -> anyhow::Result<()> {
         let before = weir.stage.cpu_seconds();
-        let (records, rate, client_seconds) = work()?;
-        let cpu_us = (weir.stage.cpu_seconds() - before + client_seconds) * 1e6 / records as f64;
+        let done = work()?;
+        let number = |name: &str| done[name].as_f64().with_context(|| format!("{name} in {done}"));
+        let rate = number("records_per_second")?;
+        let cpu_us = (weir.stage.cpu_seconds() - before + number("cpu_seconds")?) * 1e6 / records as f64;
         eprintln!("    {what}: {rate:.0}/s, {cpu_us:.2} µs");
         self.rows.push(Row { what, rate, cpu_us });
         Ok(())
@@ -62,21 +67,19 @@ fn publishing(program: &Path, count: impl Fn(f64) -> u64, costs: &mut Costs) -> 
     let weir = start(program, 1, &[], topics.concat() + &topic("load", 6, 1, "") + &large)?;
     let produce = |topic: &str, bytes: usize, records: u64, producers: u32| {
         let producers = producers.to_string();
-        let done = weir.produce(topic, bytes, records, &["--producers", &producers])?;
-        let number = |name: &str| done[name].as_f64().with_context(|| format!("{name} in {done}"));
-        anyhow::Ok((records, number("records_per_second")?, number("cpu_seconds")?))
+        weir.produce(topic, bytes, records, &["--producers", &producers])
     };
     for n in partitions {
-        costs.add(&weir, format!("{n} partitions"), || produce(&format!("of-{n}"), 100, count(5e6), 1))?;
+        costs.add(&weir, format!("{n} partitions"), count(5e6), || produce(&format!("of-{n}"), 100, count(5e6), 1))?;
     }
     for n in [1, 10, 100] {
-        costs.add(&weir, format!("{n} producers"), || produce("load", 100, count(5e6), n))?;
+        costs.add(&weir, format!("{n} producers"), count(5e6), || produce("load", 100, count(5e6), n))?;
     }
     for (bytes, name) in
         [(100, "100 B"), (1 << 10, "1 KiB"), (10 << 10, "10 KiB"), (100 << 10, "100 KiB"), (1 << 20, "1 MiB")]
     {
         let records = count((2e9 / bytes as f64).min(5e6)).max(100);
-        costs.add(&weir, format!("records of {name}"), || produce("large", bytes, records, 1))?;
+        costs.add(&weir, format!("records of {name}"), records, || produce("large", bytes, records, 1))?;
     }
     Ok(())
 }
@@ -89,11 +92,7 @@ fn backlogs(program: &Path, count: impl Fn(f64) -> u64, costs: &mut Costs) -> an
     for n in millions {
         let (name, records) = (format!("of-{n}"), count(n * 1e6));
         weir.produce(&name, 100, records, &[])?;
-        costs.add(&weir, format!("a backlog of {n} million, read"), || {
-            let done = weir.consume_all(&name, records)?;
-            let number = |name: &str| done[name].as_f64().with_context(|| format!("{name} in {done}"));
-            Ok((records, number("records_per_second")?, number("cpu_seconds")?))
-        })?;
+        costs.add(&weir, format!("a backlog of {n} million, read"), records, || weir.consume_all(&name, records))?;
     }
     Ok(())
 }
@@ -108,11 +107,7 @@ fn many_partitions(program: &Path, count: impl Fn(f64) -> u64, costs: &mut Costs
             rates.push(done["records_per_second"].as_f64().context("a rate")?);
         }
     }
-    let median = |mut of: Vec<f64>| {
-        of.sort_by(f64::total_cmp);
-        of[of.len() / 2]
-    };
-    let [few, many] = rates.map(median);
+    let [few, many] = rates.map(|of| spread(of).map_or(0.0, |(median, ..)| median));
     costs.figures.put("1,000 busy partitions, % of six", many / few * 100.0);
     Ok(())
 }

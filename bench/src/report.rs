@@ -86,15 +86,11 @@ pub(crate) fn write(
         for row in &costs.rows {
             _ = writeln!(page, "| {} | {} | {:.2} |", row.what, written(row.rate), row.cpu_us);
         }
-        page += COSTS_NOTE;
     }
     std::fs::write(folder.join("benchmarks.md"), page)?;
     let drawn = names.iter().copied().filter(|n| ["three", "one", "read"].iter().any(|p| n.starts_with(p)));
     draw(&folder.join("benchmarks.svg"), systems, runs, &drawn.collect::<Vec<_>>())
 }
-
-/// What of the work's costs is no straight line.
-const COSTS_NOTE: &str = "";
 
 /// Each goal with what was measured, and where that is not enough with the reason.
 fn goals(runs: &Runs, costs: Option<&Costs>) -> String {

@@ -176,7 +176,7 @@ pub(crate) fn java(jars: &Path, heap: &str) -> Command {
     command
 }
 
-/// Compiles a client of ours with a folder of jars, into that folder; the command that runs it.
+/// Compiles a client of ours with a folder of jars, into that folder.
 pub(crate) fn java_client(jars: &Path, name: &str, source: &str) -> anyhow::Result<()> {
     let file = jars.join(format!("{name}.java"));
     if std::fs::read_to_string(&file).is_ok_and(|there| there == source) && jars.join(format!("{name}.class")).exists()

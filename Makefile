@@ -74,12 +74,12 @@ bench-share: deps rocksdb
 	cargo build --locked $(SELECTION)
 	./bench/share.sh
 
-# Weir beside Kafka, NATS, RabbitMQ, RocketMQ and ActiveMQ, in turns, ROUNDS times, then what Weir's work costs, into
-# docs/benchmarks.md (installs a JDK, Maven and rabbitmq-server; Go 1.21 or newer must be there)
+# Weir beside Kafka, NATS, RabbitMQ, RocketMQ and ActiveMQ, in turns, ROUNDS times (5), then what Weir's work costs, into
+# docs/benchmarks.md; SCALE=0.2 for a fifth of the records (installs a JDK, Maven and rabbitmq-server; Go 1.21 or newer must be there)
 bench-peers: PACKAGES += default-jdk-headless maven rabbitmq-server
 bench-peers: deps rocksdb
 	cargo build --locked $(SELECTION)
-	$(CARGO_TARGET_DIR)/debug/weir-bench-peers --weir $(CARGO_TARGET_DIR)/debug/weir --cache $(HOME)/.cache/weir/peers --out docs --costs --rounds $(or $(ROUNDS),5)
+	$(CARGO_TARGET_DIR)/debug/weir-bench-peers --weir $(CARGO_TARGET_DIR)/debug/weir --cache $(HOME)/.cache/weir/peers --out docs --costs --rounds $(or $(ROUNDS),5) --scale $(or $(SCALE),1)
 
 # regenerates what is generated and committed, and counts anew what the paths take
 generate:

@@ -16,6 +16,12 @@ pub(crate) struct Row {
     pub(crate) rate: f64,
     /// Processor time of clients and brokers for each record, µs.
     pub(crate) cpu_us: f64,
+    /// Bytes the brokers handed to the kernel, to files and sockets, for each byte of values.
+    pub(crate) handed: f64,
+    /// Calls in which they did so, for a thousand records.
+    pub(crate) calls: f64,
+    /// Syncs of their logs, for a thousand records.
+    pub(crate) syncs: f64,
 }
 
 /// All of them.
@@ -48,13 +54,25 @@ impl Costs {
         records: u64,
         work: impl FnOnce() -> anyhow::Result<Value>,
     ) -> anyhow::Result<()> {
-        let before = weir.stage.cpu_seconds();
+        let now = || -> anyhow::Result<_> { Ok((weir.stage.cpu_seconds(), weir.stage.handed(), weir.syncs()?)) };
+        let (cpu, (bytes, calls), syncs) = now()?;
         let done = work()?;
+        let (cpu_then, (bytes_then, calls_then), syncs_then) = now()?;
         let number = |name: &str| done[name].as_f64().with_context(|| format!("{name} in {done}"));
-        let rate = number("records_per_second")?;
-        let cpu_us = (weir.stage.cpu_seconds() - before + number("cpu_seconds")?) * 1e6 / records as f64;
-        eprintln!("    {what}: {rate:.0}/s, {cpu_us:.2} µs");
-        self.rows.push(Row { what, rate, cpu_us });
+        let a_record = |n: f64| n / records as f64;
+        let row = Row {
+            what,
+            rate: number("records_per_second")?,
+            cpu_us: a_record((cpu_then - cpu + number("cpu_seconds")?) * 1e6),
+            handed: (bytes_then - bytes) / number("bytes")?,
+            calls: a_record((calls_then - calls) * 1e3),
+            syncs: a_record((syncs_then - syncs) * 1e3),
+        };
+        let Row { what, rate, cpu_us, handed, calls, syncs } = &row;
+        eprintln!(
+            "    {what}: {rate:.0}/s, {cpu_us:.2} µs, {handed:.2} bytes a byte, of 1,000: {calls:.1} calls, {syncs:.2} syncs"
+        );
+        self.rows.push(row);
         Ok(())
     }
 }

@@ -140,8 +140,9 @@ fn main() -> anyhow::Result<()> {
         }
     }
     let costs = if args.costs { Some(costs::measure(&args.weir, args.scale)?) } else { None };
+    let part = if args.scale == 1.0 { String::new() } else { format!(", {} of the usual records", args.scale) };
     match &args.out {
-        Some(folder) => report::write(folder, &systems, &runs, costs.as_ref(), &machine()),
+        Some(folder) => report::write(folder, &systems, &runs, costs.as_ref(), &(machine() + &part)),
         None => Ok(()),
     }
 }

@@ -2,6 +2,7 @@
 
 use anyhow::{Context as _, bail, ensure};
 use std::fs::File;
+use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -71,6 +72,11 @@ impl Stage {
         self.running.iter().map(|(_, c)| cpu_seconds(c.id())).sum()
     }
 
+    /// As [`handed`], of all servers.
+    pub(crate) fn handed(&self) -> (f64, f64) {
+        self.running.iter().map(|(_, c)| handed(c.id())).fold((0.0, 0.0), |sum, next| (sum.0 + next.0, sum.1 + next.1))
+    }
+
     /// The largest resident memory of the servers and of what they started, MiB.
     pub(crate) fn memory_mib(&self) -> f64 {
         let all: Vec<u32> = self.running.iter().map(|(_, c)| c.id()).flat_map(family).collect();
@@ -87,6 +93,25 @@ pub(crate) fn cpu_seconds(pid: u32) -> f64 {
         Some(rest.get(11)?.parse::<f64>().ok()? + rest.get(12)?.parse::<f64>().ok()?)
     };
     family(pid).into_iter().filter_map(ticks).sum::<f64>() / 100.0
+}
+
+/// What a process and those it started have handed to the kernel, to files and sockets: bytes, and in how many calls.
+fn handed(pid: u32) -> (f64, f64) {
+    let of = |pid: u32| {
+        let io = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap_or_default();
+        let number = |name: &str| io.lines().find_map(|l| l.strip_prefix(name)?.trim().parse::<f64>().ok());
+        (number("wchar:").unwrap_or(0.0), number("syscw:").unwrap_or(0.0))
+    };
+    family(pid).into_iter().map(of).fold((0.0, 0.0), |sum, next| (sum.0 + next.0, sum.1 + next.1))
+}
+
+/// What a page of loopback says.
+pub(crate) fn page(at: &str, path: &str) -> anyhow::Result<String> {
+    let mut stream = TcpStream::connect(at).with_context(|| format!("{at} is not reached"))?;
+    write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
+    let mut out = String::new();
+    stream.read_to_string(&mut out)?;
+    Ok(out)
 }
 
 /// Resident memory of a process now, MiB.

@@ -1,6 +1,6 @@
 //! Weir: three brokers and one, as `weir serve` runs them, driven by `weir bench`.
 
-use crate::run::{Stage, run};
+use crate::run::{Stage, number_after, page, run};
 use crate::{Figures, Load};
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
@@ -24,6 +24,8 @@ pub(crate) struct Weir<'a> {
     servers: String,
     /// brokers' names and processes
     pids: Vec<(String, u32)>,
+    /// where their metrics are
+    metrics: Vec<String>,
     /// from the start until the brokers said that they serve
     pub(crate) came_up: Duration,
 }
@@ -141,7 +143,8 @@ pub(crate) fn start_in<'a>(
     serve.args(["--metrics-listen", "127.0.0.1:0"]).arg("--manifests").arg(manifests).args(more);
     serve.arg("--data").arg(data.map_or_else(|| stage.folder("data"), |data| Ok(data.to_owned()))?);
     stage.start("weir", &mut serve)?;
-    let mut weir = Weir { program, stage, servers: String::new(), pids: Vec::new(), came_up: Duration::ZERO };
+    let mut weir =
+        Weir { program, stage, servers: String::new(), pids: Vec::new(), metrics: Vec::new(), came_up: Duration::ZERO };
     weir.wait(topics.matches("kind: Topic").count())?;
     Ok(weir)
 }
@@ -179,6 +182,7 @@ impl Weir<'_> {
         for broker in brokers {
             let (name, pid) = (broker["name"].as_str().context("a name")?, broker["pid"].as_u64().context("a pid")?);
             self.pids.push((name.to_owned(), pid as u32));
+            self.metrics.extend(broker["metrics"].as_str().map(str::to_owned));
         }
         Ok(())
     }
@@ -214,6 +218,16 @@ impl Weir<'_> {
     /// The brokers' processes.
     pub(crate) fn pids(&self) -> impl Iterator<Item = u32> {
         self.pids.iter().map(|(_, pid)| *pid)
+    }
+
+    /// Syncs of all brokers' logs so far.
+    pub(crate) fn syncs(&self) -> anyhow::Result<f64> {
+        let mut sum = 0.0;
+        for at in &self.metrics {
+            let page = page(at, "/metrics")?;
+            sum += number_after(&page, "weir_sync_seconds_count").context("syncs in the metrics")?;
+        }
+        Ok(sum)
     }
 
     /// Of one record in flight, µs, median.

@@ -65,8 +65,7 @@ fn received(topic: &Arc<str>, m: v1::ReceivedMessage) -> Message {
 
 fn unpack(topic: &Arc<str>, partition: u32, batch: &v1::Batch, from: u64) -> Result<Vec<Message>, Error> {
     let bad = |what: String| Error::Refused { code: tonic::Code::DataLoss, reason: "BATCH".into(), message: what };
-    let list = records::decode(&batch.batch).map_err(bad)?;
-    let message = |(at, record)| Message {
+    let message = |at, record| Message {
         topic: topic.clone(),
         partition,
         offset: batch.base_offset + at as u64,
@@ -74,7 +73,11 @@ fn unpack(topic: &Arc<str>, partition: u32, batch: &v1::Batch, from: u64) -> Res
         delivery: 1,
         record,
     };
-    Ok(list.into_iter().enumerate().map(message).filter(|m| m.offset >= from).collect())
+    let mut messages = records::decode_as(&batch.batch, message).map_err(bad)?;
+    if from > batch.base_offset {
+        messages.retain(|m| m.offset >= from);
+    }
+    Ok(messages)
 }
 
 /// Where a position stands in a partition's log.

@@ -11,7 +11,7 @@ use futures::future::Shared;
 use std::collections::{HashMap, VecDeque};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, Semaphore, SemaphorePermit, mpsc, oneshot};
@@ -100,14 +100,14 @@ impl Drop for Held {
 /// Whom to tell of a batch, and since when they wait.
 struct Waiting {
     done: oneshot::Sender<Outcome>,
-    /// when its last record came
-    last: Instant,
+    /// when its last record came, by a clock that is read quickly and is some milliseconds behind
+    last: coarsetime::Instant,
     memory: Held,
 }
 
 impl Waiting {
     fn is_late(&self, deadline: Duration) -> bool {
-        self.last.elapsed() >= deadline
+        Duration::from(self.last.elapsed()) >= deadline
     }
 
     /// Those who do not wait any more need no answer.
@@ -120,6 +120,7 @@ impl Waiting {
 struct Open {
     builder: Builder,
     since: Instant,
+    first: coarsetime::Instant,
     waiting: Waiting,
     receipts: Shared<oneshot::Receiver<Outcome>>,
 }
@@ -170,14 +171,15 @@ impl Lane {
         memory: &Arc<Semaphore>,
         share: SemaphorePermit<'_>,
     ) -> Result<Receipt, Error> {
-        let now = Instant::now();
+        let now = coarsetime::Instant::now();
         let mut gathered = self.lock();
         if gathered.abandoned {
             return Err(Error::Closed);
         }
         let lasts = options.linger.max(OPEN_MAX);
         let is_over = |open: &mut Open| {
-            open.builder.bytes() + bytes > options.batch_bytes || now.duration_since(open.since) >= lasts
+            open.builder.bytes() + bytes > options.batch_bytes
+                || Duration::from(now.duration_since(open.first)) >= lasts
         };
         let mut news = false;
         if let Some(over) = gathered.open.take_if(is_over) {
@@ -199,7 +201,7 @@ impl Lane {
                 let (done, receipts) = oneshot::channel();
                 let builder = Builder::new(options.compression, bytes.max(usual_bytes));
                 let waiting = Waiting { done, last: now, memory: Held { of: memory.clone(), units } };
-                none.insert(Open { builder, since: now, waiting, receipts: receipts.shared() })
+                none.insert(Open { builder, since: Instant::now(), first: now, waiting, receipts: receipts.shared() })
             }
         };
         let receipt = Receipt { batch: open.receipts.clone(), at: open.builder.count() };
@@ -264,7 +266,10 @@ struct Inner {
     options: Options,
     topic: String,
     memory: Arc<Semaphore>,
-    lanes: Mutex<HashMap<u32, Arc<Lane>>>,
+    /// of the partitions there were at the beginning, once used
+    lanes: Vec<OnceLock<Arc<Lane>>>,
+    /// of those that came later, or are not there
+    more_lanes: Mutex<HashMap<u32, Arc<Lane>>>,
     round_robin: AtomicU32,
     /// partitions the topic has; it may grow
     count: AtomicU32,
@@ -272,7 +277,8 @@ struct Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.lanes.get_mut().unwrap_or_else(PoisonError::into_inner).values().for_each(|lane| lane.end());
+        let more = self.more_lanes.get_mut().unwrap_or_else(PoisonError::into_inner);
+        self.lanes.iter().filter_map(OnceLock::get).chain(more.values()).for_each(|lane| lane.end());
     }
 }
 
@@ -296,7 +302,8 @@ impl Producer {
             options,
             topic: topic.to_owned(),
             memory,
-            lanes: Mutex::default(),
+            lanes: (0..count).map(|_| OnceLock::new()).collect(),
+            more_lanes: Mutex::default(),
             round_robin: 0.into(),
             count: count.into(),
         };
@@ -338,28 +345,31 @@ impl Producer {
             Ok(share) => share,
             Err(_) => memory.acquire_many(units as u32).await.map_err(|_| Error::Closed)?,
         };
-        self.lane(partition).put(&record, bytes, options, memory, share)
+        let put = |lane: &Lane| lane.put(&record, bytes, options, memory, share);
+        match self.0.lanes.get(partition as usize) {
+            Some(lane) => put(lane.get_or_init(|| self.start_lane(partition))),
+            None => {
+                let mut more = self.0.more_lanes.lock().unwrap_or_else(PoisonError::into_inner);
+                put(more.entry(partition).or_insert_with(|| self.start_lane(partition)))
+            }
+        }
     }
 
-    fn lane(&self, partition: u32) -> Arc<Lane> {
-        let mut lanes = self.0.lanes.lock().unwrap_or_else(PoisonError::into_inner);
-        let start = || {
-            let lane = Arc::<Lane>::default();
-            let task = Task {
-                lane: lane.clone(),
-                client: self.0.client.clone(),
-                options: self.0.options.clone(),
-                topic: self.0.topic.clone(),
-                partition,
-                producer_id: None,
-                next_sequence: 0,
-                in_flight: VecDeque::new(),
-                next_id: 1,
-            };
-            tokio::spawn(task.run());
-            lane
+    fn start_lane(&self, partition: u32) -> Arc<Lane> {
+        let lane = Arc::<Lane>::default();
+        let task = Task {
+            lane: lane.clone(),
+            client: self.0.client.clone(),
+            options: self.0.options.clone(),
+            topic: self.0.topic.clone(),
+            partition,
+            producer_id: None,
+            next_sequence: 0,
+            in_flight: VecDeque::new(),
+            next_id: 1,
         };
-        lanes.entry(partition).or_insert_with(start).clone()
+        tokio::spawn(task.run());
+        lane
     }
 }
 

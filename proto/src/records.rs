@@ -3,7 +3,7 @@
 
 mod fold;
 
-use bytes::{Buf as _, Bytes};
+use bytes::Bytes;
 
 /// Uncompressed bytes one batch may unfold to; more is taken for a compression bomb.
 pub const UNFOLDED_BYTES_MAX: usize = 256 << 20;
@@ -195,6 +195,11 @@ pub fn repeated_header(record: &Record) -> Option<&str> {
 
 /// The records of one batch, in order. The values are parts of the batch, or of what it unfolds to.
 pub fn decode(batch: &Bytes) -> Result<Vec<Record>, String> {
+    decode_as(batch, |_, record| record)
+}
+
+/// As [`decode`], each record made into something else, with its place in the batch.
+pub fn decode_as<T>(batch: &Bytes, mut make: impl FnMut(usize, Record) -> T) -> Result<Vec<T>, String> {
     let number = |at: usize| batch.get(at..at + 4).map(|b| i32::from_be_bytes(b.try_into().expect("four bytes")));
     let (Some(count), Some(&magic)) = (number(57), batch.get(16)) else {
         return Err(format!("the batch has {} bytes, a header alone has {HEADER_BYTES}", batch.len()));
@@ -207,56 +212,76 @@ pub fn decode(batch: &Bytes) -> Result<Vec<Record>, String> {
     }
     let base_timestamp = i64::from_be_bytes(batch[27..35].try_into().expect("eight bytes"));
     let folded = batch.slice(HEADER_BYTES..);
-    let mut rest = match batch[22] & 0b111 {
+    let records = match batch[22] & 0b111 {
         0 => folded,
         codec => fold::unfold(&folded, codec, UNFOLDED_BYTES_MAX).map_err(|e| e.to_string())?,
     };
     let count = usize::try_from(count).map_err(|_| format!("the batch says it has {count} records"))?;
-    let mut out = Vec::with_capacity(count.min(rest.len() / RECORD_BYTES_MIN));
-    let mut headers_left = HEADERS_MAX;
+    let mut out = Vec::with_capacity(count.min(records.len() / RECORD_BYTES_MIN));
+    let mut reader = Reader { bytes: &records, at: 0, end: records.len(), headers_left: HEADERS_MAX };
     for at in 0..count {
-        let record = take_part(&mut rest).and_then(|body| take_record(&mut body?, base_timestamp, &mut headers_left));
-        out.push(record.ok_or_else(|| format!("record {at} of {count} is malformed or cut off"))?);
+        let record = reader.record(base_timestamp);
+        out.push(make(at, record.ok_or_else(|| format!("record {at} of {count} is malformed or cut off"))?));
     }
     Ok(out)
 }
 
-fn take_record(body: &mut Bytes, base_timestamp: i64, headers_left: &mut u64) -> Option<Record> {
-    body.try_get_u8().ok()?; // attributes
-    let timestamp_ms = base_timestamp.wrapping_add(take_varint(body)?);
-    take_varint(body)?; // offset, which its place says as well
-    let (key, value) = (take_part(body)?, take_part(body)?);
-    let count = u64::try_from(take_varint(body)?).ok()?;
-    *headers_left = headers_left.checked_sub(count)?;
-    let mut headers = Vec::new();
-    for _ in 0..count {
-        let name = String::from_utf8(take_part(body)??.into()).ok()?;
-        headers.push((name, take_part(body)?.unwrap_or_default()));
-    }
-    Some(Record { key, value, headers, timestamp_ms })
+/// Reads records one after the other.
+struct Reader<'a> {
+    bytes: &'a Bytes,
+    at: usize,
+    /// of the record, or of all between two records
+    end: usize,
+    headers_left: u64,
 }
 
-/// A part with its length before it, `None` within for a length of -1.
-fn take_part(from: &mut Bytes) -> Option<Option<Bytes>> {
-    match take_varint(from)? {
-        -1 => Some(None),
-        length => {
-            let length = usize::try_from(length).ok().filter(|l| *l <= from.len())?;
-            Some(Some(from.split_to(length)))
+impl Reader<'_> {
+    fn record(&mut self, base_timestamp: i64) -> Option<Record> {
+        let length = self.length()??;
+        let end = std::mem::replace(&mut self.end, self.at + length);
+        self.at += 1; // attributes
+        let timestamp_ms = base_timestamp.wrapping_add(self.varint()?);
+        self.varint()?; // offset, which its place says as well
+        let (key, value) = (self.part()?, self.part()?);
+        let count = u64::try_from(self.varint()?).ok()?;
+        self.headers_left = self.headers_left.checked_sub(count)?;
+        let mut headers = Vec::new();
+        for _ in 0..count {
+            let name = String::from_utf8(self.part()??.into()).ok()?;
+            headers.push((name, self.part()?.unwrap_or_default()));
         }
+        // what else a record may hold one day is passed over
+        self.at = std::mem::replace(&mut self.end, end);
+        Some(Record { key, value, headers, timestamp_ms })
     }
-}
 
-fn take_varint(from: &mut Bytes) -> Option<i64> {
-    let mut value = 0u64;
-    for (at, byte) in from.iter().take(10).enumerate() {
-        value |= u64::from(byte & 0x7f) << (7 * at);
-        if byte & 0x80 == 0 {
-            from.advance(at + 1);
-            return Some((value >> 1) as i64 ^ -((value & 1) as i64));
+    /// A part with its length before it, `None` within for a length of -1.
+    fn part(&mut self) -> Option<Option<Bytes>> {
+        let Some(length) = self.length()? else { return Some(None) };
+        let from = self.at;
+        self.at += length;
+        Some(Some(self.bytes.slice(from..self.at)))
+    }
+
+    /// A length as is left, `None` within for -1.
+    fn length(&mut self) -> Option<Option<usize>> {
+        match self.varint()? {
+            -1 => Some(None),
+            length => usize::try_from(length).ok().filter(|l| *l <= self.end - self.at).map(Some),
         }
     }
-    None
+
+    fn varint(&mut self) -> Option<i64> {
+        let mut value = 0u64;
+        for (at, byte) in self.bytes.get(self.at..self.end)?.iter().take(10).enumerate() {
+            value |= u64::from(byte & 0x7f) << (7 * at);
+            if byte & 0x80 == 0 {
+                self.at += at + 1;
+                return Some((value >> 1) as i64 ^ -((value & 1) as i64));
+            }
+        }
+        None
+    }
 }
 
 /// FNV-1a, 64 bits (<http://www.isthe.com/chongo/tech/comp/fnv/>).
@@ -360,7 +385,9 @@ mod tests {
             let mut out = Vec::new();
             put_varint(&mut out, value);
             assert_eq!(out.len(), varint_bytes(value), "{value}");
-            assert_eq!(take_varint(&mut out.into()), Some(value));
+            let bytes = out.into();
+            let mut reader = Reader { bytes: &bytes, at: 0, end: bytes.len(), headers_left: 0 };
+            assert_eq!((reader.varint(), reader.at), (Some(value), reader.end));
         }
     }
 

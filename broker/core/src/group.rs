@@ -693,7 +693,7 @@ impl Group {
     /// Writes a checkpoint of the applied state, if anything was applied since the last.
     pub(crate) fn checkpoint(&mut self, ops: &mut Vec<WriteOp>) {
         let Some(newest) = self.log().checkpoints().back().copied().filter(|c| c.index < self.applied) else { return };
-        debug_assert!(newest.log_bytes <= self.sums.bytes);
+        assert!(newest.log_bytes <= self.sums.bytes);
         let Ok(term) = self.log().term(self.applied) else { return };
         let mut checkpoint = Checkpoint {
             index: self.applied,

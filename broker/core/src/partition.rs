@@ -43,7 +43,7 @@ impl PartitionState {
     }
 
     fn record_batch(&mut self, context: &Context, data: &[u8]) {
-        debug_assert_eq!(context.base_offset, self.next_offset, "batches follow each other");
+        assert_eq!(context.base_offset, self.next_offset, "batches follow each other");
         self.next_offset = context.end_offset();
         if let Ok(BatchHeader { producer: Some(stamp), count, .. }) = BatchHeader::check_shape(data) {
             self.producers.record(&stamp, count, context.base_offset);

@@ -1,5 +1,6 @@
 //! The core's storage trait over RocksDB ([`rocks`]) and over memory ([`mem`]). [`keys`] documents every key and value.
 
+mod direct;
 pub mod keys;
 pub mod mem;
 pub mod rocks;

@@ -1,11 +1,14 @@
 //! The store over RocksDB. One database a broker, four column families, one WriteBatch a round.
 //!
-//! Large values of the log go to blob files when a memtable is flushed, so that compaction moves keys, not payloads. Retention
+//! Large values of the log go to blob files when a memtable is flushed, so that compaction moves keys, not payloads. A sync of the
+//! write-ahead log waits for whatever else the disk has to do, so that is kept in small pieces: little memtables, of which each leaves
+//! small files to be removed (on file systems that discard, a large one holds the disk for tens of ms), written past the page cache. Retention
 //! gives blob files back by itself where all in them is gone, oldest first; what lies between what is kept is collected when it is
 //! more than that (the broker asks for it).
 //! A torn tail of the write-ahead log is accepted at start, nothing else: point-in-time recovery would open an
 //! older state as if all were well.
 
+use crate::direct;
 use crate::keys::state::Standing;
 use crate::keys::{self, log, offsets, state};
 use crate::torn::torn_bytes;
@@ -26,12 +29,21 @@ const STATE: &str = "state";
 const META: &str = "meta";
 /// Values of at least this many bytes are kept in blob files once flushed.
 const BLOB_BYTES_MIN: u64 = 1 << 10;
+/// A memtable of the log is flushed at this size,
+const MEMTABLE_BYTES: usize = 16 << 20;
+/// and so much may be in all of them.
+const MEMTABLES_BYTES: usize = 192 << 20;
+/// What is flushed goes to the disk in pieces of this size.
+const PIECE_BYTES: u64 = 256 << 10;
 
 /// See the module.
 pub struct RocksStore {
     db: DB,
     torn_bytes: u64,
 }
+
+/// About what an entry takes in a write beside its data: keys, its place by offset, the log's own fields.
+const ENTRY_BYTES_MORE: usize = 160;
 
 /// A key and its value.
 type Row = (Box<[u8]>, Box<[u8]>);
@@ -43,16 +55,20 @@ fn io(error: rocksdb::Error) -> StoreError {
     }
 }
 
-fn database_options() -> Options {
-    let mut options = Options::default();
+fn database_options(direct: bool) -> Options {
+    // of what is flushed by way of the page cache so much is under way at most; the crate has no other way to say so
+    let strict = Options::default().get_options_from_string("strict_bytes_per_sync=true");
+    let mut options = strict.expect("RocksDB knows this option");
+    options.set_bytes_per_sync(PIECE_BYTES);
+    options.set_writable_file_max_buffer_size(PIECE_BYTES);
+    options.set_use_direct_io_for_flush_and_compaction(direct);
     options.create_if_missing(true);
     options.create_missing_column_families(true);
     options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
     options.set_track_and_verify_wals_in_manifest(true);
     options.set_max_total_wal_size(512 << 20);
-    options.set_db_write_buffer_size(192 << 20);
+    options.set_db_write_buffer_size(MEMTABLES_BYTES);
     options.set_max_background_jobs(3);
-    options.set_bytes_per_sync(1 << 20);
     options.set_keep_log_file_num(3);
     options.set_max_open_files(512);
     options.set_skip_stats_update_on_db_open(true);
@@ -61,8 +77,8 @@ fn database_options() -> Options {
 
 fn log_options() -> Options {
     let mut options = Options::default();
-    options.set_write_buffer_size(64 << 20);
-    options.set_max_write_buffer_number(4);
+    options.set_write_buffer_size(MEMTABLE_BYTES);
+    options.set_max_write_buffer_number((MEMTABLES_BYTES / MEMTABLE_BYTES) as i32);
     options.set_enable_blob_files(true);
     options.set_min_blob_size(BLOB_BYTES_MIN);
     options.set_blob_file_size(256 << 20);
@@ -95,8 +111,10 @@ impl RocksStore {
         let families =
             [(LOG, log_options()), (OFFSETS, small_options()), (STATE, small_options()), (META, small_options())];
         let families = families.map(|(name, options)| ColumnFamilyDescriptor::new(name, options));
-        let torn_bytes = torn_bytes(path).unwrap_or(0); // a new folder is not there yet
-        let db = DB::open_cf_descriptors(&database_options(), path, families).map_err(io)?;
+        std::fs::create_dir_all(path).map_err(|e| StoreError::Io(format!("{}: {e}", path.display())))?;
+        let torn_bytes = torn_bytes(path).unwrap_or(0);
+        let options = database_options(direct::works(path));
+        let db = DB::open_cf_descriptors(&options, path, families).map_err(io)?;
         Ok(Self { db, torn_bytes })
     }
 
@@ -405,7 +423,12 @@ impl Store for RocksStore {
 
 impl RocksStore {
     fn write_by(&self, ops: &[WriteOp], options: &WriteOptions) -> Result<(), rocksdb::Error> {
-        let mut batch = WriteBatch::default();
+        let data = |op: &WriteOp| match op {
+            WriteOp::Append { entries, .. } => entries.iter().map(|e| e.data.len() + ENTRY_BYTES_MORE).sum(),
+            _ => ENTRY_BYTES_MORE,
+        };
+        // it does not grow step by step, each with a copy
+        let mut batch = WriteBatch::with_capacity_bytes(ops.iter().map(data).sum());
         let mut buffer = Vec::new();
         ops.iter().for_each(|op| self.add_op(&mut batch, op, &mut buffer));
         self.db.write_opt(batch, options)?;

@@ -131,18 +131,20 @@ fn main() -> anyhow::Result<()> {
     let wanted = |s: &&System| args.only.is_empty() || args.only.iter().any(|o| o.eq_ignore_ascii_case(s.name));
     let systems: Vec<&System> = SYSTEMS.iter().filter(wanted).collect();
     anyhow::ensure!(!systems.is_empty(), "--only names none of: Weir, Kafka, NATS, RabbitMQ, RocketMQ, ActiveMQ");
+    let part = if args.scale == 1.0 { String::new() } else { format!(", {} of the usual records", args.scale) };
+    let machine = machine() + &part;
     let begun = Instant::now();
     let mut runs: BTreeMap<&'static str, Vec<Figures>> = BTreeMap::new();
+    let write = |runs: &_, costs: Option<&costs::Costs>| match &args.out {
+        Some(folder) => report::write(folder, &systems, runs, costs, &machine),
+        None => Ok(()),
+    };
     for round in 1..=args.rounds {
         for system in &systems {
             eprintln!("round {round} of {}, {}, {:.0} s", args.rounds, system.name, begun.elapsed().as_secs_f64());
             runs.entry(system.name).or_default().push((system.figures)(&args, &load)?);
         }
+        write(&runs, None)?; // what ends early leaves a page of the rounds before
     }
-    let costs = if args.costs { Some(costs::measure(&args.weir, args.scale)?) } else { None };
-    let part = if args.scale == 1.0 { String::new() } else { format!(", {} of the usual records", args.scale) };
-    match &args.out {
-        Some(folder) => report::write(folder, &systems, &runs, costs.as_ref(), &(machine() + &part)),
-        None => Ok(()),
-    }
+    if args.costs { write(&runs, Some(&costs::measure(&args.weir, args.scale)?)) } else { Ok(()) }
 }

@@ -94,7 +94,7 @@ fn one_broker(program: &Path, load: &Load, out: &mut Figures) -> anyhow::Result<
         out.put(&format!("one {name}"), weir.produce(&topic, bytes, records, &[])?["records_per_second"].as_f64());
         out.put(&format!("read {name}"), Some(weir.consume(&topic, records)?));
     }
-    // 1 KiB at half of what it can, alone and while another client reads a backlog as fast as it can
+    // as fast as it can, alone and while another client reads a backlog as fast as that can
     let (_, bytes, records) = load.sizes()[1];
     let rate = |done: Value| done["records_per_second"].as_f64().context("a rate");
     let alone = rate(weir.produce("beside", bytes, records, &[])?)?;

@@ -66,7 +66,7 @@ fn database_options(direct: bool) -> Options {
     options.create_missing_column_families(true);
     options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
     options.set_track_and_verify_wals_in_manifest(true);
-    options.set_max_total_wal_size(512 << 20);
+    options.set_max_total_wal_size(256 << 20); // what a start after a kill reads again
     options.set_db_write_buffer_size(MEMTABLES_BYTES);
     options.set_max_background_jobs(3);
     options.set_keep_log_file_num(3);

@@ -275,7 +275,9 @@ async fn produce_share(
     let interval =
         if load.rate == 0 { Duration::ZERO } else { Duration::from_secs_f64(load.producers as f64 / load.rate as f64) };
     let (started, started_ms) = (Instant::now(), now_ms());
-    let mut chunk = Vec::new();
+    // at a rate each is waited for from the beginning
+    let chunk_records = if load.rate > 0 { 1 } else { CHUNK };
+    let mut chunk = Vec::with_capacity(chunk_records);
     let mut now = started;
     for at in 0..share {
         // counted from when it was due: a stall is charged to all that it delayed
@@ -289,9 +291,8 @@ async fn produce_share(
         let timestamp_ms = started_ms + due.duration_since(started).as_millis() as i64;
         let record = Record { value: Some(value.clone()), timestamp_ms, ..Default::default() };
         chunk.push((due, producer.send(record).await?));
-        // at a rate each is waited for from the beginning
-        if (load.rate > 0 || chunk.len() == CHUNK || at + 1 == share)
-            && sent.send(std::mem::replace(&mut chunk, Vec::with_capacity(CHUNK))).await.is_err()
+        if (chunk.len() == chunk_records || at + 1 == share)
+            && sent.send(std::mem::replace(&mut chunk, Vec::with_capacity(chunk_records))).await.is_err()
         {
             break;
         }

@@ -6,7 +6,8 @@
 //! stays awake, misses heartbeats, asks for votes, and so wakes the others. What wakes a replica:
 //! - any message of the group, but for acknowledgements that bring nothing new;
 //! - what the leader is asked to append, to change or to hand over;
-//! - the silence, or the lost connection, of the leader's broker, and for a leader of any replica's;
+//! - the silence, or the lost connection, of the leader's broker, and for a leader of any replica's (where the broker was only silent,
+//!   and speaks again before anyone asked for votes, followers sleep on);
 //! - the leader's broker when it names the groups it leads, every two seconds, and this one is not among them in this term for long,
 //!   or is damaged there.
 //!
@@ -31,6 +32,8 @@ pub(crate) struct Sleep {
     idle: u32,
     /// for a follower, the tick in which its leader last named the group
     named: u64,
+    /// what a follower that is awake was told last, and by whom: it sleeps (again) as soon as that fits
+    told: Option<(BrokerId, Asleep)>,
 }
 
 impl Group {
@@ -43,10 +46,17 @@ impl Group {
     /// there.
     pub(crate) fn wake(&mut self, elapsed: usize) {
         self.sleep.idle = 0;
+        self.sleep.told = None;
         if !std::mem::take(&mut self.sleep.asleep) {
             return;
         }
         let leads = self.is_leader();
+        if elapsed > 0 && !leads {
+            // should the broker speak again, all is as it was: its group sends no heartbeats
+            let asleep = Asleep { group: self.id(), term: self.term(), index: self.last_index() };
+            let leader = self.leader().and_then(|l| self.brokers.get(&l.0).copied());
+            self.sleep.told = leader.map(|broker| (broker, asleep));
+        }
         self.raft.raft.election_elapsed = if leads { 0 } else { elapsed };
         if leads && elapsed == 0 {
             // their brokers were heard of all the time
@@ -93,6 +103,12 @@ impl Group {
             && self.rests_at(asleep.index)
     }
 
+    /// Who told a follower that its group sleeps, where that fits now.
+    pub(crate) fn may_sleep_by(&self) -> Option<BrokerId> {
+        let (from, asleep) = self.sleep.told.as_ref()?;
+        self.may_follow(*from, asleep).then_some(*from)
+    }
+
     pub(crate) fn leader_is_on(&self, broker: BrokerId) -> bool {
         self.leader().is_some_and(|l| self.brokers.get(&l.0) == Some(&broker))
     }
@@ -111,6 +127,11 @@ impl Node {
     /// Replicas held here that sleep.
     pub fn asleep(&self) -> usize {
         self.groups.values().filter(|g| g.is_asleep()).count()
+    }
+
+    /// Whether a broker has said something lately.
+    fn was_heard(&self, broker: BrokerId) -> bool {
+        self.heard.get(&broker).is_some_and(|h| self.ticks - h.tick < self.limits.silence_ticks)
     }
 
     pub(crate) fn wake(&mut self, id: GroupId) {
@@ -136,8 +157,7 @@ impl Node {
         let mine = group.replica().0;
         let others = group.raft.raft.prs().iter().map(|(id, _)| *id).filter(|id| *id != mine);
         let others: Option<Vec<BrokerId>> = others.map(|id| group.brokers.get(&id).copied()).collect();
-        let heard = |b: &BrokerId| self.heard.get(b).is_some_and(|h| self.ticks - h.tick < self.limits.silence_ticks);
-        let Some(others) = others.filter(|list| list.iter().all(heard)) else { return };
+        let Some(others) = others.filter(|list| list.iter().all(|b| self.was_heard(*b))) else { return };
         let asleep = Asleep { group: id, term: group.term(), index: group.last_index() };
         self.out.asleep.extend(others.into_iter().map(|broker| (broker, asleep)));
         self.fall_asleep(id);
@@ -148,17 +168,28 @@ impl Node {
         self.awake.remove(&id);
         let share = self.limits.tail_bytes_max / 2 / self.groups.len().max(1) as u64;
         if let Some(group) = self.groups.get_mut(&id) {
-            group.sleep = Sleep { asleep: true, idle: 0, named: self.ticks };
+            group.sleep = Sleep { asleep: true, named: group.sleep.named, ..Sleep::default() };
             group.evict(share);
         }
     }
 
-    /// A leader's word that its group sleeps.
+    /// A leader's word that its group sleeps. What came just before it may not be applied yet, or not on disk.
     pub(crate) fn leader_asleep(&mut self, from: BrokerId, asleep: &Asleep) {
-        let group = self.groups.get(&asleep.group).filter(|g| g.id() != META_GROUP);
-        if group.is_some_and(|g| g.may_follow(from, asleep)) {
+        let ticks = self.ticks;
+        let Some(group) = self.groups.get_mut(&asleep.group).filter(|g| g.id() != META_GROUP) else { return };
+        group.sleep.named = ticks;
+        group.sleep.told = Some((from, *asleep));
+        if group.may_sleep_by().is_some() {
             self.fall_asleep(asleep.group);
         }
+    }
+
+    /// Lets followers sleep as they were told, where the leader's broker is there.
+    pub(crate) fn sleep_as_told(&mut self) {
+        let awake = self.awake.iter().filter_map(|id| self.groups.get(id));
+        let may = awake.filter(|g| g.may_sleep_by().is_some_and(|by| self.was_heard(by)));
+        let may: Vec<GroupId> = may.map(Group::id).collect();
+        may.into_iter().for_each(|id| self.fall_asleep(id));
     }
 
     /// Wakes what sleeps because of a broker that has said nothing for a while.

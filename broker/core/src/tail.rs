@@ -57,6 +57,8 @@ struct Held {
 struct Inner {
     /// index of the front entry, or of the next one where empty
     first: u64,
+    /// term of the entry before it, where one was evicted: Raft asks for it with each append, whatever else went
+    term_before: Option<u64>,
     held: VecDeque<Held>,
     end_offset: u64,
     bytes: u64,
@@ -147,6 +149,7 @@ impl Tail {
             let Some(old) = inner.held.pop_front() else { return };
             inner.bytes -= entry_bytes(&old.entry);
             inner.first += 1;
+            inner.term_before = Some(old.entry.term);
         }
     }
 
@@ -171,9 +174,12 @@ impl Tail {
         (!out.is_empty()).then_some(out)
     }
 
-    /// Term of the entry at `index`, where held.
+    /// Term of the entry at `index`, where that is held or the last one evicted.
     pub fn term(&self, index: u64) -> Option<u64> {
         let inner = self.read();
+        if index + 1 == inner.first {
+            return inner.term_before;
+        }
         let at = usize::try_from(index.checked_sub(inner.first)?).ok()?;
         inner.held.get(at).map(|h| h.entry.term)
     }
@@ -250,6 +256,7 @@ mod tests {
         assert_eq!((tail.recent_at(5), tail.recent_at(6)), (Some(0), None));
         tail.evict(2, 0);
         assert_eq!(tail.recent_at(0), Some(3));
+        assert_eq!((tail.term(1), tail.term(2), tail.term(3)), (None, Some(1), Some(1)));
         assert_eq!(tail.batches(1, 1000), None);
         assert_eq!(tail.first_index(), 3);
     }

@@ -268,12 +268,13 @@ fn run(handle: &NodeHandle) {
 }
 
 impl Driver {
-    /// Lets time pass, takes all that has gathered into one round, and does what comes of it.
+    /// Takes all that has gathered into one round, lets time pass, and does what comes of it.
     fn turn(&mut self, handle: &NodeHandle) {
         if self.stop.is_some() {
             return handle.wake();
         }
-        self.node.tick(self.clock.now());
+        let now = self.clock.now();
+        self.node.set_now(now);
         for _ in 0..TURN_EVENTS_MAX {
             let Some(event) = handle.inbox().events.pop_front() else { break };
             self.last_ticket += 1;
@@ -283,6 +284,8 @@ impl Driver {
                 break;
             }
         }
+        // after what has come: where the turn before was a long one, peers that have spoken meanwhile were not silent
+        self.node.tick(now);
         // a round that was written at once has effects of its own
         while self.carry_out() {}
         self.shared.stalled_ms.store(self.node.stalled(), Ordering::Relaxed);

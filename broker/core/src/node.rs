@@ -64,7 +64,7 @@ impl Default for Limits {
             term_jump_max: 1 << 20,
             catch_up_bytes_per_second: 96 << 20,
             balance_after_ms: 5_000,
-            idle_ticks: 40,
+            idle_ticks: 5,
             silence_ticks: 6,
         }
     }
@@ -487,6 +487,11 @@ impl Node {
         self.heard.get(&broker).map(|h| h.ms)
     }
 
+    /// Says what time it is, without letting any pass: for what comes in before the next [`Self::tick`].
+    pub fn set_now(&mut self, now: Now) {
+        self.now = now;
+    }
+
     /// Lets time pass. A node that was stopped for long does not make up for it all at once.
     pub fn tick(&mut self, now: Now) {
         self.now = now;
@@ -507,6 +512,7 @@ impl Node {
                     self.dirty.insert(*id);
                 }
             }
+            self.sleep_as_told();
             self.wake_for_silence();
             // with each, also when several are made up for: every so many ticks means each of those
             self.run_duties();
@@ -745,11 +751,17 @@ impl Node {
 
     /// Everything to do now. While too many rounds are under way, what needs the disk waits.
     pub fn drain(&mut self) -> Effects {
-        if self.rounds.len() < self.limits.rounds_max {
+        let may = self.rounds.len() < self.limits.rounds_max;
+        if may {
             self.drain_groups();
         }
         self.drain_fetches();
-        std::mem::take(&mut self.out)
+        let mut out = std::mem::take(&mut self.out);
+        if !may {
+            // heartbeats of the same tick have not left: behind the word that their group sleeps they would wake its followers
+            self.out.asleep = std::mem::take(&mut out.asleep);
+        }
+        out
     }
 
     fn drain_groups(&mut self) {

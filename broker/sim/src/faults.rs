@@ -171,6 +171,11 @@ impl World {
         (host.low_until, host.low) = (u64::MAX, Disk::Low);
     }
 
+    /// A broker's process stands still for so long, as where it gets no processor.
+    pub fn pause(&mut self, at: BrokerId, ms: u64) {
+        self.hosts.get_mut(&at).expect("a host").paused_until = self.now + ms;
+    }
+
     /// What one broker says does not reach another.
     pub fn cut(&mut self, from: BrokerId, to: BrokerId) {
         self.cut.insert((from, to));

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use weir_core::batch::{BatchHeader, synthetic};
 use weir_core::eraftpb::{Entry, EntryType, Message, MessageType};
 use weir_core::group::Machine;
-use weir_core::ids::{BrokerId, GroupId, ReplicaId, Ticket};
+use weir_core::ids::{BrokerId, GroupId, META_GROUP, ReplicaId, Ticket};
 use weir_core::meta::command::{ApplySubscription, ApplyTopic, Command, Kind, Placement};
 use weir_core::meta::state::{Broker, MetaState, SubscriptionSpec, TopicSpec};
 use weir_core::node::{Asleep, Envelope, Limits, Node, Now, PeerMessage, Refusal, Reply};
@@ -366,6 +366,38 @@ fn a_leader_that_goes_while_its_partition_sleeps_is_replaced_as_soon_as_any() {
     }
 }
 
+/// Found with a thousand busy partitions: followers that had woken because the leader's broker was still for a moment waited for
+/// heartbeats that no leader of a sleeping group sends, and replaced it.
+#[test]
+fn a_leader_whose_broker_stood_still_for_a_moment_while_its_partition_slept_leads_on() {
+    for seed in 0..20 {
+        let (mut world, leader) = asleep(seed);
+        let before = world.claims();
+        world.pause(leader, 210 + 3 * seed); // longer, and they would be right to replace it
+        world.run(6_000, Faults::None);
+        assert_eq!((world.claims(), world.sleepers().len()), (before, 3), "seed {seed}");
+    }
+}
+
+/// Found with a thousand busy partitions, of which each gets a batch now and then.
+#[test]
+fn a_partition_that_sleeps_between_two_messages_keeps_its_leader() {
+    for seed in 0..20 {
+        let mut world = World::new(seed, 3, 3);
+        world.run(7_000, Faults::None);
+        let before = world.claims();
+        for round in 0..60 {
+            world.lull(300 + 37 * ((seed + round) % 11));
+            let who = BrokerId(1 + (seed + round) % 3);
+            world.pause(who, 13 * (round % 16));
+            world.run(700, Faults::None);
+            assert_eq!(world.claims(), before, "seed {seed} round {round}");
+        }
+        world.settle();
+        world.check();
+    }
+}
+
 #[test]
 fn a_follower_that_does_not_hear_that_its_partition_sleeps_keeps_nobody_from_it_for_long() {
     for seed in 0..10 {
@@ -511,6 +543,69 @@ fn a_heartbeat_and_the_word_that_a_partition_sleeps_may_come_in_one_frame() {
     assert!(node.group(group).unwrap().is_asleep());
     let answers = node.drain().messages;
     assert_eq!(answers[0].1.message.msg_type, MessageType::MsgHeartbeatResponse);
+    assert!(node.group(group).unwrap().is_asleep());
+}
+
+/// Found with a thousand busy partitions: while the disk had too much to do the heartbeats waited, and the word went ahead of them.
+#[test]
+fn a_leader_whose_disk_is_behind_says_that_its_partition_sleeps_after_its_heartbeats() {
+    let meta = formed(3, TopicSpec::default());
+    let (mut node, store, group) = start(1, &meta, Limits { rounds_max: 1, ..Default::default() });
+    let ids: Vec<u64> = meta.assignment(group).unwrap().replicas.iter().map(|r| r.id).collect();
+    let say = |node: &mut Node, from: usize, kind: MessageType, term: u64, index: u64| {
+        let mut message = Message { from: ids[from], to: ids[0], term, index, ..Default::default() };
+        message.set_msg_type(kind);
+        node.peer(BrokerId(from as u64 + 1), PeerMessage::Raft(Envelope { group, message }));
+        settle(node, &store);
+    };
+    let term = node.group(group).unwrap().term() + 1; // the preferred replica stands as soon as it is made
+    say(&mut node, 1, MessageType::MsgRequestPreVoteResponse, term, 0);
+    say(&mut node, 1, MessageType::MsgRequestVoteResponse, term, 0);
+    let index = node.group(group).unwrap().last_index();
+    [1, 2].into_iter().for_each(|from| say(&mut node, from, MessageType::MsgAppendResponse, term, index));
+    assert!(node.group(group).unwrap().is_leader());
+    for tick in 1..40 {
+        // a round of the metadata group is under way while time passes
+        let mut append =
+            Message { from: 2, to: 1, term: 2, index: tick, log_term: 1 + u64::from(tick > 1), ..Default::default() };
+        append.set_msg_type(MessageType::MsgAppend);
+        append.entries = vec![Entry { index: tick + 1, term: 2, ..Default::default() }].into();
+        node.peer(BrokerId(2), PeerMessage::Raft(Envelope { group: META_GROUP, message: append }));
+        let round = node.drain().round.unwrap();
+        [2, 3].into_iter().for_each(|other| node.peer(BrokerId(other), PeerMessage::Alive));
+        node.tick(Now { mono_ms: 1 + 50 * tick, log_ms: 1 + 50 * tick });
+        assert_eq!(node.drain().asleep, [], "its heartbeats are still to come");
+        node.synced(round.id);
+        if node.group(group).unwrap().is_asleep() {
+            let effects = node.drain();
+            let beat = |e: &Envelope| e.group == group && e.message.msg_type == MessageType::MsgHeartbeat;
+            assert_eq!(effects.messages.iter().filter(|(_, e)| beat(e)).count(), 2);
+            assert_eq!(effects.asleep.len(), 2);
+            return;
+        }
+        settle(&mut node, &store);
+        [1, 2].into_iter().for_each(|from| say(&mut node, from, MessageType::MsgHeartbeatResponse, term, 0));
+    }
+    panic!("it does not fall asleep");
+}
+
+/// Found with a thousand busy partitions, as the one before.
+#[test]
+fn the_last_commit_and_the_word_that_a_partition_sleeps_may_come_in_one_frame() {
+    let (mut node, store, group, ids) = third(false);
+    let append = |entries: Vec<Entry>, (index, log_term, commit)| {
+        let mut message = Message { from: ids[0], to: ids[2], term: 2, index, log_term, commit, ..Default::default() };
+        message.set_msg_type(MessageType::MsgAppend);
+        message.entries = entries.into();
+        PeerMessage::Raft(Envelope { group, message })
+    };
+    let entry = Entry { index: 2, term: 2, ..Default::default() };
+    node.peer(BrokerId(1), append(vec![entry], (1, 1, 1)));
+    settle(&mut node, &store);
+    node.peer(BrokerId(1), append(vec![], (2, 2, 2)));
+    node.peer(BrokerId(1), PeerMessage::Asleep(vec![Asleep { group, term: 2, index: 2 }]));
+    settle(&mut node, &store);
+    node.tick(Now { mono_ms: 100, log_ms: 100 });
     assert!(node.group(group).unwrap().is_asleep());
 }
 

@@ -6,6 +6,7 @@ use crate::shared::Shared;
 use crate::vouched::Vouched;
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -20,10 +21,12 @@ use weir_proto::v1::peer_client::PeerClient;
 
 /// Reason in a peer's refusal: the metadata there has removed or replaced this broker for good.
 pub const REMOVED: &str = "REMOVED";
-/// Frames queued to one peer; beyond them they are dropped and Raft sends again.
-const FRAMES_MAX: usize = 256;
+/// Queued to one peer, bytes; what is beyond them is dropped, and Raft sends again.
+const QUEUED_BYTES_MAX: usize = 64 << 20;
 /// A frame is closed once it holds this much, bytes.
 const FRAME_BYTES: usize = 2 << 20;
+/// What a message takes beside its entries' data, bytes.
+const MESSAGE_BYTES: usize = 256;
 
 /// A client for a peer's (or any broker's) gRPC address, with windows that let it be fast.
 pub fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
@@ -50,7 +53,7 @@ pub struct Peers {
     runtime: Handle,
     cluster_id: String,
     vouched: Arc<Vouched>,
-    streams: HashMap<BrokerId, mpsc::Sender<v1::PeerFrame>>,
+    streams: HashMap<BrokerId, Stream>,
     removed: Arc<dyn Fn() + Send + Sync>,
 }
 
@@ -70,7 +73,8 @@ impl Peers {
             return;
         }
         let stream = self.streams.entry(to).or_insert_with(|| {
-            let (sender, receiver) = mpsc::channel(FRAMES_MAX);
+            let (frames, receiver) = mpsc::unbounded_channel();
+            let queued = Arc::<AtomicUsize>::default();
             let link = Link {
                 shared: self.shared.clone(),
                 to,
@@ -82,11 +86,64 @@ impl Peers {
                 },
                 removed: self.removed.clone(),
             };
-            self.runtime.spawn(link.run(receiver));
-            sender
+            self.runtime.spawn(link.run(Queue { frames: receiver, queued: queued.clone() }));
+            Stream { frames, queued }
         });
-        if let Err(mpsc::error::TrySendError::Closed(_)) = stream.try_send(frame) {
+        let bytes = weight(&frame);
+        if stream.queued.load(Ordering::Relaxed) + bytes > QUEUED_BYTES_MAX {
+            return;
+        }
+        stream.queued.fetch_add(bytes, Ordering::Relaxed);
+        if stream.frames.send(frame).is_err() {
             self.streams.remove(&to);
+        }
+    }
+}
+
+/// What a frame takes in memory, bytes.
+fn weight(frame: &v1::PeerFrame) -> usize {
+    let data = |m: &v1::RaftMessage| m.entries.iter().map(|e| e.data.len()).sum::<usize>() + m.checkpoint.len();
+    let messages = frame.raft.len() + frame.asleep.len() + frame.leaders.len();
+    frame.raft.iter().map(data).sum::<usize>() + (messages + 1) * MESSAGE_BYTES
+}
+
+/// The way to one peer.
+struct Stream {
+    frames: mpsc::UnboundedSender<v1::PeerFrame>,
+    queued: Arc<AtomicUsize>,
+}
+
+/// Its other end.
+struct Queue {
+    frames: mpsc::UnboundedReceiver<v1::PeerFrame>,
+    /// bytes in it
+    queued: Arc<AtomicUsize>,
+}
+
+impl Queue {
+    /// What is to be sent next, as one frame: while a peer takes nothing, what is small gathers instead of being dropped. Messages keep
+    /// their order; that a group sleeps is said after them, which at most keeps it awake.
+    async fn next(&mut self) -> Option<v1::PeerFrame> {
+        let mut frame = self.frames.recv().await?;
+        let mut bytes = weight(&frame);
+        while bytes < FRAME_BYTES
+            && let Ok(more) = self.frames.try_recv()
+        {
+            bytes += weight(&more);
+            frame.raft.extend(more.raft);
+            frame.asleep.extend(more.asleep);
+            frame.leaders.extend(more.leaders);
+            if more.disk != v1::DiskState::Unspecified as i32 {
+                frame.disk = more.disk;
+            }
+        }
+        self.queued.fetch_sub(bytes, Ordering::Relaxed);
+        Some(frame)
+    }
+
+    fn clear(&mut self) {
+        while let Ok(frame) = self.frames.try_recv() {
+            self.queued.fetch_sub(weight(&frame), Ordering::Relaxed);
         }
     }
 }
@@ -140,7 +197,7 @@ struct Link {
 
 impl Link {
     /// Connects again and again; what could not be sent is dropped.
-    async fn run(self, mut frames: mpsc::Receiver<v1::PeerFrame>) {
+    async fn run(self, mut frames: Queue) {
         let mut wait = Duration::from_millis(50);
         loop {
             let meta = self.shared.meta();
@@ -165,11 +222,11 @@ impl Link {
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(Duration::from_millis(400));
             // what gathered meanwhile is old: Raft sends again
-            while frames.try_recv().is_ok() {}
+            frames.clear();
         }
     }
 
-    async fn exchange(&self, address: &str, frames: &mut mpsc::Receiver<v1::PeerFrame>) -> anyhow::Result<()> {
+    async fn exchange(&self, address: &str, frames: &mut Queue) -> anyhow::Result<()> {
         let mut client = connect(address).await?;
         let (sender, receiver) = mpsc::channel(8);
         sender.send(v1::PeerFrame { hello: Some(self.hello.clone()), ..Default::default() }).await?;
@@ -179,7 +236,7 @@ impl Link {
             let frame = tokio::select! {
                 biased;
                 ended = &mut call => { ended?; anyhow::bail!("the peer ended the stream") }
-                frame = frames.recv() => frame,
+                frame = frames.next() => frame,
             };
             let Some(frame) = frame else { return Ok(()) };
             tokio::select! {
@@ -311,6 +368,31 @@ fn message_type(kind: u32) -> Option<MessageType> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn what_gathers_leaves_in_one_frame_in_order_and_is_counted() {
+        let (sender, frames) = mpsc::unbounded_channel();
+        let queued = Arc::<AtomicUsize>::default();
+        let mut queue = Queue { frames, queued: queued.clone() };
+        let frame = |index: u64, bytes: usize| {
+            let entries = vec![v1::RaftEntry { data: vec![0; bytes].into(), ..Default::default() }];
+            let raft = vec![v1::RaftMessage { index, entries, ..Default::default() }];
+            v1::PeerFrame { raft, asleep: vec![v1::Asleep { index, ..Default::default() }], ..Default::default() }
+        };
+        let full = v1::PeerFrame { disk: v1::DiskState::Full.into(), ..Default::default() };
+        for frame in [frame(1, 10), full, frame(2, FRAME_BYTES), frame(3, 10)] {
+            queued.fetch_add(weight(&frame), Ordering::Relaxed);
+            sender.send(frame).unwrap();
+        }
+        let first = queue.next().await.unwrap();
+        let indexes = |f: &v1::PeerFrame| f.raft.iter().map(|m| m.index).collect::<Vec<_>>();
+        assert_eq!((indexes(&first), first.asleep.len(), first.disk()), (vec![1, 2], 2, v1::DiskState::Full));
+        assert_eq!(queued.load(Ordering::Relaxed), weight(&frame(3, 10)));
+        queue.clear();
+        assert_eq!(queued.load(Ordering::Relaxed), 0);
+        drop(sender);
+        assert!(queue.next().await.is_none());
+    }
 
     #[test]
     fn a_raft_message_survives_the_wire_and_local_kinds_are_refused() {

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use futures::FutureExt as _;
 use futures::future::Shared;
 use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -273,6 +274,7 @@ struct Inner {
     round_robin: AtomicU32,
     /// partitions the topic has; it may grow
     count: AtomicU32,
+    ids: Arc<Ids>,
 }
 
 impl Drop for Inner {
@@ -306,6 +308,7 @@ impl Producer {
             more_lanes: Mutex::default(),
             round_robin: 0.into(),
             count: count.into(),
+            ids: Arc::new(Ids { ahead: count.clamp(1, IDS_MAX), left: Default::default() }),
         };
         let inner = Arc::new(inner);
         tokio::spawn(follow_growth(Arc::downgrade(&inner)));
@@ -363,6 +366,7 @@ impl Producer {
             options: self.0.options.clone(),
             topic: self.0.topic.clone(),
             partition,
+            ids: self.0.ids.clone(),
             producer_id: None,
             next_sequence: 0,
             in_flight: VecDeque::new(),
@@ -405,6 +409,7 @@ struct Task {
     options: Options,
     topic: String,
     partition: u32,
+    ids: Arc<Ids>,
     producer_id: Option<i64>,
     next_sequence: i32,
     in_flight: VecDeque<Batch>,
@@ -416,6 +421,33 @@ impl Drop for Task {
     fn drop(&mut self) {
         let unsent = std::mem::replace(&mut *self.lane.lock(), Gathered { abandoned: true, ..Default::default() });
         drop(unsent); // which wakes those who wait, with nothing locked
+    }
+}
+
+/// Most producer ids asked for at once.
+const IDS_MAX: u32 = 1_000;
+
+/// Producer ids that were given to this producer: one for each partition, so all of them are asked for with the first.
+struct Ids {
+    ahead: u32,
+    left: tokio::sync::Mutex<Range<i64>>,
+}
+
+impl Ids {
+    async fn next(&self, client: &Client, address: &str) -> Result<i64, Error> {
+        let asked = async {
+            let mut left = self.left.lock().await;
+            if let Some(id) = left.next() {
+                return Ok(id);
+            }
+            let mut client = v1::publisher_client::PublisherClient::new(client.channel(address)?);
+            let asked = client.allocate_producer_ids(v1::AllocateProducerIdsRequest { count: self.ahead });
+            let first = asked.await?.into_inner().first_id as i64;
+            *left = first + 1..first + i64::from(self.ahead);
+            Ok(first)
+        };
+        let late = |_| Error::Deadline { after: SILENCE_MAX, last: format!("{address} gives no producer id") };
+        tokio::time::timeout(SILENCE_MAX, asked).await.map_err(late)?
     }
 }
 
@@ -462,11 +494,7 @@ impl Task {
         if let Some(id) = self.producer_id {
             return Ok(id);
         }
-        let mut client = v1::publisher_client::PublisherClient::new(self.client.channel(address)?);
-        let asked = client.allocate_producer_ids(v1::AllocateProducerIdsRequest { count: 1 });
-        let late = |_| Error::Deadline { after: SILENCE_MAX, last: format!("{address} gives no producer id") };
-        let answer = tokio::time::timeout(SILENCE_MAX, asked).await.map_err(late)??;
-        let id = answer.into_inner().first_id as i64;
+        let id = self.ids.next(&self.client, address).await?;
         self.producer_id = Some(id);
         self.next_sequence = 0;
         Ok(id)
@@ -677,6 +705,7 @@ mod tests {
             options: at.options.clone(),
             topic: "t".into(),
             partition: 0,
+            ids: Arc::new(Ids { ahead: 1, left: Default::default() }),
             producer_id: None,
             next_sequence: 0,
             in_flight: VecDeque::new(),

@@ -55,6 +55,9 @@ pub(crate) struct Load {
     /// Producers, each with its own stream to each partition.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     producers: u64,
+    /// How long a batch waits for more records, such as 500us or 5ms.
+    #[arg(long, value_parser = humantime::parse_duration, default_value = "2ms")]
+    linger: Duration,
     /// Compression of batches.
     #[arg(long, value_enum, default_value_t = Codec::None)]
     compression: Codec,
@@ -201,7 +204,7 @@ async fn produce(client: &Client, load: &Load) -> anyhow::Result<Outcome> {
     let mut tasks = Vec::new();
     for at in 0..load.producers.max(1) {
         let share = load.records / load.producers + u64::from(at < load.records % load.producers);
-        let options = Options { compression: load.compression.into(), ..Default::default() };
+        let options = Options { linger: load.linger, compression: load.compression.into(), ..Default::default() };
         let producer = Producer::open(client, &load.topic, options).await?;
         tasks.push(tokio::spawn(produce_share(producer, load.clone(), share, latencies.clone(), progress.clone())));
     }

@@ -42,7 +42,7 @@ pub(crate) fn measure(program: &Path, scale: f64) -> anyhow::Result<Costs> {
     backlogs(program, count, &mut costs)?;
     many_partitions(program, count, &mut costs)?;
     idle(program, &mut costs)?;
-    restart(program, scale, &mut costs)?;
+    restart(program, &mut costs)?;
     Ok(costs)
 }
 
@@ -157,11 +157,11 @@ fn idle(program: &Path, costs: &mut Costs) -> anyhow::Result<()> {
 }
 
 /// From a broker's start with ten gibibytes until it can be published to.
-fn restart(program: &Path, scale: f64, costs: &mut Costs) -> anyhow::Result<()> {
+fn restart(program: &Path, costs: &mut Costs) -> anyhow::Result<()> {
     let data = tempfile::tempdir()?;
     let start = || start_in(Some(data.path()), program, 1, &[], topic("kept", 6, 1, ""));
     let weir = start()?;
-    weir.produce("kept", 1_024, (KEPT_BYTES * scale / 1_090.0) as u64, &[])?;
+    weir.produce("kept", 1_024, (KEPT_BYTES / 1_090.0) as u64, &[])?;
     drop(weir); // which kills it
     costs.figures.put("start with 10 GiB ms", start()?.came_up.as_secs_f64() * 1e3);
     Ok(())

@@ -90,11 +90,19 @@ pub(crate) fn write(
             let rate = written(*rate);
             _ = writeln!(page, "| {what} | {rate} | {cpu_us:.2} | {handed:.2} | {calls:.1} | {syncs:.2} |");
         }
+        page += BENDS;
     }
     std::fs::write(folder.join("benchmarks.md"), page)?;
     let drawn = names.iter().copied().filter(|n| ["three", "one", "read"].iter().any(|p| n.starts_with(p)));
     draw(&folder.join("benchmarks.svg"), systems, runs, &drawn.collect::<Vec<_>>())
 }
+
+/// How the table of costs is read.
+const BENDS: &str = "\nRecords a second times processor time a record is how much of the two processors was used. Where that is much less than two, \
+    something else is the bound: from 1 KiB on the disk, which takes each byte twice, so that bytes a second stay the same; with one \
+    partition, that its batches follow one another through one task of the client and one of the broker; with a short backlog or few \
+    records, the start. Where it is near two and a record takes longer (1,000 partitions, 100 producers), batches are smaller, as calls \
+    and syncs show, and each is an entry of its own; the streams of a thousand partitions are opened within the run.\n";
 
 /// Each goal with what was measured, and where that is not enough with the reason.
 fn goals(runs: &Runs, costs: Option<&Costs>) -> String {

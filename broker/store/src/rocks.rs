@@ -33,8 +33,6 @@ const BLOB_BYTES_MIN: u64 = 1 << 10;
 const MEMTABLE_BYTES: usize = 16 << 20;
 /// and so much may be in all of them.
 const MEMTABLES_BYTES: usize = 192 << 20;
-/// Memtables that may be there of one family.
-const MEMTABLES_MAX: i32 = (MEMTABLES_BYTES / MEMTABLE_BYTES) as i32;
 /// What writers are slowed down to when the last memtable is begun, before they wait for a flush. RocksDB's own 16 MiB is a pause.
 const DELAYED_BYTES_PER_SECOND: u64 = 128 << 20;
 /// What is flushed goes to the disk in pieces of this size.
@@ -70,9 +68,7 @@ fn database_options(direct: bool) -> Options {
     options.create_missing_column_families(true);
     options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
     options.set_track_and_verify_wals_in_manifest(true);
-    // all families at once: none holds on to write-ahead logs, which then go one by one. Many removed at once hold up every sync,
-    // and those that are left are read again by a start after a kill
-    options.set_atomic_flush(true);
+    options.set_max_total_wal_size(256 << 20); // what a start after a kill reads again
     options.set_db_write_buffer_size(MEMTABLES_BYTES);
     options.set_max_background_jobs(3);
     options.set_keep_log_file_num(3);
@@ -84,7 +80,7 @@ fn database_options(direct: bool) -> Options {
 fn log_options() -> Options {
     let mut options = Options::default();
     options.set_write_buffer_size(MEMTABLE_BYTES);
-    options.set_max_write_buffer_number(MEMTABLES_MAX);
+    options.set_max_write_buffer_number((MEMTABLES_BYTES / MEMTABLE_BYTES) as i32);
     options.set_enable_blob_files(true);
     options.set_min_blob_size(BLOB_BYTES_MIN);
     options.set_blob_file_size(256 << 20);
@@ -100,12 +96,7 @@ fn log_options() -> Options {
 
 fn small_options() -> Options {
     let mut options = Options::default();
-    options.set_write_buffer_size(MEMTABLE_BYTES);
-    options.set_max_write_buffer_number(MEMTABLES_MAX);
-    // a small table with each of the log's
-    options.set_level_zero_file_num_compaction_trigger(16);
-    options.set_level_zero_slowdown_writes_trigger(200);
-    options.set_level_zero_stop_writes_trigger(400);
+    options.set_write_buffer_size(16 << 20);
     options.set_block_based_table_factory(&tables());
     options
 }

@@ -90,12 +90,11 @@ impl Peers {
             Stream { frames, queued }
         });
         let bytes = weight(&frame);
-        if stream.queued.load(Ordering::Relaxed) + bytes > QUEUED_BYTES_MAX {
-            return;
-        }
-        stream.queued.fetch_add(bytes, Ordering::Relaxed);
-        if stream.frames.send(frame).is_err() {
-            self.streams.remove(&to);
+        if stream.frames.is_closed() {
+            self.streams.remove(&to); // also where it ended with its queue full
+        } else if stream.queued.load(Ordering::Relaxed) + bytes <= QUEUED_BYTES_MAX {
+            stream.queued.fetch_add(bytes, Ordering::Relaxed);
+            let _ = stream.frames.send((frame, bytes)); // should it end just now, the next frame finds it closed
         }
     }
 }
@@ -109,13 +108,14 @@ fn weight(frame: &v1::PeerFrame) -> usize {
 
 /// The way to one peer.
 struct Stream {
-    frames: mpsc::UnboundedSender<v1::PeerFrame>,
+    /// with the weight of each
+    frames: mpsc::UnboundedSender<(v1::PeerFrame, usize)>,
     queued: Arc<AtomicUsize>,
 }
 
 /// Its other end.
 struct Queue {
-    frames: mpsc::UnboundedReceiver<v1::PeerFrame>,
+    frames: mpsc::UnboundedReceiver<(v1::PeerFrame, usize)>,
     /// bytes in it
     queued: Arc<AtomicUsize>,
 }
@@ -124,12 +124,11 @@ impl Queue {
     /// What is to be sent next, as one frame: while a peer takes nothing, what is small gathers instead of being dropped. Messages keep
     /// their order; that a group sleeps is said after them, which at most keeps it awake.
     async fn next(&mut self) -> Option<v1::PeerFrame> {
-        let mut frame = self.frames.recv().await?;
-        let mut bytes = weight(&frame);
+        let (mut frame, mut bytes) = self.frames.recv().await?;
         while bytes < FRAME_BYTES
-            && let Ok(more) = self.frames.try_recv()
+            && let Ok((more, of_more)) = self.frames.try_recv()
         {
-            bytes += weight(&more);
+            bytes += of_more;
             frame.raft.extend(more.raft);
             frame.asleep.extend(more.asleep);
             frame.leaders.extend(more.leaders);
@@ -142,8 +141,8 @@ impl Queue {
     }
 
     fn clear(&mut self) {
-        while let Ok(frame) = self.frames.try_recv() {
-            self.queued.fetch_sub(weight(&frame), Ordering::Relaxed);
+        while let Ok((_, bytes)) = self.frames.try_recv() {
+            self.queued.fetch_sub(bytes, Ordering::Relaxed);
         }
     }
 }
@@ -381,8 +380,9 @@ mod tests {
         };
         let full = v1::PeerFrame { disk: v1::DiskState::Full.into(), ..Default::default() };
         for frame in [frame(1, 10), full, frame(2, FRAME_BYTES), frame(3, 10)] {
-            queued.fetch_add(weight(&frame), Ordering::Relaxed);
-            sender.send(frame).unwrap();
+            let bytes = weight(&frame);
+            queued.fetch_add(bytes, Ordering::Relaxed);
+            sender.send((frame, bytes)).unwrap();
         }
         let first = queue.next().await.unwrap();
         let indexes = |f: &v1::PeerFrame| f.raft.iter().map(|m| m.index).collect::<Vec<_>>();

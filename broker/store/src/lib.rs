@@ -3,5 +3,6 @@
 mod direct;
 pub mod keys;
 pub mod mem;
+mod removal;
 pub mod rocks;
 pub mod torn;

@@ -2,7 +2,7 @@
 //!
 //! Large values of the log go to blob files when a memtable is flushed, so that compaction moves keys, not payloads. A sync of the
 //! write-ahead log waits for whatever else the disk has to do, so that is kept in small pieces: little memtables, of which each leaves
-//! small files to be removed (on file systems that discard, a large one holds the disk for tens of ms), written past the page cache. Retention
+//! small files, written past the page cache, and what is removed goes in pieces ([`crate::removal`]). Retention
 //! gives blob files back by itself where all in them is gone, oldest first; what lies between what is kept is collected when it is
 //! more than that (the broker asks for it).
 //! A torn tail of the write-ahead log is accepted at start, nothing else: point-in-time recovery would open an
@@ -11,6 +11,7 @@
 use crate::direct;
 use crate::keys::state::Standing;
 use crate::keys::{self, log, offsets, state};
+use crate::removal::Removal;
 use crate::torn::torn_bytes;
 use bytes::Bytes;
 use rocksdb::{
@@ -41,6 +42,7 @@ const PIECE_BYTES: u64 = 256 << 10;
 /// See the module.
 pub struct RocksStore {
     db: DB,
+    removal: Removal,
     torn_bytes: u64,
 }
 
@@ -117,7 +119,8 @@ impl RocksStore {
         let torn_bytes = torn_bytes(path).unwrap_or(0);
         let options = database_options(direct::works(path));
         let db = DB::open_cf_descriptors(&options, path, families).map_err(io)?;
-        Ok(Self { db, torn_bytes })
+        let removal = Removal::of(path).map_err(|e| StoreError::Io(format!("a thread: {e}")))?;
+        Ok(Self { db, removal, torn_bytes })
     }
 
     /// Bytes of the write-ahead log's torn tail that were left out at opening.
@@ -430,10 +433,12 @@ impl RocksStore {
             _ => ENTRY_BYTES_MORE,
         };
         // it does not grow step by step, each with a copy
-        let mut batch = WriteBatch::with_capacity_bytes(ops.iter().map(data).sum());
+        let bytes = ops.iter().map(data).sum();
+        let mut batch = WriteBatch::with_capacity_bytes(bytes);
         let mut buffer = Vec::new();
         ops.iter().for_each(|op| self.add_op(&mut batch, op, &mut buffer));
         self.db.write_opt(batch, options)?;
+        self.removal.wrote(bytes as u64);
         for op in ops {
             let (group, to) = match op {
                 WriteOp::Truncate { group, index, .. } => (group, index + 1),

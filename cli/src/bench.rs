@@ -56,7 +56,7 @@ pub(crate) struct Load {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     producers: u64,
     /// How long a batch waits for more records, such as 500us or 5ms.
-    #[arg(long, value_parser = humantime::parse_duration, default_value = "2ms")]
+    #[arg(long, value_parser = humantime::parse_duration, default_value = "500us")]
     linger: Duration,
     /// Compression of batches.
     #[arg(long, value_enum, default_value_t = Codec::None)]

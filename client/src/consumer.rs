@@ -8,6 +8,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use weir_proto::records::{self, Record};
 use weir_proto::v1;
 
+/// What the broker reads for one answer. Buffers of more are given back to the system and taken anew each time.
+const ANSWER_BYTES: u32 = 1 << 20;
+
 /// A record that was read.
 #[derive(Clone, Debug)]
 pub struct Message {
@@ -134,7 +137,7 @@ async fn read(
     let name = Arc::from(crate::full_name(topic));
     loop {
         let request =
-            v1::FetchRequest { topic: topic.to_owned(), partition, offset, bytes_max: 4 << 20, wait_ms: 1_000 };
+            v1::FetchRequest { topic: topic.to_owned(), partition, offset, bytes_max: ANSWER_BYTES, wait_ms: 1_000 };
         let mut responses = client
             .at_leader(topic, partition, Duration::from_secs(30), |address| {
                 let request = request.clone();

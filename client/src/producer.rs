@@ -48,7 +48,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             batch_bytes: 128 << 10,
-            linger: Duration::from_millis(2),
+            linger: Duration::from_micros(500),
             memory_bytes: 64 << 20,
             deadline: Duration::from_secs(30),
             compression: Compression::None,

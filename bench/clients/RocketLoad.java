@@ -3,6 +3,7 @@ import java.util.Arrays;
 import java.util.List;
 import java.util.concurrent.atomic.AtomicLong;
 import org.apache.rocketmq.client.consumer.DefaultLitePullConsumer;
+import org.apache.rocketmq.client.exception.MQClientException;
 import org.apache.rocketmq.client.producer.DefaultMQProducer;
 import org.apache.rocketmq.client.producer.SendStatus;
 import org.apache.rocketmq.common.consumer.ConsumeFromWhere;
@@ -12,7 +13,17 @@ import org.apache.rocketmq.common.message.Message;
 public class RocketLoad {
     static final int BATCH = 500;
 
-    public static void main(String[] args) throws Exception {
+    public static void main(String[] args) {
+        try {
+            work(args);
+            System.exit(0);
+        } catch (Throwable e) {
+            e.printStackTrace(); // the client's own threads go on
+            System.exit(1);
+        }
+    }
+
+    static void work(String[] args) throws Exception {
         String servers = args[0], topic = args[1], mode = args[4];
         int bytes = Integer.parseInt(args[2]);
         long records = Long.parseLong(args[3]);
@@ -20,14 +31,14 @@ public class RocketLoad {
         Arrays.fill(value, (byte) 'x');
         if (mode.equals("reads")) {
             read(servers, topic, records);
-            System.exit(0);
+            return;
         }
         DefaultMQProducer producer = new DefaultMQProducer("load");
         producer.setNamesrvAddr(servers);
         producer.setDefaultTopicQueueNums(6);
         producer.setSendMsgTimeout(30_000);
         producer.start();
-        send(producer, new Message(topic, value)); // makes the topic
+        makeTopic(producer, new Message(topic, value));
         if (mode.equals("latency")) {
             long[] took = new long[(int) records];
             for (int i = -1_000; i < records; i++) {
@@ -37,12 +48,24 @@ public class RocketLoad {
             }
             Arrays.sort(took);
             System.out.println("result " + took[took.length / 2] / 1_000.0);
-            System.exit(0);
+            return;
         }
         boolean batches = mode.equals("batches");
         run(producer, topic, value, records / 10, batches); // what is just in time is compiled by then
         System.out.println("result " + run(producer, topic, value, records, batches));
-        System.exit(0);
+    }
+
+    /** The first message makes its topic, once the broker has told the name server of itself. */
+    static void makeTopic(DefaultMQProducer producer, Message message) throws Exception {
+        for (int left = 30; ; left--) {
+            try {
+                send(producer, message);
+                return;
+            } catch (MQClientException e) {
+                if (left == 0) throw e;
+                Thread.sleep(1_000);
+            }
+        }
     }
 
     static void send(DefaultMQProducer producer, Message message) throws Exception {

@@ -27,16 +27,20 @@ const WRITTEN_TWICE: &str = "each record is written twice on each replica, into 
     (enable_blob_direct_write) loses what was not flushed when the power goes";
 const CORES: &str = "client and broker share two cores. Tried: jemalloc and mimalloc, 4 to 12% slower; malloc with huge pages and without giving \
     memory back, no difference beyond chance";
+const BESIDE: &str = "publisher, reader and broker share two cores, and each has its part: the reader read at 520,000 to 590,000/s meanwhile. \
+    Reading with what publishing leaves would be a reader that is behind for good. Tried: backlogs read by threads of the lowest \
+    priority: 72, 62 and 61% in one hour with 66, 64 and 62% without";
 const READING: &str = "client and broker share two cores, and a byte is copied or checked some eight times between disk and reader. What was \
-    written past the page cache is read from the disk, an eighth slower than out of the cache. Tried: jemalloc and mimalloc, a fifth slower";
+    written past the page cache is read from the disk, an eighth slower than out of the cache. Answers of 1 MiB instead of 4: \
+    1 KiB 920,000 and 1,070,000 → 1,290,000 and 1,220,000/s in one hour. Tried: jemalloc and mimalloc, a fifth slower";
 const SYNCS: &str = "three brokers sync one disk at one time, and six threads wake one another in turn, 25 to 40 µs each. Tried: write-ahead logs \
     that are used again (a fifth less of a sync), which exclude the strict recovery";
 const WAKES: &str = "threads on other processors are woken in turn, 25 to 40 µs each on such a machine: a round trip of ZeroMQ between two \
     processes takes about 50. With all on one processor it was 53 µs from publisher to reader";
-const FLUSH: &str = "a batch waits up to 2 ms for more records, and then for the syncs of three brokers on one disk, behind what they flush and \
-    remove. Memtables of 64 MiB flushed by way of the page cache: 19 ms (99th percentile) and 29 ms (99.9th) in one hour with 6 to 8 and \
-    8 to 24 ms as it is now. Tried: memtables of 8 MiB, pieces of 64 KiB, a wait of 0.5 ms or none, catching up at a third of the speed or \
-    slower while syncs take long: no better beyond chance";
+const FLUSH: &str = "the syncs of three brokers wait for one disk, to which 96 MiB/s are written beside them for the broker that is filled again; \
+    without that see *all brokers whole*. Before and after in one hour, with a broker being filled: 99th percentile 11.5 and 11.7 ms → \
+    8.4 and 9.9, 99.9th 15 and 16 ms → 11 and 13 (files removed in pieces, a wait of 0.5 ms for more records instead of 2). Tried: \
+    filling it at a third of the speed (8.5 and 9.5 ms where it was 8.0 and 10.3), memtables of 8 MiB, pieces of 64 KiB";
 const IN_PROCESS: &str = "without a socket the calls still are gRPC messages, encoded and decoded, five tasks take them on in turn, and the \
     write-ahead log is written before the acknowledgement";
 
@@ -49,7 +53,7 @@ pub(crate) const GOALS: &[Goal] = &[
     goal("one 1 KiB", AtLeast(250_000.0), WRITTEN_TWICE),
     goal("read 100 B", AtLeast(4_000_000.0), READING),
     goal("read 1 KiB", AtLeast(1_000_000.0), READING),
-    goal("one 1 KiB while another reads, % of alone", AtLeast(80.0), CORES),
+    goal("one 1 KiB while another reads, % of alone", AtLeast(80.0), BESIDE),
     goal("latency three p50 µs", AtMost(450.0), SYNCS),
     goal("latency three, memory p50 µs", AtMost(150.0), WAKES),
     goal("to consumer over a Unix socket p50 µs", AtMost(55.0), WAKES),

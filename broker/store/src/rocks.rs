@@ -441,12 +441,12 @@ impl RocksStore {
         self.removal.wrote(bytes as u64);
         for op in ops {
             let (group, to) = match op {
-                WriteOp::Truncate { group, index, .. } => (group, index + 1),
-                WriteOp::Install { group, checkpoint } => (group, checkpoint.index + 1),
+                WriteOp::Truncate { group, index, .. } => (group, *index),
+                WriteOp::Install { group, checkpoint } => (group, checkpoint.index),
                 WriteOp::Destroy { group, .. } => (group, u64::MAX),
                 _ => continue,
             };
-            // whole files go at once; a failure leaves them to compaction
+            // whole files go at once, the end included; a failure leaves them to compaction
             let _ = self.db.delete_file_in_range_cf(self.family(LOG), log::key(group.0, 0), log::key(group.0, to));
         }
         Ok(())

@@ -293,6 +293,25 @@ fn retention_up_to_the_entry_before_the_last_of_a_table_keeps_that_last_one() {
     assert_eq!(store.entries(group, last, last + 1, 0).map(|e| e.len()), Ok(1));
 }
 
+/// Found by the test above: a table that reached from a removed checkpoint to the first entry kept went with what was removed.
+#[test]
+fn a_table_that_ends_with_the_first_entry_kept_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = RocksStore::open(folder.path()).unwrap();
+    let mut known = BTreeMap::new();
+    let group = GroupId(0);
+    let install = [Step::Create { with_checkpoint: false }, Step::Install { ahead: 0 }];
+    for step in install {
+        store.write(&round(&mut known, &[(0, step)])).unwrap();
+    }
+    drop(store);
+    store = RocksStore::open(folder.path()).unwrap();
+    store.write(&round(&mut known, &[(0, Step::Append { entries: vec![(0, 0)], replaced: 0 })])).unwrap();
+    store.compact().unwrap();
+    store.write(&round(&mut known, &[(0, Step::Truncate { which: 0 })])).unwrap();
+    assert_eq!(store.entries(group, 2, 3, 0).map(|e| e.len()), Ok(1));
+}
+
 /// The store after each of a number of rounds, and the folder it is in.
 fn history(path: &Path, seed: u64) -> Vec<Vec<Picture>> {
     let mem = MemStore::default();

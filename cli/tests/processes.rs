@@ -94,7 +94,9 @@ async fn replaced(client: &Client, topic: &str, old: u64) {
 async fn brokers_that_lose_their_volumes_one_after_the_other_until_none_is_left_that_formed_the_cluster_are_replaced() {
     let cluster = Cluster::start(3);
     let client = Client::new(&cluster.servers).unwrap();
-    let writer = Writer::start(&client, "t", 3).await;
+    make_topic(&client, "t", 3, 3).await;
+    // each is filled again with all there is, at a bounded rate
+    let writer = Writer::start_paced(&client, "t", Duration::from_millis(10)).await;
     for name in ["weir-0", "weir-1", "weir-2", "weir-1"] {
         tokio::time::sleep(Duration::from_secs(1)).await;
         let id = |c: &weir_client::Cluster| c.metadata.brokers.iter().find(|b| b.name == name).map_or(0, |b| b.id);

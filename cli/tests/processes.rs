@@ -63,7 +63,8 @@ async fn all_killed_at_once_come_back_with_every_acknowledged_record() {
 async fn fault_13_a_broker_whose_folder_is_removed_is_rebuilt_from_the_others() {
     let cluster = Cluster::start(3);
     let client = Client::new(&cluster.servers).unwrap();
-    let writer = Writer::start(&client, "t", 3).await;
+    make_topic(&client, "t", 3, 3).await;
+    let writer = Writer::start_paced(&client, "t", Duration::from_millis(10)).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     let folder = cluster.data.path().join("weir-1");
     cluster.kill("weir-1");

@@ -138,7 +138,8 @@ impl Files {
         for file in removed.iter().filter_map(|name| self.held.remove(name)) {
             self.removed.extend(file.metadata().map(|m| (file, m.len())));
         }
-        if rustix::fs::statvfs(&self.folder).is_ok_and(|disk| disk.f_bavail * disk.f_frsize < ROOM_BYTES) {
+        let is_low = || rustix::fs::statvfs(&self.folder).is_ok_and(|disk| disk.f_bavail * disk.f_frsize < ROOM_BYTES);
+        if !self.removed.is_empty() && is_low() {
             self.removed.clear();
         }
     }

@@ -1,6 +1,7 @@
 //! `make bench`: how long each path takes, and how often it asks for memory.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use std::cell::LazyCell;
 use std::hint::black_box;
 use std::sync::Arc;
 use weir_bench::{Embedded, PATHS, RECORDS, VALUE_BYTES, publish_to_disk};
@@ -60,7 +61,7 @@ fn disk(criterion: &mut Criterion) {
 /// One message in flight, three brokers in this process.
 fn replicated(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("three-brokers");
-    let embedded = Embedded::start("bench", 3).expect("brokers start");
+    let embedded = LazyCell::new(|| Embedded::start("bench", 3).expect("brokers start"));
     group.throughput(Throughput::Elements(1));
     for topic in ["synced", "memory"] {
         let run = |times| embedded.one_by_one(topic, times, false).expect("it is acknowledged").into_iter().sum();
@@ -68,9 +69,18 @@ fn replicated(criterion: &mut Criterion) {
     }
 }
 
+/// One message in flight through one broker of this process, until a reader has it.
+fn in_process(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("one-broker");
+    let embedded = LazyCell::new(|| Embedded::start("alone", 1).expect("a broker starts"));
+    group.throughput(Throughput::Elements(1));
+    let run = |times| embedded.one_by_one("memory", times, true).expect("it is read").into_iter().sum();
+    group.bench_function("to-reader-in-process", |bencher| bencher.iter_custom(run));
+}
+
 criterion_group! {
     name = all;
     config = Criterion::default().sample_size(20);
-    targets = paths, disk, replicated
+    targets = paths, disk, replicated, in_process
 }
 criterion_main!(all);

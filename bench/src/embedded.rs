@@ -55,8 +55,12 @@ impl Embedded {
                 let spec =
                     v1::TopicSpec { partitions: 1, replicas: brokers as u32, quorum_memory, ..Default::default() };
                 let request = v1::ApplyTopicRequest { name: name.into(), spec: Some(spec), ..Default::default() };
-                client.admin().await?.apply_topic(request).await?;
                 let end = Instant::now() + Duration::from_secs(20);
+                // three brokers answer before they have elected who leads them
+                while let Err(status) = client.admin().await?.apply_topic(request.clone()).await {
+                    anyhow::ensure!(weir_client::is_transient(&status) && Instant::now() < end, status);
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
                 while client.refresh().await?.leader(name, 0).is_none() {
                     anyhow::ensure!(Instant::now() < end, "topic {name} has no leader");
                     tokio::time::sleep(Duration::from_millis(50)).await;

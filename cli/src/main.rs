@@ -1,4 +1,4 @@
-//! `weir`: the command line. Exit codes: 0 done, 1 failed, 2 wrong usage.
+//! `weir`: the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 141 nobody reads the output any more.
 
 mod admin;
 mod bench;
@@ -76,10 +76,10 @@ enum Command {
 
 fn main() -> std::process::ExitCode {
     let cli = Cli::parse();
-    let serves = matches!(cli.command, Command::Serve(_) | Command::Broker(_));
-    let runtime = if serves { weir_broker::runtime() } else { tokio::runtime::Runtime::new() };
+    end_with_reader();
     // on a worker: what it wakes stays on that worker's processor
-    let done = runtime.map_err(Into::into).and_then(|runtime| runtime.block_on(runtime.spawn(run(cli)))?);
+    let done =
+        weir_broker::runtime().map_err(Into::into).and_then(|runtime| runtime.block_on(runtime.spawn(run(cli)))?);
     match done {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => {
@@ -87,6 +87,19 @@ fn main() -> std::process::ExitCode {
             std::process::ExitCode::FAILURE
         }
     }
+}
+
+/// Where nobody reads the output any more (`weir topic list | head -1`), the program ends as others do, without a word.
+fn end_with_reader() {
+    /// What a shell says of a program that SIGPIPE ended.
+    const BROKEN_PIPE: i32 = 141;
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if panic.payload_as_str().is_some_and(|why| why.contains("Broken pipe")) {
+            std::process::exit(BROKEN_PIPE);
+        }
+        usual(panic);
+    }));
 }
 
 async fn run(cli: Cli) -> anyhow::Result<()> {

@@ -184,3 +184,13 @@ fn manifests_are_read_again_when_they_change_and_what_is_wrong_with_one_leaves_t
         assert_eq!(said.matches(wrong).count(), 1, "{wrong}\n{said}");
     }
 }
+
+#[test]
+fn where_nobody_reads_the_output_it_ends_without_a_word() {
+    let mut weir = Command::new(WEIR);
+    weir.args(["completions", "bash"]).stdin(Stdio::null()).stderr(Stdio::piped());
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader); // as `weir completions bash | true` may
+    let out = weir.stdout(writer).spawn().unwrap().wait_with_output().unwrap();
+    assert_eq!((out.status.code(), String::from_utf8(out.stderr).unwrap()), (Some(141), String::new()));
+}

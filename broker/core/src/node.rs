@@ -39,7 +39,8 @@ pub struct Limits {
     pub rounds_max: usize,
     /// A message whose term is further than this beyond ours is refused.
     pub term_jump_max: u64,
-    /// Old entries read for followers that are behind, bytes each second over all groups: live traffic keeps the rest.
+    /// Old entries read for followers that are behind, bytes each second over all groups, beside as much as is published; live traffic
+    /// keeps the rest.
     pub catch_up_bytes_per_second: u64,
     /// How long a leader leads before it hands over to the preferred one, ms.
     pub balance_after_ms: u64,
@@ -642,7 +643,10 @@ impl Node {
     pub fn publish(&mut self, ticket: Ticket, id: GroupId, data: Bytes, header: &BatchHeader) {
         let log_ms = self.now.log_ms;
         let no_room = self.no_room(id);
-        self.with_group(ticket, id, |g| g.publish(ticket, data, header, log_ms, no_room));
+        let bytes = data.len() as u64;
+        if self.with_group(ticket, id, |g| g.publish(ticket, data, header, log_ms, no_room)) {
+            self.fetch_budget = self.fetch_budget.saturating_add(bytes); // who is behind is not to fall further behind
+        }
     }
 
     /// Appends a control record to a partition's log.
@@ -657,11 +661,13 @@ impl Node {
         self.with_group(ticket, META_GROUP, |g| g.command(ticket, command, log_ms));
     }
 
-    fn with_group(&mut self, ticket: Ticket, id: GroupId, run: impl FnOnce(&mut Group) -> Result<(), Refusal>) {
+    /// Whether the group takes it; where it does not, that is answered.
+    fn with_group(&mut self, ticket: Ticket, id: GroupId, run: impl FnOnce(&mut Group) -> Result<(), Refusal>) -> bool {
         let result = match self.groups.get_mut(&id) {
             Some(group) => run(group),
             None => Err(Refusal::UnknownGroup),
         };
+        let taken = result.is_ok();
         match result {
             Ok(()) => {
                 self.dirty.insert(id);
@@ -671,6 +677,7 @@ impl Node {
                 self.out.replies.push((ticket, Reply::Refused(refusal)));
             }
         }
+        taken
     }
 
     /// A round up to `round` is written, not yet synced.

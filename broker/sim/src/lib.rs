@@ -105,6 +105,8 @@ pub struct World {
     /// (due, order) → (to, from, message)
     wire: BTreeMap<(u64, u64), (BrokerId, BrokerId, PeerMessage)>,
     sent: u64,
+    /// when what was sent last in fair weather arrives, from one broker to another
+    last_due: BTreeMap<(BrokerId, BrokerId), u64>,
     now: u64,
     cut: BTreeSet<(BrokerId, BrokerId)>,
     weather: Weather,
@@ -165,6 +167,7 @@ impl World {
             hosts: BTreeMap::new(),
             wire: BTreeMap::new(),
             sent: 0,
+            last_due: BTreeMap::new(),
             now: 1_000,
             cut: BTreeSet::new(),
             weather: Weather::default(),
@@ -374,7 +377,13 @@ impl World {
         for _ in 0..copies {
             self.sent += 1;
             let spread = if rough { 200 } else { 4 };
-            let due = self.now + 1 + self.dice.roll(spread);
+            let mut due = self.now + 1 + self.dice.roll(spread);
+            if !rough {
+                // a stream keeps its order; what is lost and sent anew, over another one, does not
+                let last = self.last_due.entry((from, to)).or_default();
+                due = due.max(*last);
+                *last = due;
+            }
             self.wire.insert((due, self.sent), (to, from, message.clone()));
         }
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use weir_core::batch::{BatchHeader, synthetic};
 use weir_core::eraftpb::{Entry, EntryType, Message, MessageType};
-use weir_core::group::Machine;
+use weir_core::group::{Group, Machine};
 use weir_core::ids::{BrokerId, GroupId, META_GROUP, ReplicaId, Ticket};
 use weir_core::meta::command::{ApplySubscription, ApplyTopic, Command, Kind, Placement};
 use weir_core::meta::state::{Broker, MetaState, SubscriptionSpec, TopicSpec};
@@ -14,11 +14,17 @@ use weir_store::mem::MemStore;
 
 /// Runs until nothing is left to do; gives all replies.
 fn settle(node: &mut Node, store: &MemStore) -> Vec<(Ticket, Reply)> {
-    let mut replies = Vec::new();
+    settle_and_listen(node, store).0
+}
+
+/// As [`settle`], and what was said to other replicas.
+fn settle_and_listen(node: &mut Node, store: &MemStore) -> (Vec<(Ticket, Reply)>, Vec<Message>) {
+    let (mut replies, mut said) = (Vec::new(), Vec::new());
     loop {
         let effects = node.drain();
         replies.extend(effects.replies);
-        let Some(round) = effects.round else { return replies };
+        said.extend(effects.messages.into_iter().map(|(_, envelope)| envelope.message));
+        let Some(round) = effects.round else { return (replies, said) };
         store.write(&round.ops).unwrap();
         node.written(round.id);
         store.sync().unwrap();
@@ -370,10 +376,10 @@ fn a_leader_that_goes_while_its_partition_sleeps_is_replaced_as_soon_as_any() {
 /// heartbeats that no leader of a sleeping group sends, and replaced it.
 #[test]
 fn a_leader_whose_broker_stood_still_for_a_moment_while_its_partition_slept_leads_on() {
-    for seed in 0..20 {
+    for seed in 0..200 {
         let (mut world, leader) = asleep(seed);
         let before = world.claims();
-        world.pause(leader, 210 + 3 * seed); // longer, and they would be right to replace it
+        world.pause(leader, 210 + 3 * (seed % 20)); // longer, and they would be right to replace it
         world.run(6_000, Faults::None);
         assert_eq!((world.claims(), world.sleepers().len()), (before, 3), "seed {seed}");
     }
@@ -546,45 +552,165 @@ fn a_heartbeat_and_the_word_that_a_partition_sleeps_may_come_in_one_frame() {
     assert!(node.group(group).unwrap().is_asleep());
 }
 
+/// The first of three brokers, which leads the topic's partition.
+struct First {
+    node: Node,
+    store: Arc<MemStore>,
+    group: GroupId,
+    term: u64,
+    ids: Vec<u64>,
+}
+
+impl First {
+    fn leading(limits: Limits) -> Self {
+        let meta = formed(3, TopicSpec::default());
+        let (node, store, group) = start(1, &meta, limits);
+        let ids = meta.assignment(group).unwrap().replicas.iter().map(|r| r.id).collect();
+        let term = node.group(group).unwrap().term() + 1; // the preferred replica stands as soon as it is made
+        let mut first = Self { node, store, group, term, ids };
+        first.hear(1, MessageType::MsgRequestPreVoteResponse, 0);
+        first.hear(1, MessageType::MsgRequestVoteResponse, 0);
+        let index = first.replica().last_index();
+        [1, 2].into_iter().for_each(|from| _ = first.hear(from, MessageType::MsgAppendResponse, index));
+        assert!(first.replica().is_leader());
+        first
+    }
+
+    fn replica(&self) -> &Group {
+        self.node.group(self.group).unwrap()
+    }
+
+    /// What another replica says.
+    fn tell(&mut self, from: usize, kind: MessageType, index: u64) {
+        let mut message =
+            Message { from: self.ids[from], to: self.ids[0], term: self.term, index, ..Default::default() };
+        message.set_msg_type(kind);
+        let envelope = Envelope { group: self.group, message };
+        self.node.peer(BrokerId(from as u64 + 1), PeerMessage::Raft(envelope));
+    }
+
+    /// The same, and what comes of it.
+    fn hear(&mut self, from: usize, kind: MessageType, index: u64) -> (Vec<(Ticket, Reply)>, Vec<Message>) {
+        self.tell(from, kind, index);
+        settle_and_listen(&mut self.node, &self.store)
+    }
+}
+
+/// To tell followers at once that a record is committed would be as many messages again, and an answer to each.
+#[test]
+fn a_publish_is_one_message_to_each_follower_and_its_commit_goes_along_with_the_next() {
+    let mut first = First::leading(Limits::default());
+    let begun = first.replica().last_index();
+    let mut publish_next = |ticket| {
+        publish(&mut first.node, ticket, first.group, 1, b"value");
+        let said = settle_and_listen(&mut first.node, &first.store).1;
+        let index = first.replica().last_index();
+        let (replies, after) = first.hear(1, MessageType::MsgAppendResponse, index);
+        assert!(matches!(replies[..], [(_, Reply::Published { .. })]), "{replies:?}");
+        let (_, after_both) = first.hear(2, MessageType::MsgAppendResponse, index);
+        assert_eq!([after, after_both], [vec![], vec![]]);
+        said.into_iter().map(|m| (m.msg_type, m.entries.len(), m.commit)).collect::<Vec<_>>()
+    };
+    let append = |commit| (MessageType::MsgAppend, 1, commit);
+    assert_eq!(publish_next(1), [append(begun); 2]);
+    assert_eq!(publish_next(2), [append(begun + 1); 2]);
+    first.node.tick(Now { mono_ms: 101, log_ms: 101 });
+    let beats = settle_and_listen(&mut first.node, &first.store).1.into_iter();
+    let beats = beats.filter(|m| m.msg_type == MessageType::MsgHeartbeat && first.ids.contains(&m.to));
+    assert_eq!(beats.map(|m| m.commit).collect::<Vec<_>>(), [begun + 2; 2]);
+}
+
+#[test]
+fn a_follower_that_is_behind_is_filled_at_a_bounded_rate_and_faster_than_is_published() {
+    const BATCH: usize = 20_000;
+    let (rate, at_once) = (1_000_000, BATCH as u64); // bytes a second, and in one read
+    let limits = Limits {
+        tail_bytes_max: 100_000,
+        catch_up_bytes_per_second: rate,
+        message_bytes_max: at_once,
+        ..Default::default()
+    };
+    let mut first = First::leading(limits);
+    let (mut ms, mut read) = (1, 0);
+    // a millisecond, with a batch published or none; the second replica acknowledges everything, the third what it is sent, or nothing
+    let mut pass = |first: &mut First, publishes: bool, third_answers: bool| {
+        ms += 1;
+        first.node.tick(Now { mono_ms: ms, log_ms: ms });
+        if publishes {
+            publish(&mut first.node, ms, first.group, 1, &[b'x'; BATCH]);
+        }
+        loop {
+            let effects = first.node.drain();
+            let idle = effects.round.is_none() && effects.fetches.is_empty() && effects.messages.is_empty();
+            if let Some(round) = effects.round {
+                first.store.write(&round.ops).unwrap();
+                first.store.sync().unwrap();
+                first.node.synced(round.id);
+            }
+            for fetch in effects.fetches {
+                let entries = first.store.entries(fetch.group, fetch.low, fetch.high, fetch.bytes_max).unwrap();
+                read += entries.iter().map(|e| e.data.len() as u64).sum::<u64>();
+                first.node.fetched(fetch, Ok(entries));
+            }
+            for (to, Envelope { message, .. }) in effects.messages {
+                if let Some(last) = message.entries.last().filter(|_| to != BrokerId(3) || third_answers) {
+                    first.tell(to.0 as usize - 1, MessageType::MsgAppendResponse, last.index);
+                }
+            }
+            if idle {
+                return (ms, read, first.replica().lag(first.ids[2]).unwrap());
+            }
+        }
+    };
+    let begun = first.replica().last_index();
+    (0..150).for_each(|_| _ = pass(&mut first, true, false));
+    first.tell(2, MessageType::MsgAppendResponse, begun + 60); // so many were on their way
+    let (_, _, behind) = pass(&mut first, true, true);
+    assert!((80..100).contains(&behind), "{behind} batches");
+    (0..200).for_each(|_| _ = pass(&mut first, true, true)); // twenty times as much as it is filled at
+    let (since, before, still_behind) = pass(&mut first, true, true);
+    assert!(still_behind < behind, "{behind} batches behind, then {still_behind}");
+    for _ in 0..2_000 {
+        let (now, read, behind) = pass(&mut first, false, true);
+        let tick = rate * 50 / 1_000 + at_once;
+        assert!(
+            read - before < rate * (now - since) / 1_000 + 2 * tick,
+            "{} bytes in {} ms",
+            read - before,
+            now - since
+        );
+        if behind == 0 {
+            return;
+        }
+    }
+    panic!("it is not filled");
+}
+
 /// Found with a thousand busy partitions: while the disk had too much to do the heartbeats waited, and the word went ahead of them.
 #[test]
 fn a_leader_whose_disk_is_behind_says_that_its_partition_sleeps_after_its_heartbeats() {
-    let meta = formed(3, TopicSpec::default());
-    let (mut node, store, group) = start(1, &meta, Limits { rounds_max: 1, ..Default::default() });
-    let ids: Vec<u64> = meta.assignment(group).unwrap().replicas.iter().map(|r| r.id).collect();
-    let say = |node: &mut Node, from: usize, kind: MessageType, term: u64, index: u64| {
-        let mut message = Message { from: ids[from], to: ids[0], term, index, ..Default::default() };
-        message.set_msg_type(kind);
-        node.peer(BrokerId(from as u64 + 1), PeerMessage::Raft(Envelope { group, message }));
-        settle(node, &store);
-    };
-    let term = node.group(group).unwrap().term() + 1; // the preferred replica stands as soon as it is made
-    say(&mut node, 1, MessageType::MsgRequestPreVoteResponse, term, 0);
-    say(&mut node, 1, MessageType::MsgRequestVoteResponse, term, 0);
-    let index = node.group(group).unwrap().last_index();
-    [1, 2].into_iter().for_each(|from| say(&mut node, from, MessageType::MsgAppendResponse, term, index));
-    assert!(node.group(group).unwrap().is_leader());
+    let mut first = First::leading(Limits { rounds_max: 1, ..Default::default() });
     for tick in 1..40 {
         // a round of the metadata group is under way while time passes
         let mut append =
             Message { from: 2, to: 1, term: 2, index: tick, log_term: 1 + u64::from(tick > 1), ..Default::default() };
         append.set_msg_type(MessageType::MsgAppend);
         append.entries = vec![Entry { index: tick + 1, term: 2, ..Default::default() }].into();
-        node.peer(BrokerId(2), PeerMessage::Raft(Envelope { group: META_GROUP, message: append }));
-        let round = node.drain().round.unwrap();
-        [2, 3].into_iter().for_each(|other| node.peer(BrokerId(other), PeerMessage::Alive));
-        node.tick(Now { mono_ms: 1 + 50 * tick, log_ms: 1 + 50 * tick });
-        assert_eq!(node.drain().asleep, [], "its heartbeats are still to come");
-        node.synced(round.id);
-        if node.group(group).unwrap().is_asleep() {
-            let effects = node.drain();
-            let beat = |e: &Envelope| e.group == group && e.message.msg_type == MessageType::MsgHeartbeat;
+        first.node.peer(BrokerId(2), PeerMessage::Raft(Envelope { group: META_GROUP, message: append }));
+        let round = first.node.drain().round.unwrap();
+        [2, 3].into_iter().for_each(|other| first.node.peer(BrokerId(other), PeerMessage::Alive));
+        first.node.tick(Now { mono_ms: 1 + 50 * tick, log_ms: 1 + 50 * tick });
+        assert_eq!(first.node.drain().asleep, [], "its heartbeats are still to come");
+        first.node.synced(round.id);
+        if first.replica().is_asleep() {
+            let effects = first.node.drain();
+            let beat = |e: &Envelope| e.group == first.group && e.message.msg_type == MessageType::MsgHeartbeat;
             assert_eq!(effects.messages.iter().filter(|(_, e)| beat(e)).count(), 2);
             assert_eq!(effects.asleep.len(), 2);
             return;
         }
-        settle(&mut node, &store);
-        [1, 2].into_iter().for_each(|from| say(&mut node, from, MessageType::MsgHeartbeatResponse, term, 0));
+        settle(&mut first.node, &first.store);
+        [1, 2].into_iter().for_each(|from| _ = first.hear(from, MessageType::MsgHeartbeatResponse, 0));
     }
     panic!("it does not fall asleep");
 }

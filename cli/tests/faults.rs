@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 use tonic_types::StatusExt as _;
+use weir_checker::Event;
 use weir_client::producer::{Options, Producer};
 use weir_client::{Client, Error, Record, proto as v1};
 
@@ -96,15 +97,18 @@ async fn fault_03_a_leader_that_was_stopped_acknowledges_nothing_and_names_its_s
     let address = client.cluster().address(old).unwrap();
     let mut publisher = v1::publisher_client::PublisherClient::new(client.channel(&address).unwrap());
     cluster.signal(&name, "-STOP");
-    let request = v1::PublishRequest {
-        topic: "t".into(),
-        partition: Some(0),
-        messages: vec![v1::Message { value: "900-0".into(), ..Default::default() }],
-        producer: None,
+    // what is refused as NOT_LEADER is not stored; whether the rest is, nobody was told
+    let mut attempts = Vec::new();
+    let mut attempt = || {
+        let number = attempts.len() as u64;
+        attempts.push(Event::Offered { producer: 900 + number, value: (900, number) });
+        let value = format!("900-{number}").into();
+        let messages = vec![v1::Message { value, ..Default::default() }];
+        (v1::PublishRequest { topic: "t".into(), partition: Some(0), messages, producer: None }, (900, number))
     };
     let mut again = publisher.clone();
     let asked_while_stopped = {
-        let request = request.clone();
+        let (request, _) = attempt();
         tokio::spawn(async move { again.publish(request).await })
     };
     let took = another_leads(&client, "t", old).await;
@@ -112,9 +116,14 @@ async fn fault_03_a_leader_that_was_stopped_acknowledges_nothing_and_names_its_s
     cluster.signal(&name, "-CONT");
     // what it takes before it has heard of the other is refused too, once it has
     let end = Instant::now() + PATIENCE;
+    let mut refused_for_good = Vec::new();
     loop {
-        let refused = publisher.publish(request.clone()).await.expect_err("it does not lead");
+        let (request, value) = attempt();
+        let refused = publisher.publish(request).await.expect_err("it does not lead");
         let info = refused.get_details_error_info().unwrap();
+        if info.reason == "NOT_LEADER" {
+            refused_for_good.push(Event::Refused { value });
+        }
         let (new, _) = leader(&client, "t").await;
         let named = info.metadata.get("leader").cloned().unwrap_or_default();
         if (info.reason.as_str(), Some(&named)) == ("NOT_LEADER", client.cluster().address(new).as_ref()) {
@@ -125,7 +134,8 @@ async fn fault_03_a_leader_that_was_stopped_acknowledges_nothing_and_names_its_s
     }
     assert!(asked_while_stopped.await.unwrap().is_err(), "nothing is acknowledged by one that was replaced");
     println!("a stopped leader was replaced after {took:?}");
-    let (seen, _) = writer.finish().await;
+    let (mut seen, _) = writer.finish().await;
+    attempts.into_iter().chain(refused_for_good).for_each(|event| seen.push(event));
     check(&client, "t", 1, &seen).await;
 }
 

@@ -1,7 +1,7 @@
 //! The page and its picture.
 
 use crate::costs::{Costs, Row};
-use crate::goals::{Bound, GOALS};
+use crate::goals::{Bound, GOALS, WRITTEN_TWICE};
 use crate::{Figures, System};
 use anyhow::Context as _;
 use plotters::prelude::*;
@@ -91,6 +91,8 @@ pub(crate) fn write(
             _ = writeln!(page, "| {what} | {rate} | {cpu_us:.2} | {handed:.2} | {calls:.1} | {syncs:.2} |");
         }
         page += BENDS;
+        _ = writeln!(page, "\nTowards a payload that is written once: {}.", WRITTEN_TWICE);
+        page += "\nFlame graphs: [profile.md](profile.md).\n";
     }
     std::fs::write(folder.join("benchmarks.md"), page)?;
     let drawn = names.iter().copied().filter(|n| ["three", "one", "read"].iter().any(|p| n.starts_with(p)));

@@ -8,6 +8,7 @@ mod serve;
 mod verify;
 
 use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
+use std::io::ErrorKind;
 use std::time::Duration;
 use weir_client::Client;
 
@@ -82,6 +83,9 @@ fn main() -> std::process::ExitCode {
         weir_broker::runtime().map_err(Into::into).and_then(|runtime| runtime.block_on(runtime.spawn(run(cli)))?);
     match done {
         Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) if error.downcast_ref().is_some_and(|e: &std::io::Error| e.kind() == ErrorKind::BrokenPipe) => {
+            std::process::ExitCode::from(BROKEN_PIPE)
+        }
         Err(error) => {
             eprintln!("weir: {error:#}");
             std::process::ExitCode::FAILURE
@@ -89,14 +93,15 @@ fn main() -> std::process::ExitCode {
     }
 }
 
+/// What a shell says of a program that SIGPIPE ended.
+const BROKEN_PIPE: u8 = 141;
+
 /// Where nobody reads the output any more (`weir topic list | head -1`), the program ends as others do, without a word.
 fn end_with_reader() {
-    /// What a shell says of a program that SIGPIPE ended.
-    const BROKEN_PIPE: i32 = 141;
     let usual = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         if panic.payload_as_str().is_some_and(|why| why.contains("Broken pipe")) {
-            std::process::exit(BROKEN_PIPE);
+            std::process::exit(BROKEN_PIPE.into());
         }
         usual(panic);
     }));

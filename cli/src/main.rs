@@ -77,10 +77,14 @@ enum Command {
 
 fn main() -> std::process::ExitCode {
     let cli = Cli::parse();
-    end_with_reader();
+    let serves = matches!(cli.command, Command::Serve(_) | Command::Broker(_));
+    if !serves {
+        end_with_reader(); // who serves ends its brokers first
+    }
+    let few = serves || matches!(cli.command, Command::Bench(_));
+    let runtime = if few { weir_broker::runtime() } else { tokio::runtime::Runtime::new() };
     // on a worker: what it wakes stays on that worker's processor
-    let done =
-        weir_broker::runtime().map_err(Into::into).and_then(|runtime| runtime.block_on(runtime.spawn(run(cli)))?);
+    let done = runtime.map_err(Into::into).and_then(|runtime| runtime.block_on(runtime.spawn(run(cli)))?);
     match done {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) if error.downcast_ref().is_some_and(|e: &std::io::Error| e.kind() == ErrorKind::BrokenPipe) => {

@@ -156,8 +156,6 @@ impl Group {
             pre_vote: true,
             max_uncommitted_size: limits.uncommitted_bytes_max,
             max_committed_size_per_ready: 16 << 20,
-            // partitions' followers hear of it with what is appended next, or the heartbeat; metadata is looked at everywhere
-            skip_bcast_commit: stored.group != META_GROUP,
             ..Default::default()
         };
         let conf = log.initial_state().expect("reads memory").conf_state;

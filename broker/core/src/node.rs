@@ -39,8 +39,7 @@ pub struct Limits {
     pub rounds_max: usize,
     /// A message whose term is further than this beyond ours is refused.
     pub term_jump_max: u64,
-    /// Old entries read for followers that are behind, bytes each second over all groups, beside as much as is published; live traffic
-    /// keeps the rest.
+    /// Old entries read for followers that are behind, bytes each second over all groups: live traffic keeps the rest.
     pub catch_up_bytes_per_second: u64,
     /// How long a leader leads before it hands over to the preferred one, ms.
     pub balance_after_ms: u64,
@@ -643,10 +642,7 @@ impl Node {
     pub fn publish(&mut self, ticket: Ticket, id: GroupId, data: Bytes, header: &BatchHeader) {
         let log_ms = self.now.log_ms;
         let no_room = self.no_room(id);
-        let bytes = data.len() as u64;
-        if self.with_group(ticket, id, |g| g.publish(ticket, data, header, log_ms, no_room)) {
-            self.fetch_budget = self.fetch_budget.saturating_add(bytes); // who is behind is not to fall further behind
-        }
+        self.with_group(ticket, id, |g| g.publish(ticket, data, header, log_ms, no_room));
     }
 
     /// Appends a control record to a partition's log.
@@ -661,13 +657,11 @@ impl Node {
         self.with_group(ticket, META_GROUP, |g| g.command(ticket, command, log_ms));
     }
 
-    /// Whether the group takes it; where it does not, that is answered.
-    fn with_group(&mut self, ticket: Ticket, id: GroupId, run: impl FnOnce(&mut Group) -> Result<(), Refusal>) -> bool {
+    fn with_group(&mut self, ticket: Ticket, id: GroupId, run: impl FnOnce(&mut Group) -> Result<(), Refusal>) {
         let result = match self.groups.get_mut(&id) {
             Some(group) => run(group),
             None => Err(Refusal::UnknownGroup),
         };
-        let taken = result.is_ok();
         match result {
             Ok(()) => {
                 self.dirty.insert(id);
@@ -677,7 +671,6 @@ impl Node {
                 self.out.replies.push((ticket, Reply::Refused(refusal)));
             }
         }
-        taken
     }
 
     /// A round up to `round` is written, not yet synced.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use weir_core::batch::{BatchHeader, synthetic};
 use weir_core::eraftpb::{Entry, EntryType, Message, MessageType};
-use weir_core::group::{Group, Machine};
+use weir_core::group::Machine;
 use weir_core::ids::{BrokerId, GroupId, META_GROUP, ReplicaId, Ticket};
 use weir_core::meta::command::{ApplySubscription, ApplyTopic, Command, Kind, Placement};
 use weir_core::meta::state::{Broker, MetaState, SubscriptionSpec, TopicSpec};
@@ -14,17 +14,11 @@ use weir_store::mem::MemStore;
 
 /// Runs until nothing is left to do; gives all replies.
 fn settle(node: &mut Node, store: &MemStore) -> Vec<(Ticket, Reply)> {
-    settle_and_listen(node, store).0
-}
-
-/// As [`settle`], and what was said to other replicas.
-fn settle_and_listen(node: &mut Node, store: &MemStore) -> (Vec<(Ticket, Reply)>, Vec<Message>) {
-    let (mut replies, mut said) = (Vec::new(), Vec::new());
+    let mut replies = Vec::new();
     loop {
         let effects = node.drain();
         replies.extend(effects.replies);
-        said.extend(effects.messages.into_iter().map(|(_, envelope)| envelope.message));
-        let Some(round) = effects.round else { return (replies, said) };
+        let Some(round) = effects.round else { return replies };
         store.write(&round.ops).unwrap();
         node.written(round.id);
         store.sync().unwrap();
@@ -552,75 +546,45 @@ fn a_heartbeat_and_the_word_that_a_partition_sleeps_may_come_in_one_frame() {
     assert!(node.group(group).unwrap().is_asleep());
 }
 
-/// The first of three brokers, which leads the topic's partition.
-struct First {
-    node: Node,
-    store: Arc<MemStore>,
-    group: GroupId,
-    term: u64,
-    ids: Vec<u64>,
-}
-
-impl First {
-    fn leading(limits: Limits) -> Self {
-        let meta = formed(3, TopicSpec::default());
-        let (node, store, group) = start(1, &meta, limits);
-        let ids = meta.assignment(group).unwrap().replicas.iter().map(|r| r.id).collect();
-        let term = node.group(group).unwrap().term() + 1; // the preferred replica stands as soon as it is made
-        let mut first = Self { node, store, group, term, ids };
-        first.hear(1, MessageType::MsgRequestPreVoteResponse, 0);
-        first.hear(1, MessageType::MsgRequestVoteResponse, 0);
-        let index = first.replica().last_index();
-        [1, 2].into_iter().for_each(|from| _ = first.hear(from, MessageType::MsgAppendResponse, index));
-        assert!(first.replica().is_leader());
-        first
-    }
-
-    fn replica(&self) -> &Group {
-        self.node.group(self.group).unwrap()
-    }
-
-    /// What another replica says.
-    fn tell(&mut self, from: usize, kind: MessageType, index: u64) {
-        let mut message =
-            Message { from: self.ids[from], to: self.ids[0], term: self.term, index, ..Default::default() };
-        message.set_msg_type(kind);
-        let envelope = Envelope { group: self.group, message };
-        self.node.peer(BrokerId(from as u64 + 1), PeerMessage::Raft(envelope));
-    }
-
-    /// The same, and what comes of it.
-    fn hear(&mut self, from: usize, kind: MessageType, index: u64) -> (Vec<(Ticket, Reply)>, Vec<Message>) {
-        self.tell(from, kind, index);
-        settle_and_listen(&mut self.node, &self.store)
-    }
-}
-
 /// Found with a thousand busy partitions: while the disk had too much to do the heartbeats waited, and the word went ahead of them.
 #[test]
 fn a_leader_whose_disk_is_behind_says_that_its_partition_sleeps_after_its_heartbeats() {
-    let mut first = First::leading(Limits { rounds_max: 1, ..Default::default() });
+    let meta = formed(3, TopicSpec::default());
+    let (mut node, store, group) = start(1, &meta, Limits { rounds_max: 1, ..Default::default() });
+    let ids: Vec<u64> = meta.assignment(group).unwrap().replicas.iter().map(|r| r.id).collect();
+    let say = |node: &mut Node, from: usize, kind: MessageType, term: u64, index: u64| {
+        let mut message = Message { from: ids[from], to: ids[0], term, index, ..Default::default() };
+        message.set_msg_type(kind);
+        node.peer(BrokerId(from as u64 + 1), PeerMessage::Raft(Envelope { group, message }));
+        settle(node, &store);
+    };
+    let term = node.group(group).unwrap().term() + 1; // the preferred replica stands as soon as it is made
+    say(&mut node, 1, MessageType::MsgRequestPreVoteResponse, term, 0);
+    say(&mut node, 1, MessageType::MsgRequestVoteResponse, term, 0);
+    let index = node.group(group).unwrap().last_index();
+    [1, 2].into_iter().for_each(|from| say(&mut node, from, MessageType::MsgAppendResponse, term, index));
+    assert!(node.group(group).unwrap().is_leader());
     for tick in 1..40 {
         // a round of the metadata group is under way while time passes
         let mut append =
             Message { from: 2, to: 1, term: 2, index: tick, log_term: 1 + u64::from(tick > 1), ..Default::default() };
         append.set_msg_type(MessageType::MsgAppend);
         append.entries = vec![Entry { index: tick + 1, term: 2, ..Default::default() }].into();
-        first.node.peer(BrokerId(2), PeerMessage::Raft(Envelope { group: META_GROUP, message: append }));
-        let round = first.node.drain().round.unwrap();
-        [2, 3].into_iter().for_each(|other| first.node.peer(BrokerId(other), PeerMessage::Alive));
-        first.node.tick(Now { mono_ms: 1 + 50 * tick, log_ms: 1 + 50 * tick });
-        assert_eq!(first.node.drain().asleep, [], "its heartbeats are still to come");
-        first.node.synced(round.id);
-        if first.replica().is_asleep() {
-            let effects = first.node.drain();
-            let beat = |e: &Envelope| e.group == first.group && e.message.msg_type == MessageType::MsgHeartbeat;
+        node.peer(BrokerId(2), PeerMessage::Raft(Envelope { group: META_GROUP, message: append }));
+        let round = node.drain().round.unwrap();
+        [2, 3].into_iter().for_each(|other| node.peer(BrokerId(other), PeerMessage::Alive));
+        node.tick(Now { mono_ms: 1 + 50 * tick, log_ms: 1 + 50 * tick });
+        assert_eq!(node.drain().asleep, [], "its heartbeats are still to come");
+        node.synced(round.id);
+        if node.group(group).unwrap().is_asleep() {
+            let effects = node.drain();
+            let beat = |e: &Envelope| e.group == group && e.message.msg_type == MessageType::MsgHeartbeat;
             assert_eq!(effects.messages.iter().filter(|(_, e)| beat(e)).count(), 2);
             assert_eq!(effects.asleep.len(), 2);
             return;
         }
-        settle(&mut first.node, &first.store);
-        [1, 2].into_iter().for_each(|from| _ = first.hear(from, MessageType::MsgHeartbeatResponse, 0));
+        settle(&mut node, &store);
+        [1, 2].into_iter().for_each(|from| say(&mut node, from, MessageType::MsgHeartbeatResponse, term, 0));
     }
     panic!("it does not fall asleep");
 }

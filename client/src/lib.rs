@@ -11,7 +11,7 @@ pub mod transport;
 use futures::StreamExt as _;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 use tonic_types::StatusExt as _;
 use transport::{Scheme, Transport};
@@ -119,6 +119,8 @@ struct Inner {
     /// addresses of brokers that a seed reaches more directly, with that seed
     local: Mutex<HashMap<String, String>>,
     cluster: Mutex<Arc<Cluster>>,
+    /// when the cluster was asked about last for several at once
+    asked: tokio::sync::Mutex<Option<Instant>>,
 }
 
 /// A connection to a cluster. Cheap to clone.
@@ -153,6 +155,7 @@ impl Client {
             channels: Mutex::default(),
             local: Mutex::default(),
             cluster: Mutex::default(),
+            asked: Default::default(),
         })))
     }
 
@@ -246,6 +249,18 @@ impl Client {
             }
         }
         Err(Error::Deadline { after: ANSWER_WITHIN, last })
+    }
+
+    /// The cluster, asked about at `since` or later, or as last seen where no broker answered: many streams that end at one time
+    /// ask once.
+    pub(crate) async fn refresh_since(&self, since: Instant) -> Arc<Cluster> {
+        let mut asked = self.0.asked.lock().await;
+        if asked.is_none_or(|at| at < since) {
+            let begun = Instant::now();
+            let _ = self.refresh().await;
+            *asked = Some(begun);
+        }
+        self.cluster()
     }
 
     /// Waits until a broker answers.

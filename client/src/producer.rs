@@ -10,7 +10,7 @@ use futures::FutureExt as _;
 use futures::future::Shared;
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::task::{Context, Poll, ready};
@@ -26,6 +26,9 @@ const IN_FLIGHT_MAX: usize = 16;
 const GROWTH_LOOK: Duration = Duration::from_secs(5);
 /// A stream that answers nothing for this long while batches wait is taken for dead.
 const SILENCE_MAX: Duration = Duration::from_millis(2_000);
+/// And is left before, where the other brokers say that the partition has another leader: they are asked this often. A broker whose
+/// machine is gone says nothing, and is replaced in less than a second.
+const SILENCE_LOOK: Duration = Duration::from_millis(400);
 /// A batch that cannot go out takes records for no longer than this, or the linger: its records reach their deadline together.
 const OPEN_MAX: Duration = Duration::from_millis(100);
 
@@ -469,13 +472,25 @@ impl Task {
                 Ok(Left::Again(why)) => why,
                 Err(error) => error.to_string(),
             };
+            let left = Instant::now();
             self.expire(&last);
             if self.next_id - self.in_flight.len() as u64 > answered_before {
                 waits = crate::waits();
             }
             tokio::time::sleep(waits.next().unwrap_or(Duration::from_millis(200))).await;
-            let _ = self.client.refresh().await;
+            self.client.refresh_since(left).await;
         }
+    }
+
+    /// Why to leave a broker that has said nothing since `heard` to what waits for it, if there is a reason.
+    async fn silent(&self, address: &str, heard: Instant) -> Option<String> {
+        if heard.elapsed() >= SILENCE_MAX {
+            return Some(format!("{address} answers nothing"));
+        }
+        let looked = self.client.refresh_since(Instant::now() - SILENCE_LOOK / 2);
+        let cluster = tokio::time::timeout(SILENCE_LOOK, looked).await.ok()?;
+        let leader = cluster.leader(&self.topic, self.partition)?;
+        (leader != address).then(|| format!("{address} answers nothing, and {leader} leads the partition now"))
     }
 
     /// What is beyond its deadline fails. What follows a batch that was sent must not be taken for it: a new producer id begins.
@@ -511,13 +526,21 @@ impl Task {
         for batch in &self.in_flight {
             let _ = sender.try_send(self.to_wire(batch));
         }
-        let open = client.publish_stream(ReceiverStream::new(receiver));
-        let mut acks = match tokio::time::timeout(SILENCE_MAX, open).await {
-            Ok(answer) => answer?.into_inner(),
-            Err(_) => return Ok(Left::Again(format!("{address} does not answer"))),
+        let mut heard = Instant::now();
+        let mut opening = pin!(client.publish_stream(ReceiverStream::new(receiver)));
+        let mut acks = loop {
+            match tokio::time::timeout(SILENCE_LOOK, &mut opening).await {
+                Ok(answer) => break answer?.into_inner(),
+                Err(_) => {
+                    if let Some(why) = self.silent(&address, heard).await {
+                        return Ok(Left::Again(why));
+                    }
+                }
+            }
         };
         let mut open = true;
-        let mut heard = Instant::now();
+        heard = Instant::now();
+        let mut looked = heard;
         loop {
             if !open && self.in_flight.is_empty() {
                 return Ok(Left::Finished);
@@ -546,10 +569,11 @@ impl Task {
                     }
                     None => open = false,
                 },
-                () = tokio::time::sleep(SILENCE_MAX), if !self.in_flight.is_empty() => {
-                    if heard.elapsed() >= SILENCE_MAX {
-                        return Ok(Left::Again(format!("{address} answers nothing")));
+                () = tokio::time::sleep_until((heard.max(looked) + SILENCE_LOOK).into()), if !self.in_flight.is_empty() => {
+                    if let Some(why) = self.silent(&address, heard).await {
+                        return Ok(Left::Again(why));
                     }
+                    looked = Instant::now();
                 }
             }
         }

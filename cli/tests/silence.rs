@@ -1,0 +1,122 @@
+//! A producer whose broker says nothing that counts, among brokers that play their parts.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::{IntervalStream, TcpListenerStream};
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::{Request, Response, Status, Streaming};
+use weir_client::producer::{Options, Producer};
+use weir_client::{Client, Record};
+use weir_proto::v1;
+
+/// What both brokers know.
+struct Cluster {
+    addresses: [String; 2],
+    /// the first was given a batch: from then on the second leads
+    given: AtomicBool,
+}
+
+#[derive(Clone)]
+struct Broker {
+    id: u64,
+    cluster: Arc<Cluster>,
+}
+
+#[tonic::async_trait]
+impl v1::metadata_server::Metadata for Broker {
+    async fn get(&self, _: Request<v1::GetMetadataRequest>) -> Result<Response<v1::GetMetadataResponse>, Status> {
+        let broker = |(id, address): (u64, &String)| v1::Broker {
+            id,
+            name: format!("b-{id}"),
+            client_address: address.clone(),
+            ..Default::default()
+        };
+        let leader = if self.cluster.given.load(Ordering::SeqCst) { 2 } else { 1 };
+        let partitions = vec![v1::Partition { group: 5, leader, replicas: vec![1, 2], ..Default::default() }];
+        let topic = v1::Topic { name: "default/t".into(), id: 4, partitions, ..Default::default() };
+        Ok(Response::new(v1::GetMetadataResponse {
+            brokers: (1..).zip(&self.cluster.addresses).map(broker).collect(),
+            topics: vec![topic],
+            answered_by: self.id,
+            ..Default::default()
+        }))
+    }
+
+    async fn describe(&self, _: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeResponse>, Status> {
+        Err(Status::unimplemented("not asked"))
+    }
+}
+
+type Acks = Pin<Box<dyn Stream<Item = Result<v1::PublishAck, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl v1::publisher_server::Publisher for Broker {
+    type PublishStreamStream = Acks;
+
+    async fn publish_stream(
+        &self,
+        request: Request<Streaming<v1::PublishBatch>>,
+    ) -> Result<Response<Self::PublishStreamStream>, Status> {
+        let batches = request.into_inner();
+        if self.id == 2 {
+            let ack = |batch: Result<v1::PublishBatch, Status>| {
+                let outcome = Some(v1::publish_ack::Outcome::BaseOffset(7));
+                Ok(v1::PublishAck { id: batch?.id, outcome })
+            };
+            return Ok(Response::new(Box::pin(batches.map(ack))));
+        }
+        let cluster = self.cluster.clone();
+        let taken = batches.filter_map(move |_| {
+            cluster.given.store(true, Ordering::SeqCst);
+            None
+        });
+        // answers to what nobody sent, now and then: it is not taken for dead
+        let beats = IntervalStream::new(tokio::time::interval(Duration::from_secs(1)));
+        let beats = beats.map(|_| Ok(v1::PublishAck { id: u64::MAX, outcome: None }));
+        Ok(Response::new(Box::pin(taken.merge(beats))))
+    }
+
+    async fn allocate_producer_ids(
+        &self,
+        _: Request<v1::AllocateProducerIdsRequest>,
+    ) -> Result<Response<v1::AllocateProducerIdsResponse>, Status> {
+        Ok(Response::new(v1::AllocateProducerIdsResponse { first_id: 1 }))
+    }
+
+    async fn publish(&self, _: Request<v1::PublishRequest>) -> Result<Response<v1::PublishResponse>, Status> {
+        Err(Status::unimplemented("not asked"))
+    }
+
+    async fn cancel_scheduled(
+        &self,
+        _: Request<v1::CancelScheduledRequest>,
+    ) -> Result<Response<v1::CancelScheduledResponse>, Status> {
+        Err(Status::unimplemented("not asked"))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_producer_leaves_a_broker_that_answers_nothing_where_another_leads() {
+    let listeners = [TcpListener::bind("127.0.0.1:0").await.unwrap(), TcpListener::bind("127.0.0.1:0").await.unwrap()];
+    let addresses = listeners.each_ref().map(|l| l.local_addr().unwrap().to_string());
+    let server = addresses.join(",");
+    let cluster = Arc::new(Cluster { addresses, given: AtomicBool::new(false) });
+    for (id, listener) in (1..).zip(listeners) {
+        let broker = Broker { id, cluster: cluster.clone() };
+        let serving = tonic::transport::Server::builder()
+            .add_service(v1::metadata_server::MetadataServer::new(broker.clone()))
+            .add_service(v1::publisher_server::PublisherServer::new(broker))
+            .serve_with_incoming(TcpListenerStream::new(listener));
+        tokio::spawn(serving);
+    }
+    let client = Client::new(&server).unwrap();
+    client.connect(Duration::from_secs(20)).await.unwrap();
+    let producer = Producer::open(&client, "t", Options::default()).await.unwrap();
+    let receipt = producer.send(Record { value: Some("value".into()), ..Default::default() }).await.unwrap();
+    let position = tokio::time::timeout(Duration::from_secs(60), receipt).await.unwrap().unwrap();
+    assert_eq!(position.offset, 7);
+    assert!(cluster.given.load(Ordering::SeqCst), "the first broker was never asked");
+}

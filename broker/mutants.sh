@@ -47,6 +47,8 @@ mutate "an empty disk that votes as the one before" $core/meta/command.rs '     
 mutate "high watermark from the leader's own log" $core/group.rs 'let next = self.machine.next_offset();
         self.log().tail().set_high_watermark(next);' 'let next = self.log().tail().end_offset();
         self.log().tail().set_high_watermark(next);'
+mutate "a new leader serves before its own first entry is committed" $core/group.rs 'l.term == self.term() && l.begun <= self.applied)' 'l.term == self.term())'
+mutate "a new leader stamps records without a look at what it has not applied" $core/group.rs 'lead.append_time_ms = lead.append_time_ms.max(stamped);' ''
 mutate "lease not checked on ack" $core/delivery.rs 'if matches!(slot.state, State::Acked | State::Dying) || !slot.given {' 'if matches!(slot.state, State::Acked | State::Dying) {'
 mutate "retention above the smallest cursor" $core/duties.rs 'self.now.log_ms, keep);' 'self.now.log_ms, keep.and(None));'
 mutate "a checkpoint whose answer is lost is not sent again" $core/group.rs 'self.raft.report_snapshot(id, SnapshotStatus::Failure);' ''

@@ -342,7 +342,8 @@ impl Hub {
     }
 
     async fn serve(&mut self, commands: &mut mpsc::Receiver<Command>) -> Result<(), Failure> {
-        let mut partition = self.context.led_partition(self.group)?;
+        let mut partition = self.context.led_partition(self.group).await?;
+        let term = partition.serving();
         self.throttle.adjust(&self.spec, &self.context.shared.meta(), &self.context.shared);
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -373,7 +374,7 @@ impl Hub {
                         }
                     }
                     self.write_acks();
-                    if self.looked.elapsed() >= TICK && !self.check(&partition)? {
+                    if self.looked.elapsed() >= TICK && !self.check(&partition, term)? {
                         return Ok(()); // however much members say, time passes
                     }
                 }
@@ -384,11 +385,11 @@ impl Hub {
                 Some(done) = self.burials.join_next(), if !self.burials.is_empty() => self.buried(done),
                 Some(done) = self.results.join_next(), if !self.results.is_empty() => self.resulted(done),
                 _ = tick.tick() => {
-                    if !self.check(&partition)? {
+                    if !self.check(&partition, term)? {
                         return Ok(());
                     }
                 }
-                moved = partition.high_watermark.changed(), if hungry => {
+                moved = partition.progress.changed(), if hungry => {
                     moved.map_err(|_| self.context.not_leader(self.group))?;
                 }
             }
@@ -588,9 +589,10 @@ impl Hub {
     }
 
     /// Looks at time, leadership and the subscription; false where the hub should end.
-    fn check(&mut self, partition: &Partition) -> Result<bool, Failure> {
+    fn check(&mut self, partition: &Partition, term: Option<u64>) -> Result<bool, Failure> {
         self.looked = Instant::now();
-        if !self.context.shared.leads(self.group) {
+        // in another term of this broker, others may have written acks in between
+        if partition.serving().is_none_or(|t| Some(t) != term) {
             return Err(self.context.not_leader(self.group));
         }
         let meta = self.context.shared.meta();

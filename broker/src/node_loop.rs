@@ -16,6 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use weir_core::batch::BatchHeader;
 use weir_core::entry::Control;
 use weir_core::eraftpb::Entry;
+use weir_core::group::Group;
 use weir_core::ids::{BrokerId, GroupId, Ticket};
 use weir_core::meta::command::Command;
 use weir_core::node::{Effects, Fetch, Node, Now, PeerMessage, Reply, Round};
@@ -360,8 +361,11 @@ impl Driver {
         }
         for group in effects.leaders.drain(..) {
             let leader = self.node.leader_of(group);
-            tracing::debug!(%group, ?leader, "leader");
-            self.shared.set_leader(group, leader);
+            // another may have announced itself in a newer term
+            let own = self.node.group(group).filter(|_| leader.is_some_and(|(_, b)| b == self.shared.broker));
+            let serving = own.filter(|g| g.serves()).map(Group::term);
+            tracing::debug!(%group, ?leader, ?serving, "leader");
+            self.shared.set_leader(group, leader, serving);
         }
         if let Some(meta) = effects.meta.take() {
             self.shared.meta.send_replace(meta);

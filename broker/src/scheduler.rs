@@ -114,7 +114,8 @@ async fn run(
     mut cancels: mpsc::Receiver<Cancel>,
 ) -> Result<(), Failure> {
     let cursor = subscriber::cursor(&context, group, position).await?;
-    let mut log = context.led_partition(group)?;
+    let mut log = context.led_partition(group).await?;
+    let term = log.serving();
     let next = cursor.position();
     let producer = outbox::own_producer(group.0);
     let schedule = Schedule::new(HELD_MAX);
@@ -130,7 +131,7 @@ async fn run(
         }
     }
     loop {
-        if !this.context.shared.leads(group) {
+        if log.serving().is_none_or(|t| Some(t) != term) {
             return Err(this.context.not_leader(group));
         }
         if this.schedule.is_exhausted() {
@@ -152,7 +153,7 @@ async fn run(
                 let Some(Cancel { offset, answer }) = cancel else { return Ok(()) };
                 let _ = answer.send(this.cancel(&log, offset).await);
             }
-            moved = log.high_watermark.changed() => moved.map_err(|_| this.context.not_leader(group))?,
+            moved = log.progress.changed() => moved.map_err(|_| this.context.not_leader(group))?,
             () = tokio::time::sleep(wait.min(LOOK)) => {}
         }
     }

@@ -11,6 +11,15 @@ use weir_core::storage::{Store, StoreError};
 use weir_core::tail::{LogBatch, Tail};
 use weir_store::rocks::RocksStore;
 
+/// How far a partition held here is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Progress {
+    /// One past the last record that is known to be committed.
+    pub high_watermark: u64,
+    /// The term in which this broker leads it and knows all that was committed before: [`weir_core::group::Group::serves`].
+    pub serving: Option<u64>,
+}
+
 /// A partition held here, for readers.
 #[derive(Clone)]
 pub struct Partition {
@@ -18,13 +27,18 @@ pub struct Partition {
     pub group: GroupId,
     /// Recent entries.
     pub tail: Arc<Tail>,
-    /// Moves with the high watermark.
-    pub high_watermark: watch::Receiver<u64>,
+    /// Moves with the high watermark, and with leadership.
+    pub progress: watch::Receiver<Progress>,
     store: Arc<RocksStore>,
     node: NodeHandle,
 }
 
 impl Partition {
+    /// The term in which this broker serves the partition, if it does.
+    pub fn serving(&self) -> Option<u64> {
+        self.progress.borrow().serving
+    }
+
     /// Committed batches from `offset` on: from memory where they are recent, else from the store.
     pub async fn read(&self, offset: u64, bytes_max: usize) -> Result<Vec<LogBatch>, StoreError> {
         if let Some(batches) = self.tail.batches(offset, bytes_max) {
@@ -61,7 +75,7 @@ impl Partition {
 
 struct Slot {
     tail: Arc<Tail>,
-    high_watermark: watch::Sender<u64>,
+    progress: watch::Sender<Progress>,
 }
 
 /// See the module.
@@ -102,8 +116,8 @@ impl Shared {
     pub fn partition(&self, group: GroupId) -> Option<Partition> {
         let partitions = self.partitions.read().unwrap_or_else(PoisonError::into_inner);
         let slot = partitions.get(&group)?;
-        let (tail, high_watermark) = (slot.tail.clone(), slot.high_watermark.subscribe());
-        Some(Partition { group, tail, high_watermark, store: self.store.clone(), node: self.node.clone() })
+        let (tail, progress) = (slot.tail.clone(), slot.progress.subscribe());
+        Some(Partition { group, tail, progress, store: self.store.clone(), node: self.node.clone() })
     }
 
     /// Who leads a group.
@@ -111,7 +125,8 @@ impl Shared {
         self.leaders.read().unwrap_or_else(PoisonError::into_inner).get(&group).map(|(_, broker)| *broker)
     }
 
-    /// Whether this broker leads a group.
+    /// Whether this broker leads a group, and takes what is published; what it says of the log holds once it
+    /// [serves](Progress::serving).
     pub fn leads(&self, group: GroupId) -> bool {
         self.leader(group) == Some(self.broker)
     }
@@ -121,31 +136,38 @@ impl Shared {
         self.leader(META_GROUP)
     }
 
-    pub(crate) fn set_leader(&self, group: GroupId, leader: Option<(u64, BrokerId)>) {
+    pub(crate) fn set_leader(&self, group: GroupId, leader: Option<(u64, BrokerId)>, serving: Option<u64>) {
         let mut leaders = self.leaders.write().unwrap_or_else(PoisonError::into_inner);
         match leader {
             Some(leader) => leaders.insert(group, leader),
             None => leaders.remove(&group),
         };
+        drop(leaders);
+        self.progressed(group, |progress| progress.serving = serving);
     }
 
     pub(crate) fn set_partition(&self, group: GroupId, tail: Option<Arc<Tail>>) {
         let mut partitions = self.partitions.write().unwrap_or_else(PoisonError::into_inner);
-        match tail {
+        let gone = match tail {
             Some(tail) => {
-                let (high_watermark, _) = watch::channel(tail.high_watermark());
-                partitions.insert(group, Slot { tail, high_watermark });
+                let (progress, _) = watch::channel(Progress { high_watermark: tail.high_watermark(), serving: None });
+                partitions.insert(group, Slot { tail, progress })
             }
-            None => {
-                partitions.remove(&group);
-            }
+            None => partitions.remove(&group),
+        };
+        if let Some(gone) = gone {
+            gone.progress.send_modify(|progress| progress.serving = None); // who reads it still is not to take it for a leader's
         }
     }
 
     pub(crate) fn advanced(&self, group: GroupId, offset: u64) {
+        self.progressed(group, |progress| progress.high_watermark = offset);
+    }
+
+    fn progressed(&self, group: GroupId, change: impl FnOnce(&mut Progress)) {
         let partitions = self.partitions.read().unwrap_or_else(PoisonError::into_inner);
         if let Some(slot) = partitions.get(&group) {
-            slot.high_watermark.send_replace(offset);
+            slot.progress.send_modify(change);
         }
     }
 }

@@ -63,12 +63,25 @@ struct Lead {
     term: u64,
     next_offset: u64,
     producers: ProducerTable,
-    /// the log's end when this leadership began, or when cursors were last proposed: before it is applied, cursors are not judged
+    /// the log's end when this leadership began, with its own first entry: all that was ever committed stands below
+    begun: u64,
+    /// append time of the log's end, ms since the epoch: none is earlier than the one before
+    append_time_ms: u64,
+    /// that it is applied was told
+    serves: bool,
+    /// `begun`, or the log's end when cursors were last proposed: before it is applied, cursors are not judged
     cursors_from: u64,
     /// index of the first entry proposed after the membership was applied that is to be reported; 0 for none
     marker: u64,
     /// (end offset, index) of what was proposed in this leadership and is not applied yet
     in_flight: std::collections::VecDeque<(u64, u64)>,
+}
+
+impl Lead {
+    /// Of an entry that comes next.
+    fn context(&self, kind: Kind, count: u32, now_ms: u64) -> Context {
+        Context { kind, base_offset: self.next_offset, count, append_time_ms: now_ms.max(self.append_time_ms) }
+    }
 }
 
 enum Waiter {
@@ -156,6 +169,8 @@ impl Group {
             pre_vote: true,
             max_uncommitted_size: limits.uncommitted_bytes_max,
             max_committed_size_per_ready: 16 << 20,
+            // partitions' followers hear of it with what is appended next, or the heartbeat; metadata is looked at everywhere
+            skip_bcast_commit: stored.group != META_GROUP,
             ..Default::default()
         };
         let conf = log.initial_state().expect("reads memory").conf_state;
@@ -218,6 +233,13 @@ impl Group {
         self.raft.raft.state == StateRole::Leader
     }
 
+    /// Whether this replica leads and has applied all that was committed before. A new leader has not: until its own first entry
+    /// is committed it may lack what was acknowledged, and it must not say where the log ends (Raft, §8 of the extended paper,
+    /// <https://raft.github.io/raft.pdf>).
+    pub fn serves(&self) -> bool {
+        self.is_leader() && self.lead.as_ref().is_some_and(|l| l.term == self.term() && l.begun <= self.applied)
+    }
+
     /// Raft term.
     pub fn term(&self) -> u64 {
         self.raft.raft.term
@@ -267,9 +289,8 @@ impl Group {
     pub(crate) fn membership_is_on_disk(&mut self, now_ms: u64) -> bool {
         let Some(lead) = self.lead.as_ref().filter(|l| l.term == self.raft.raft.term) else { return false };
         if lead.marker <= self.conf_index {
-            let (base_offset, append_time_ms) = (lead.next_offset, now_ms.max(self.sums.append_time_ms));
-            let context = Context { kind: Kind::Control, base_offset, count: 0, append_time_ms };
-            if let Ok(index) = self.propose(context.encode(), Control::default().to_bytes()) {
+            let context = lead.context(Kind::Control, 0, now_ms);
+            if let Ok(index) = self.propose(&context, Control::default().to_bytes()) {
                 self.lead.as_mut().expect("still leader").marker = index;
             }
             return false;
@@ -277,11 +298,6 @@ impl Group {
         let marker = lead.marker;
         let has = |id: &&u64| self.raft.raft.prs().get(**id).is_some_and(|p| p.matched >= marker);
         self.conf.voters.iter().filter(has).count() > self.conf.voters.len() / 2
-    }
-
-    /// Term of the last entry applied, where it is known: a leader's own once it has applied all that was committed before it.
-    pub fn term_applied(&self) -> u64 {
-        self.log().term(self.applied).unwrap_or(0)
     }
 
     /// How many entries a replica lacks, as the leader knows.
@@ -437,10 +453,9 @@ impl Group {
         if let Some(refusal) = no_room {
             return Err(refusal);
         }
-        let base_offset = lead.next_offset;
-        let append_time_ms = now_ms.max(self.sums.append_time_ms);
-        let context = Context { kind: Kind::Batch, base_offset, count: header.count, append_time_ms };
-        let index = self.propose(context.encode(), data)?;
+        let context = lead.context(Kind::Batch, header.count, now_ms);
+        let Context { base_offset, append_time_ms, .. } = context;
+        let index = self.propose(&context, data)?;
         let lead = self.lead.as_mut().expect("still leader");
         lead.next_offset = context.end_offset();
         lead.in_flight.push_back((context.end_offset(), index));
@@ -474,14 +489,13 @@ impl Group {
         let Some(lead) = self.lead.as_ref().filter(|l| l.term == self.raft.raft.term) else {
             return Err(Refusal::NotLeader);
         };
-        let append_time_ms = now_ms.max(self.sums.append_time_ms);
-        let context = Context { kind, base_offset: lead.next_offset, count: 0, append_time_ms };
-        let index = self.propose(context.encode(), data)?;
+        let context = lead.context(kind, 0, now_ms);
+        let index = self.propose(&context, data)?;
         self.wait(index, Waiter::Done { ticket });
         Ok(())
     }
 
-    fn propose(&mut self, context: Bytes, data: Bytes) -> Result<u64, Refusal> {
+    fn propose(&mut self, context: &Context, data: Bytes) -> Result<u64, Refusal> {
         if self.raft.raft.lead_transferee.is_some() {
             return Err(Refusal::NotLeader);
         }
@@ -489,8 +503,11 @@ impl Group {
         let mut message = Message { from: self.replica.0, ..Default::default() };
         message.set_msg_type(MessageType::MsgPropose);
         // not `RawNode::propose`: it takes a Vec, and the batch would be copied
-        message.set_entries(vec![Entry { data, context, ..Default::default() }].into());
+        message.set_entries(vec![Entry { data, context: context.encode(), ..Default::default() }].into());
         self.raft.raft.step(message).map_err(|_| Refusal::Overloaded)?;
+        if let Some(lead) = &mut self.lead {
+            lead.append_time_ms = context.append_time_ms;
+        }
         Ok(self.raft.raft.raft_log.last_index())
     }
 
@@ -747,6 +764,11 @@ impl Group {
             out.announce.push(info); // brokers without a replica send clients here
             out.leaders.push(self.id);
         }
+        let serves = self.serves();
+        if let Some(lead) = self.lead.as_mut().filter(|l| l.serves != serves) {
+            lead.serves = serves;
+            out.leaders.push(self.id);
+        }
     }
 
     /// A new leader's view of the end of its log: the applied state, and the entries behind it that are not applied yet.
@@ -754,6 +776,9 @@ impl Group {
         let mut lead = Lead {
             term,
             next_offset: self.log().tail().end_offset(),
+            begun: self.last_index(),
+            append_time_ms: self.sums.append_time_ms,
+            serves: false,
             cursors_from: self.last_index(),
             marker: 0,
             producers: ProducerTable::default(),
@@ -773,6 +798,8 @@ impl Group {
             };
             for entry in pending.unwrap_or_default() {
                 end.apply(&entry);
+                let stamped = Context::of(&entry).map_or(0, |c| c.append_time_ms);
+                lead.append_time_ms = lead.append_time_ms.max(stamped);
                 lead.in_flight.push_back((end.next_offset, entry.index));
             }
             lead.producers = end.producers;

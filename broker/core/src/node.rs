@@ -3,12 +3,13 @@
 //! are kept here until [`Node::written`] or [`Node::synced`] names their round.
 
 use crate::batch::BatchHeader;
-use crate::entry::{Context, Control, Kind};
+use crate::entry::{Context, Control, Kind, entry_bytes};
 use crate::group::{Group, Machine, Part};
 use crate::ids::{BrokerId, GroupId, META_GROUP, ReplicaId, Ticket};
 use crate::meta::command::{Answer, Command, MetaError};
 use crate::meta::state::{Assignment, MetaState};
 use crate::producer::SequenceError;
+use crate::rate::Bucket;
 use crate::storage::{Checkpoint, Store, StoreError, StoredGroup, WriteOp};
 use bytes::Bytes;
 use raft::eraftpb::{Entry, Message, MessageType};
@@ -39,7 +40,8 @@ pub struct Limits {
     pub rounds_max: usize,
     /// A message whose term is further than this beyond ours is refused.
     pub term_jump_max: u64,
-    /// Old entries read for followers that are behind, bytes each second over all groups: live traffic keeps the rest.
+    /// Old entries read for followers that are behind, bytes each second over all groups, beside up to as much as is published:
+    /// live traffic keeps the rest.
     pub catch_up_bytes_per_second: u64,
     /// How long a leader leads before it hands over to the preferred one, ms.
     pub balance_after_ms: u64,
@@ -210,7 +212,7 @@ pub struct Effects {
     pub replies: Vec<(Ticket, Reply)>,
     /// Groups whose high watermark moved.
     pub advanced: Vec<(GroupId, u64)>,
-    /// Groups whose leader, as known here, changed.
+    /// Groups whose leader, as known here, changed, or serves from now on ([`Group::serves`]).
     pub leaders: Vec<GroupId>,
     /// The metadata changed.
     pub meta: Option<Arc<MetaState>>,
@@ -302,9 +304,9 @@ pub struct Node {
     full_others: BTreeSet<BrokerId>,
     /// damage that was told and led to nothing
     told: BTreeSet<(GroupId, String)>,
-    /// reads that wait for their turn, and what may be read until the next tick, bytes
+    /// reads that wait for their turn, and the bytes that may be read now
     fetches: VecDeque<Fetch>,
-    fetch_budget: u64,
+    fetch_budget: Bucket,
     pub(crate) out: Effects,
 }
 
@@ -317,6 +319,9 @@ impl Node {
         seed: u64,
         now: Now,
     ) -> Result<Self, StoreError> {
+        let rate = limits.catch_up_bytes_per_second;
+        // what gathers between two ticks, also where one is late
+        let fetch_budget = Bucket::new(rate, rate * 2 * limits.tick_ms / 1_000, now.mono_ms);
         let mut node = Self {
             broker,
             store: store.clone(),
@@ -349,7 +354,7 @@ impl Node {
             full_others: BTreeSet::new(),
             told: BTreeSet::new(),
             fetches: VecDeque::new(),
-            fetch_budget: 0,
+            fetch_budget,
             out: Effects::default(),
         };
         for stored in store.load()? {
@@ -500,8 +505,6 @@ impl Node {
             return;
         }
         self.last_tick_ms = if late > 4 { now.mono_ms } else { self.last_tick_ms + late * self.limits.tick_ms };
-        // what was read too much is made up for, what was not read is not kept
-        self.fetch_budget = self.limits.catch_up_bytes_per_second * self.limits.tick_ms * late.min(4) / 1_000;
         for _ in 0..late.min(4) {
             self.ticks += 1;
             let salt = self.salt();
@@ -642,7 +645,16 @@ impl Node {
     pub fn publish(&mut self, ticket: Ticket, id: GroupId, data: Bytes, header: &BatchHeader) {
         let log_ms = self.now.log_ms;
         let no_room = self.no_room(id);
-        self.with_group(ticket, id, |g| g.publish(ticket, data, header, log_ms, no_room));
+        let (bytes, mut appended) = (data.len() as u64, false);
+        self.with_group(ticket, id, |g| {
+            let before = g.last_index();
+            let taken = g.publish(ticket, data, header, log_ms, no_room);
+            appended = g.last_index() > before;
+            taken
+        });
+        if appended {
+            self.fetch_budget.give(bytes); // one that is behind is not to fall further behind
+        }
     }
 
     /// Appends a control record to a partition's log.
@@ -705,6 +717,9 @@ impl Node {
 
     /// What a [`Fetch`] read, or why it could not.
     pub fn fetched(&mut self, fetch: Fetch, read: Result<Vec<raft::eraftpb::Entry>, StoreError>) {
+        // it was taken for a full one, and may have been less, or one large entry
+        self.fetch_budget.take(read.iter().flatten().map(entry_bytes).sum());
+        self.fetch_budget.give(fetch.bytes_max);
         let Some(group) = self.groups.get_mut(&fetch.group) else { return };
         match group.fetched(fetch.low, read) {
             Ok(()) => {
@@ -722,9 +737,10 @@ impl Node {
 
     /// Hands out reads for followers that are behind, as far as their budget goes.
     fn drain_fetches(&mut self) {
-        while let Some(fetch) = self.fetches.front().copied().filter(|_| self.fetch_budget > 0) {
-            self.fetches.pop_front();
-            self.fetch_budget = self.fetch_budget.saturating_sub(fetch.bytes_max);
+        while self.fetch_budget.available(self.now.mono_ms) > 0
+            && let Some(fetch) = self.fetches.pop_front()
+        {
+            self.fetch_budget.take(fetch.bytes_max);
             self.out.fetches.push(fetch);
         }
     }

@@ -50,9 +50,9 @@ pub struct CursorStatus {
 }
 
 impl Node {
-    /// The groups led here.
+    /// The groups led here, but those whose leader does not know yet where they end.
     pub fn observe(&self) -> Vec<GroupStatus> {
-        self.groups.values().filter(|g| g.is_leader()).map(observe).collect()
+        self.groups.values().filter(|g| g.serves()).map(observe).collect()
     }
 }
 

@@ -1,4 +1,4 @@
-//! A token bucket: how fast a subscription may be delivered. Pure; time is given.
+//! A token bucket: how fast a subscription may be delivered, or a follower filled. Pure; time is given.
 
 /// Tokens that come at a rate and gather up to a burst. Taking more than there are leaves a debt, which is waited out.
 #[derive(Clone, Debug)]
@@ -36,6 +36,11 @@ impl Bucket {
         }
     }
 
+    /// Gives tokens beside those that come with time. They pay a debt; what does not fit into the burst is lost.
+    pub fn give(&mut self, tokens: u64) {
+        self.level = self.level.saturating_add(thousands(tokens)).min(thousands(self.burst));
+    }
+
     /// How long until there is one again, ms; `None` where there is no limit.
     pub fn wait_ms(&self) -> Option<u64> {
         (self.per_second > 0).then(|| (1_000 - self.level).max(0) as u64).map(|lack| lack.div_ceil(self.per_second))
@@ -65,17 +70,28 @@ mod tests {
     proptest! {
         #[test]
         fn over_any_time_no_more_goes_out_than_burst_and_rate_allow(
-            rate in 1u64..5_000, burst in 1u64..500, steps in proptest::collection::vec((0u64..2_000, 1u64..600), 1..80)
+            rate in 1u64..5_000, burst in 1u64..500,
+            steps in proptest::collection::vec((0u64..2_000, 1u64..600, 0u64..100), 1..80)
         ) {
             let mut bucket = Bucket::new(rate, burst, 0);
-            let (mut now, mut taken) = (0, 0);
-            for (pause, wanted) in steps {
+            let (mut now, mut taken, mut given) = (0, 0, 0);
+            for (pause, wanted, gift) in steps {
                 now += pause;
+                bucket.give(gift);
+                given += gift;
                 let tokens = bucket.available(now).min(wanted);
                 bucket.take(tokens);
                 taken += tokens;
-                prop_assert!(taken <= burst + rate * now / 1_000, "{taken} by {now} ms");
+                prop_assert!(taken <= burst + rate * now / 1_000 + given, "{taken} by {now} ms with {given} given");
             }
+        }
+
+        #[test]
+        fn what_is_given_pays_debts(debt in 0u64..1_000, given in 0u64..2_000) {
+            let mut bucket = Bucket::new(10, 500, 0);
+            bucket.take(500 + debt);
+            bucket.give(given);
+            prop_assert_eq!(bucket.available(0), given.saturating_sub(debt).min(500));
         }
     }
 }

@@ -8,9 +8,10 @@ use weir_core::batch::{BatchHeader, ProducerStamp, synthetic};
 use weir_core::cursor::{CursorUpdate, OffsetRange};
 use weir_core::entry::Control;
 use weir_core::group::Machine;
-use weir_core::ids::{BrokerId, META_GROUP};
+use weir_core::ids::{BrokerId, GroupId, META_GROUP};
 use weir_core::meta::command::{Answer, Kind};
 use weir_core::node::Reply;
+use weir_core::observe::GroupStatus;
 use weir_core::storage::Store as _;
 use weir_core::tail::LogBatch;
 
@@ -135,7 +136,7 @@ impl World {
     pub(crate) fn replied(&mut self, ticket: weir_core::ids::Ticket, reply: Reply) {
         let Some((broker, asked)) = self.tickets.remove(&ticket) else { return };
         match asked {
-            Asked::Publish(at) => self.published(at, &reply),
+            Asked::Publish(at) => self.published(broker, at, &reply),
             Asked::Ack(partition) => {
                 if reply == Reply::Done {
                     self.saw_position(broker, partition);
@@ -167,7 +168,13 @@ impl World {
         }
     }
 
-    fn published(&mut self, at: usize, reply: &Reply) {
+    fn published(&mut self, broker: BrokerId, at: usize, reply: &Reply) {
+        if let Reply::Published { base_offset, .. } = reply {
+            let partition = self.producers[at].partition;
+            let term = self.group_at(broker, self.groups[partition as usize]).map_or(0, |g| g.term());
+            let known = self.ends.entry(partition).or_default();
+            *known = (known.0.max(term), known.1.max(base_offset + 1));
+        }
         let now = self.now;
         let producer = &mut self.producers[at];
         let Some((value, again)) = producer.offer else { return };
@@ -197,6 +204,7 @@ impl World {
             let id = self.groups[partition as usize];
             let leaders = self.claims_of(id);
             let Some((_, at)) = self.dice.pick(&leaders) else { continue };
+            self.saw_end(at, id);
             let Some(position) = self.position(at, partition) else { continue };
             let batches = self.read(at, partition, position);
             let Some(end) = batches.last().map(LogBatch::end_offset) else { continue };
@@ -225,10 +233,7 @@ impl World {
     /// A leader told a position. What one of an older term tells late is what was true then.
     pub(crate) fn saw_position(&mut self, at: BrokerId, partition: u32) {
         let group = self.group_at(at, self.groups[partition as usize]);
-        // and one that has just come to lead knows what it has applied
-        let Some(term) = group.filter(|g| g.is_leader() && g.term_applied() == g.term()).map(|g| g.term()) else {
-            return;
-        };
+        let Some(term) = group.filter(|g| g.serves()).map(|g| g.term()) else { return };
         let newest = self.position_terms.entry(partition).or_default();
         if term < *newest {
             return;
@@ -236,6 +241,21 @@ impl World {
         *newest = term;
         if let Some(offset) = self.position(at, partition) {
             self.history.push(Event::Position { subscription: self.subscription, partition, offset });
+        }
+    }
+
+    /// Whoever serves a partition is asked where it ends, as readers do: all that was acknowledged lies before. A leader of an older
+    /// term may not know yet that there is a newer one.
+    pub(crate) fn saw_end(&mut self, at: BrokerId, group: GroupId) {
+        let Some(partition) = self.groups.iter().position(|g| *g == group) else { return };
+        let seen = self.node(at).map_or(Vec::new(), |node| node.observe());
+        let Some(GroupStatus { term, high_watermark: end, .. }) = seen.into_iter().find(|s| s.group == group) else {
+            return;
+        };
+        let known = self.ends.entry(partition as u32).or_default();
+        if term >= known.0 {
+            assert!(end >= known.1, "{at} serves {group} in term {term} and ends it at {end}: {} was told", known.1);
+            *known = (term, end);
         }
     }
 

@@ -116,6 +116,8 @@ pub struct World {
     subscription: u64,
     /// the newest term in which a position was told, of each partition
     position_terms: BTreeMap<u32, u64>,
+    /// of each partition: the newest term in which a leader acknowledged or told its end, and the end that this means
+    ends: BTreeMap<u32, (u64, u64)>,
     producers: Vec<Producer>,
     allocator: Allocator,
     joining: Vec<Joining>,
@@ -175,6 +177,7 @@ impl World {
             groups: (0..PARTITIONS).map(|p| meta.group_of(TOPIC, p).expect("just made")).collect(),
             subscription: meta.subscriptions[SUBSCRIPTION].id,
             position_terms: BTreeMap::new(),
+            ends: BTreeMap::new(),
             producers: (0..4).map(|i| Producer::new(i + 1, i as u32 % PARTITIONS)).collect(),
             allocator: Allocator::default(),
             joining: Vec::new(),
@@ -348,6 +351,9 @@ impl World {
         }
         if let Some(full) = effects.disk_full {
             self.tell_others(id, &PeerMessage::DiskFull(full));
+        }
+        for group in effects.leaders {
+            self.saw_end(id, group);
         }
         for (ticket, reply) in effects.replies {
             self.replied(ticket, reply);

@@ -1,24 +1,32 @@
 //! One node over memory, no faults: what must hold without anybody's retry.
 
+use bytes::Bytes;
 use std::sync::Arc;
 use weir_core::batch::{BatchHeader, synthetic};
+use weir_core::entry::{Context, Kind as EntryKind};
 use weir_core::eraftpb::{Entry, EntryType, Message, MessageType};
-use weir_core::group::Machine;
+use weir_core::group::{Group, Machine};
 use weir_core::ids::{BrokerId, GroupId, META_GROUP, ReplicaId, Ticket};
 use weir_core::meta::command::{ApplySubscription, ApplyTopic, Command, Kind, Placement};
 use weir_core::meta::state::{Broker, MetaState, SubscriptionSpec, TopicSpec};
 use weir_core::node::{Asleep, Envelope, Limits, Node, Now, PeerMessage, Refusal, Reply};
-use weir_core::storage::Store as _;
+use weir_core::storage::{Store as _, WriteOp};
 use weir_sim::{Faults, World};
 use weir_store::mem::MemStore;
 
 /// Runs until nothing is left to do; gives all replies.
 fn settle(node: &mut Node, store: &MemStore) -> Vec<(Ticket, Reply)> {
-    let mut replies = Vec::new();
+    settle_and_listen(node, store).0
+}
+
+/// As [`settle`], and what was said to other replicas.
+fn settle_and_listen(node: &mut Node, store: &MemStore) -> (Vec<(Ticket, Reply)>, Vec<Message>) {
+    let (mut replies, mut said) = (Vec::new(), Vec::new());
     loop {
         let effects = node.drain();
         replies.extend(effects.replies);
-        let Some(round) = effects.round else { return replies };
+        said.extend(effects.messages.into_iter().map(|(_, envelope)| envelope.message));
+        let Some(round) = effects.round else { return (replies, said) };
         store.write(&round.ops).unwrap();
         node.written(round.id);
         store.sync().unwrap();
@@ -513,6 +521,38 @@ fn a_leader_elected_while_it_is_removed_steps_down() {
     assert!(!replies.iter().any(|(_, r)| matches!(r, Reply::Published { .. })), "{replies:?}");
 }
 
+/// Lookups by time halve the log: with a record that is stamped earlier than the one before they may miss one.
+#[test]
+fn a_new_leader_stamps_nothing_earlier_than_what_it_has_not_applied_yet() {
+    let (mut node, store, group, ids) = third(false);
+    let say = |node: &mut Node, from: usize, kind: MessageType, fill: &dyn Fn(&mut Message)| {
+        let mut message = Message { from: ids[from], to: ids[2], ..Default::default() };
+        message.set_msg_type(kind);
+        fill(&mut message);
+        node.peer(BrokerId(from as u64 + 1), PeerMessage::Raft(Envelope { group, message }));
+        settle(node, &store)
+    };
+    // the first replica's clock was ahead
+    let context = Context { kind: EntryKind::Batch, base_offset: 0, count: 1, append_time_ms: 60_000 };
+    let data = Bytes::from(synthetic(1, None, b"value"));
+    say(&mut node, 0, MessageType::MsgAppend, &|m| {
+        let (data, context) = (data.clone(), context.encode());
+        (m.term, m.index, m.log_term, m.commit) = (2, 1, 1, 1);
+        m.entries = vec![Entry { index: 2, term: 2, data, context, ..Default::default() }].into();
+    });
+    for at in 1..60 {
+        node.tick(Now { mono_ms: at * 50, log_ms: at * 50 });
+        settle(&mut node, &store);
+    }
+    say(&mut node, 1, MessageType::MsgRequestPreVoteResponse, &|m| m.term = 3);
+    say(&mut node, 1, MessageType::MsgRequestVoteResponse, &|m| m.term = 3);
+    assert!(node.group(group).unwrap().is_leader());
+    publish(&mut node, 1, group, 1, b"value");
+    settle(&mut node, &store);
+    let replies = say(&mut node, 1, MessageType::MsgAppendResponse, &|m| (m.term, m.index) = (3, 4));
+    assert_eq!(replies, [(Ticket(1), Reply::Published { base_offset: 1, append_time_ms: 60_000 })]);
+}
+
 #[test]
 fn a_replica_that_forgot_what_it_acknowledged_takes_part_no_more() {
     let (mut node, store, group, ids) = third(false);
@@ -546,45 +586,198 @@ fn a_heartbeat_and_the_word_that_a_partition_sleeps_may_come_in_one_frame() {
     assert!(node.group(group).unwrap().is_asleep());
 }
 
+/// The first of three brokers, which leads the topic's partition, or is about to.
+struct First {
+    node: Node,
+    store: Arc<MemStore>,
+    group: GroupId,
+    term: u64,
+    ids: Vec<u64>,
+}
+
+impl First {
+    /// The others voted for it, and have not said yet that they have its first entry.
+    fn elected(limits: Limits) -> Self {
+        let meta = formed(3, TopicSpec::default());
+        let (node, store, group) = start(1, &meta, limits);
+        let ids = meta.assignment(group).unwrap().replicas.iter().map(|r| r.id).collect();
+        let term = node.group(group).unwrap().term() + 1; // the preferred replica stands as soon as it is made
+        let mut first = Self { node, store, group, term, ids };
+        first.hear(1, MessageType::MsgRequestPreVoteResponse, 0);
+        first.hear(1, MessageType::MsgRequestVoteResponse, 0);
+        assert!(first.replica().is_leader());
+        first
+    }
+
+    fn leading(limits: Limits) -> Self {
+        let mut first = Self::elected(limits);
+        let index = first.replica().last_index();
+        [1, 2].into_iter().for_each(|from| _ = first.hear(from, MessageType::MsgAppendResponse, index));
+        first
+    }
+
+    fn replica(&self) -> &Group {
+        self.node.group(self.group).unwrap()
+    }
+
+    /// What another replica says.
+    fn tell(&mut self, from: usize, kind: MessageType, index: u64) {
+        let mut message =
+            Message { from: self.ids[from], to: self.ids[0], term: self.term, index, ..Default::default() };
+        message.set_msg_type(kind);
+        let envelope = Envelope { group: self.group, message };
+        self.node.peer(BrokerId(from as u64 + 1), PeerMessage::Raft(envelope));
+    }
+
+    /// The same, and what comes of it.
+    fn hear(&mut self, from: usize, kind: MessageType, index: u64) -> (Vec<(Ticket, Reply)>, Vec<Message>) {
+        self.tell(from, kind, index);
+        settle_and_listen(&mut self.node, &self.store)
+    }
+}
+
+/// To tell followers at once that a record is committed would be as many messages again, and an answer to each.
+#[test]
+fn a_publish_is_one_message_to_each_follower_and_its_commit_goes_along_with_the_next() {
+    let mut first = First::leading(Limits::default());
+    let begun = first.replica().last_index();
+    let mut publish_next = |ticket| {
+        publish(&mut first.node, ticket, first.group, 1, b"value");
+        let said = settle_and_listen(&mut first.node, &first.store).1;
+        let index = first.replica().last_index();
+        let (replies, after) = first.hear(1, MessageType::MsgAppendResponse, index);
+        assert!(matches!(replies[..], [(_, Reply::Published { .. })]), "{replies:?}");
+        let (_, after_both) = first.hear(2, MessageType::MsgAppendResponse, index);
+        assert_eq!([after, after_both], [vec![], vec![]]);
+        said.into_iter().map(|m| (m.msg_type, m.entries.len(), m.commit)).collect::<Vec<_>>()
+    };
+    let append = |commit| (MessageType::MsgAppend, 1, commit);
+    assert_eq!(publish_next(1), [append(begun); 2]);
+    assert_eq!(publish_next(2), [append(begun + 1); 2]);
+    first.node.tick(Now { mono_ms: 101, log_ms: 101 });
+    let beats = settle_and_listen(&mut first.node, &first.store).1.into_iter();
+    let beats = beats.filter(|m| m.msg_type == MessageType::MsgHeartbeat && first.ids.contains(&m.to));
+    assert_eq!(beats.map(|m| m.commit).collect::<Vec<_>>(), [begun + 2; 2]);
+}
+
+/// What it takes meanwhile is answered when it serves. Until then it would tell readers an end before what was acknowledged.
+#[test]
+fn a_new_leader_serves_once_its_first_entry_is_committed() {
+    let mut first = First::elected(Limits::default());
+    let index = first.replica().last_index();
+    publish(&mut first.node, 1, first.group, 1, b"value");
+    assert_eq!(settle(&mut first.node, &first.store), []);
+    assert!(!first.replica().serves());
+    assert_eq!(first.hear(1, MessageType::MsgAppendResponse, index).0, []);
+    assert!(first.replica().serves());
+    let replies = first.hear(1, MessageType::MsgAppendResponse, index + 1).0;
+    assert!(matches!(replies[..], [(Ticket(1), Reply::Published { base_offset: 0, .. })]), "{replies:?}");
+    first.term += 1;
+    first.hear(1, MessageType::MsgHeartbeat, 0); // another leads
+    assert!(!first.replica().serves());
+}
+
+#[test]
+fn a_follower_that_is_behind_is_filled_at_a_bounded_rate_beside_what_is_published() {
+    filled_at_a_bounded_rate(5 * BATCH as u64);
+    filled_at_a_bounded_rate(BATCH as u64 / 10); // a read is one batch, larger than it
+}
+
+const BATCH: usize = 20_000;
+
+/// With reads of so many bytes.
+fn filled_at_a_bounded_rate(at_once: u64) {
+    let rate = 1_000_000; // bytes a second
+    let limits = Limits {
+        tail_bytes_max: 100_000,
+        catch_up_bytes_per_second: rate,
+        message_bytes_max: at_once,
+        ..Default::default()
+    };
+    let gathered = rate * 2 * limits.tick_ms / 1_000;
+    let mut first = First::leading(limits);
+    let (mut ms, mut read, mut published) = (1, 0, 0);
+    // a millisecond, with a batch published or none; the second replica acknowledges everything, the third what it is sent, or nothing
+    let mut pass = |first: &mut First, publishes: bool, third_answers: bool| {
+        ms += 1;
+        first.node.tick(Now { mono_ms: ms, log_ms: ms });
+        if publishes {
+            publish(&mut first.node, ms, first.group, 1, &[b'x'; BATCH]);
+        }
+        loop {
+            let effects = first.node.drain();
+            let idle = effects.round.is_none() && effects.fetches.is_empty() && effects.messages.is_empty();
+            if let Some(round) = effects.round {
+                let data = |op: &WriteOp| match op {
+                    WriteOp::Append { entries, .. } => entries.iter().map(|e| e.data.len() as u64).sum(),
+                    _ => 0,
+                };
+                published += round.ops.iter().map(data).sum::<u64>();
+                first.store.write(&round.ops).unwrap();
+                first.store.sync().unwrap();
+                first.node.synced(round.id);
+            }
+            for fetch in effects.fetches {
+                let entries = first.store.entries(fetch.group, fetch.low, fetch.high, fetch.bytes_max).unwrap();
+                read += entries.iter().map(|e| e.data.len() as u64).sum::<u64>();
+                first.node.fetched(fetch, Ok(entries));
+            }
+            for (to, Envelope { message, .. }) in effects.messages {
+                if let Some(last) = message.entries.last().filter(|_| to != BrokerId(3) || third_answers) {
+                    first.tell(to.0 as usize - 1, MessageType::MsgAppendResponse, last.index);
+                }
+            }
+            if idle {
+                return ((ms, published, read), first.replica().lag(first.ids[2]).unwrap());
+            }
+        }
+    };
+    let begun = first.replica().last_index();
+    let ((since, published_before, read_before), _) = (0..300).map(|_| pass(&mut first, true, false)).last().unwrap();
+    first.tell(2, MessageType::MsgAppendResponse, begun + 60); // so many were on their way
+    let mut lags = Vec::new();
+    for at in 0..6_000 {
+        let publishes = at < 200; // twenty times as much as it is filled at
+        let ((now, published, read), behind) = pass(&mut first, publishes, true);
+        lags.push(behind);
+        let allowed =
+            gathered + rate * (now - since) / 1_000 + (published - published_before) + at_once.max(BATCH as u64 + 100);
+        let read = read - read_before;
+        assert!(read <= allowed, "{read} bytes in {} ms, where {allowed} were allowed", now - since);
+        if !publishes && behind == 0 {
+            assert!((220..=240).contains(&lags[0]), "{lags:?}");
+            assert!((200..lags[0]).contains(&lags[199]), "{lags:?}");
+            return;
+        }
+    }
+    panic!("it is not filled: {:?} behind", lags.last());
+}
+
 /// Found with a thousand busy partitions: while the disk had too much to do the heartbeats waited, and the word went ahead of them.
 #[test]
 fn a_leader_whose_disk_is_behind_says_that_its_partition_sleeps_after_its_heartbeats() {
-    let meta = formed(3, TopicSpec::default());
-    let (mut node, store, group) = start(1, &meta, Limits { rounds_max: 1, ..Default::default() });
-    let ids: Vec<u64> = meta.assignment(group).unwrap().replicas.iter().map(|r| r.id).collect();
-    let say = |node: &mut Node, from: usize, kind: MessageType, term: u64, index: u64| {
-        let mut message = Message { from: ids[from], to: ids[0], term, index, ..Default::default() };
-        message.set_msg_type(kind);
-        node.peer(BrokerId(from as u64 + 1), PeerMessage::Raft(Envelope { group, message }));
-        settle(node, &store);
-    };
-    let term = node.group(group).unwrap().term() + 1; // the preferred replica stands as soon as it is made
-    say(&mut node, 1, MessageType::MsgRequestPreVoteResponse, term, 0);
-    say(&mut node, 1, MessageType::MsgRequestVoteResponse, term, 0);
-    let index = node.group(group).unwrap().last_index();
-    [1, 2].into_iter().for_each(|from| say(&mut node, from, MessageType::MsgAppendResponse, term, index));
-    assert!(node.group(group).unwrap().is_leader());
+    let mut first = First::leading(Limits { rounds_max: 1, ..Default::default() });
     for tick in 1..40 {
         // a round of the metadata group is under way while time passes
         let mut append =
             Message { from: 2, to: 1, term: 2, index: tick, log_term: 1 + u64::from(tick > 1), ..Default::default() };
         append.set_msg_type(MessageType::MsgAppend);
         append.entries = vec![Entry { index: tick + 1, term: 2, ..Default::default() }].into();
-        node.peer(BrokerId(2), PeerMessage::Raft(Envelope { group: META_GROUP, message: append }));
-        let round = node.drain().round.unwrap();
-        [2, 3].into_iter().for_each(|other| node.peer(BrokerId(other), PeerMessage::Alive));
-        node.tick(Now { mono_ms: 1 + 50 * tick, log_ms: 1 + 50 * tick });
-        assert_eq!(node.drain().asleep, [], "its heartbeats are still to come");
-        node.synced(round.id);
-        if node.group(group).unwrap().is_asleep() {
-            let effects = node.drain();
-            let beat = |e: &Envelope| e.group == group && e.message.msg_type == MessageType::MsgHeartbeat;
+        first.node.peer(BrokerId(2), PeerMessage::Raft(Envelope { group: META_GROUP, message: append }));
+        let round = first.node.drain().round.unwrap();
+        [2, 3].into_iter().for_each(|other| first.node.peer(BrokerId(other), PeerMessage::Alive));
+        first.node.tick(Now { mono_ms: 1 + 50 * tick, log_ms: 1 + 50 * tick });
+        assert_eq!(first.node.drain().asleep, [], "its heartbeats are still to come");
+        first.node.synced(round.id);
+        if first.replica().is_asleep() {
+            let effects = first.node.drain();
+            let beat = |e: &Envelope| e.group == first.group && e.message.msg_type == MessageType::MsgHeartbeat;
             assert_eq!(effects.messages.iter().filter(|(_, e)| beat(e)).count(), 2);
             assert_eq!(effects.asleep.len(), 2);
             return;
         }
-        settle(&mut node, &store);
-        [1, 2].into_iter().for_each(|from| say(&mut node, from, MessageType::MsgHeartbeatResponse, term, 0));
+        settle(&mut first.node, &first.store);
+        [1, 2].into_iter().for_each(|from| _ = first.hear(from, MessageType::MsgHeartbeatResponse, 0));
     }
     panic!("it does not fall asleep");
 }

@@ -18,6 +18,10 @@ const WAIT_MS_MAX: u32 = 30_000;
 /// Most bytes one answer holds.
 const BYTES_MAX: u32 = 16 << 20;
 
+/// For how long a leader that is cut off from the others may lead on, in a partition that slept. Another may have committed meanwhile
+/// what it has not: an offset beyond the end may be right for so long.
+const CUT_OFF_MAX: Duration = Duration::from_millis(1_500);
+
 /// A batch as the wire has it.
 pub fn to_wire(batch: LogBatch) -> v1::Batch {
     v1::Batch {
@@ -30,7 +34,14 @@ pub fn to_wire(batch: LogBatch) -> v1::Batch {
 }
 
 /// The failure for an offset outside of the log.
-pub fn check_range(partition: &Partition, offset: u64) -> Result<(), Failure> {
+pub async fn check_range(context: &Context, partition: &mut Partition, offset: u64) -> Result<(), Failure> {
+    if offset > partition.tail.high_watermark() {
+        let seen = partition.progress.wait_for(|p| p.high_watermark >= offset || p.serving.is_none());
+        let _ = tokio::time::timeout(CUT_OFF_MAX, seen).await;
+        if partition.serving().is_none() {
+            return Err(context.not_leader(partition.group));
+        }
+    }
     let (start, end) = (partition.tail.start_offset(), partition.tail.high_watermark());
     if (start..=end).contains(&offset) {
         return Ok(());
@@ -45,10 +56,14 @@ async fn fetch(
     mut partition: Partition,
     request: &v1::FetchRequest,
 ) -> Result<v1::FetchResponse, Failure> {
-    check_range(&partition, request.offset)?;
+    check_range(context, &mut partition, request.offset).await?;
     let bytes_max = if request.bytes_max == 0 { 1 << 20 } else { request.bytes_max.min(BYTES_MAX) } as usize;
     let wait = Duration::from_millis(request.wait_ms.min(WAIT_MS_MAX).into());
-    let _ = tokio::time::timeout(wait, partition.high_watermark.wait_for(|hw| *hw > request.offset)).await;
+    let _ = tokio::time::timeout(
+        wait,
+        partition.progress.wait_for(|p| p.high_watermark > request.offset || p.serving.is_none()),
+    )
+    .await;
     let batches = partition.read(request.offset, bytes_max).await?;
     let batches: Vec<v1::Batch> = batches.into_iter().map(to_wire).collect();
     context.metrics.fetched(topic, &batches);
@@ -64,7 +79,7 @@ impl Log for Context {
     async fn fetch(&self, request: Request<v1::FetchRequest>) -> Result<Response<v1::FetchResponse>, Status> {
         let request = request.into_inner();
         let Found { group, topic, .. } = self.find(&request.topic, request.partition).map_err(|f| self.rejected(f))?;
-        let partition = self.led_partition(group).map_err(|f| self.rejected(f))?;
+        let partition = self.led_partition(group).await.map_err(|f| self.rejected(f))?;
         let answer = fetch(self, &topic, partition, &request).await;
         Ok(Response::new(answer.map_err(|f| self.rejected(f))?))
     }
@@ -77,14 +92,14 @@ impl Log for Context {
     ) -> Result<Response<Self::FetchStreamStream>, Status> {
         let mut request = request.into_inner();
         let Found { group, topic, .. } = self.find(&request.topic, request.partition).map_err(|f| self.rejected(f))?;
-        let led = self.led_partition(group).and_then(|led| check_range(&led, request.offset));
-        led.map_err(|f| self.rejected(f))?;
+        let mut partition = self.led_partition(group).await.map_err(|f| self.rejected(f))?;
+        check_range(self, &mut partition, request.offset).await.map_err(|f| self.rejected(f))?;
         request.wait_ms = 1_000;
         let (sender, receiver) = mpsc::channel(4);
         let context = self.clone();
         tokio::spawn(async move {
             loop {
-                let answer = match context.led_partition(group) {
+                let answer = match context.led_partition(group).await {
                     Ok(partition) => fetch(&context, &topic, partition, &request).await,
                     Err(failure) => Err(failure),
                 };
@@ -108,7 +123,7 @@ impl Log for Context {
     ) -> Result<Response<v1::ListOffsetsResponse>, Status> {
         let request = request.into_inner();
         let Found { group, .. } = self.find(&request.topic, request.partition).map_err(|f| self.rejected(f))?;
-        let partition = self.led_partition(group).map_err(|f| self.rejected(f))?;
+        let partition = self.led_partition(group).await.map_err(|f| self.rejected(f))?;
         let high_watermark = partition.tail.high_watermark();
         let offset = match request.time_ms {
             0 => high_watermark,

@@ -16,6 +16,7 @@ use crate::shared::{Partition, Shared};
 use crate::status::Failure;
 use prost::Message as _;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::Semaphore;
 use tonic::Code;
 use weir_core::ids::GroupId;
@@ -25,6 +26,8 @@ use weir_proto::v1;
 
 /// Bytes of publishes under way on one broker.
 pub const IN_FLIGHT_BYTES_MAX: usize = 128 << 20;
+/// How long readers wait for a new leader's first entry to be committed.
+const SERVES_WITHIN: Duration = Duration::from_secs(1);
 /// Largest batch where a topic sets no limit of its own, bytes.
 pub const BATCH_BYTES_DEFAULT: u32 = 1 << 20;
 
@@ -119,12 +122,15 @@ impl Context {
         Failure::not_leader(leader.and_then(|b| meta.broker(b)).map_or(String::new(), |b| b.client_address.clone()))
     }
 
-    /// A partition led here, for reading.
-    pub fn led_partition(&self, group: GroupId) -> Result<Partition, Failure> {
+    /// A partition led here, for reading: a new leader is waited for until it knows all that was committed before it.
+    pub async fn led_partition(&self, group: GroupId) -> Result<Partition, Failure> {
         if !self.shared.leads(group) {
             return Err(self.not_leader(group));
         }
-        self.shared.partition(group).ok_or_else(|| self.not_leader(group))
+        let mut partition = self.shared.partition(group).ok_or_else(|| self.not_leader(group))?;
+        let decided = partition.progress.wait_for(|p| p.serving.is_some() || !self.shared.leads(group));
+        let serves = matches!(tokio::time::timeout(SERVES_WITHIN, decided).await, Ok(Ok(p)) if p.serving.is_some());
+        if serves { Ok(partition) } else { Err(self.not_leader(group)) }
     }
 
     /// Why a request was refused, with the leader where that is why.

@@ -337,7 +337,7 @@ impl Subscriber for Context {
         let request = request.into_inner();
         let place = Place { subscription: &request.subscription, topic: &request.topic, partition: request.partition };
         let Resolved { group, name, .. } = resolve(self, place)?;
-        let partition = self.led_partition(group)?;
+        let mut partition = self.led_partition(group).await?;
         if let Some(To::Snapshot(snapshot)) = &request.to {
             return self.seek_to_snapshot(place, &name, snapshot).await;
         }
@@ -347,7 +347,7 @@ impl Subscriber for Context {
             Some(To::Earliest(_)) => partition.tail.start_offset(),
             Some(To::Latest(_) | To::Snapshot(_)) | None => partition.tail.high_watermark(),
         };
-        log::check_range(&partition, offset)?;
+        log::check_range(self, &mut partition, offset).await?;
         // through the hub: no ack of before may stand behind the seek
         let seek = |answer| Command::Seek { to: SeekTo::Offset(offset), answer };
         self.ask_hub(place, seek).await.map_err(|f| self.rejected(f))?;

@@ -132,7 +132,7 @@ impl Hubs {
         hubs.get(&key).filter(|h| !h.is_closed()).cloned()
     }
 
-    /// The hub, started at `cursor` where it does not run.
+    /// The hub, started at `cursor`, as it was in a term, where it does not run.
     pub fn find_or_start(
         &self,
         context: &Context,
@@ -140,7 +140,7 @@ impl Hubs {
         name: &str,
         topic: &str,
         spec: SubscriptionSpec,
-        cursor: Cursor,
+        (term, cursor): (u64, Cursor),
     ) -> Result<mpsc::Sender<Command>, Failure> {
         let filter = Filter::compile(&spec.filter)?;
         let mut hubs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -152,6 +152,7 @@ impl Hubs {
         let hub = Hub {
             context: context.clone(),
             group: key.0,
+            term,
             subscription: key.1,
             topic: topic.to_owned(),
             name: name.to_owned().into(),
@@ -243,6 +244,8 @@ impl Confirm {
 struct Hub {
     context: Context,
     group: GroupId,
+    /// the leadership it belongs to: nothing is written in another
+    term: u64,
     subscription: SubscriptionId,
     topic: String,
     /// its full name
@@ -332,8 +335,8 @@ impl Hub {
                 0
             }
         };
-        let (group, control) = (self.group, Control { cursors: vec![update] });
-        let reply = self.context.node.call(|to| Event::Control { group, control, to }).await;
+        let (group, term, control) = (self.group, self.term, Control { cursors: vec![update] });
+        let reply = self.context.node.call(|to| Event::Control { group, control, term, to }).await;
         match reply.ok_or_else(Failure::stopping)? {
             Reply::Done => Ok(offset),
             Reply::Refused(refusal) => Err(self.context.failure(group, refusal)),
@@ -343,7 +346,6 @@ impl Hub {
 
     async fn serve(&mut self, commands: &mut mpsc::Receiver<Command>) -> Result<(), Failure> {
         let mut partition = self.context.led_partition(self.group).await?;
-        let term = partition.serving();
         self.throttle.adjust(&self.spec, &self.context.shared.meta(), &self.context.shared);
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -374,7 +376,7 @@ impl Hub {
                         }
                     }
                     self.write_acks();
-                    if self.looked.elapsed() >= TICK && !self.check(&partition, term)? {
+                    if self.looked.elapsed() >= TICK && !self.check(&partition)? {
                         return Ok(()); // however much members say, time passes
                     }
                 }
@@ -385,7 +387,7 @@ impl Hub {
                 Some(done) = self.burials.join_next(), if !self.burials.is_empty() => self.buried(done),
                 Some(done) = self.results.join_next(), if !self.results.is_empty() => self.resulted(done),
                 _ = tick.tick() => {
-                    if !self.check(&partition, term)? {
+                    if !self.check(&partition)? {
                         return Ok(());
                     }
                 }
@@ -563,7 +565,8 @@ impl Hub {
         let update = CursorUpdate { subscription: self.subscription.0, acked, failed, ..Default::default() };
         let (to, reply) = oneshot::channel();
         let control = Control { cursors: vec![update] };
-        self.context.node.send(Event::Control { group: self.group, control, to: ReplyTo::Call(to) });
+        let to = ReplyTo::Call(to);
+        self.context.node.send(Event::Control { group: self.group, control, term: self.term, to });
         self.writing = Some((reply, std::mem::take(&mut self.confirm)));
     }
 
@@ -589,10 +592,10 @@ impl Hub {
     }
 
     /// Looks at time, leadership and the subscription; false where the hub should end.
-    fn check(&mut self, partition: &Partition, term: Option<u64>) -> Result<bool, Failure> {
+    fn check(&mut self, partition: &Partition) -> Result<bool, Failure> {
         self.looked = Instant::now();
-        // in another term of this broker, others may have written acks in between
-        if partition.serving().is_none_or(|t| Some(t) != term) {
+        // before another term of this broker others may have written acks
+        if partition.serving() != Some(self.term) {
             return Err(self.context.not_leader(self.group));
         }
         let meta = self.context.shared.meta();

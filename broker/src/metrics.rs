@@ -74,7 +74,11 @@ impl PartitionGauges {
         let subscription = ["subscription", "topic", "partition"];
         Self {
             led: gauge(r, "weir_partitions_led", "Partitions this broker leads"),
-            leaderless: gauge(r, "weir_partitions_leaderless", "Partitions with a replica here and no known leader"),
+            leaderless: gauge(
+                r,
+                "weir_partitions_leaderless",
+                "Partitions with a replica here and no known leader, or one here that gets nothing committed",
+            ),
             under_replicated: gauge(
                 r,
                 "weir_partitions_under_replicated",
@@ -152,7 +156,10 @@ impl PartitionGauges {
             }
         }
         let mine = meta.groups.iter().filter(|(_, a)| a.replica_on(context.shared.broker).is_some());
-        let leaderless = mine.filter(|(g, _)| context.shared.leader(GroupId(**g)).is_none()).count();
+        let shared = &context.shared;
+        // a leader that gets nothing committed, not even its first entry, is as good as none
+        let is_led = |g| shared.leader(g).is_some_and(|b| b != shared.broker || shared.serves(g));
+        let leaderless = mine.filter(|(g, _)| !is_led(GroupId(**g))).count();
         self.led.set(statuses.iter().filter(|s| !s.topic.is_empty()).count() as i64);
         self.leaderless.set(leaderless as i64);
         self.under_replicated.set(under_replicated);

@@ -19,7 +19,7 @@ use weir_core::eraftpb::Entry;
 use weir_core::group::Group;
 use weir_core::ids::{BrokerId, GroupId, Ticket};
 use weir_core::meta::command::Command;
-use weir_core::node::{Effects, Fetch, Node, Now, PeerMessage, Reply, Round};
+use weir_core::node::{Effects, Fetch, Node, Now, PeerMessage, Refusal, Reply, Round};
 use weir_core::storage::{Store, StoreError, WriteOp};
 
 /// Where a reply goes.
@@ -57,8 +57,8 @@ pub enum Event {
     LostContact(BrokerId),
     /// A batch whose header was checked.
     Publish { group: GroupId, data: bytes::Bytes, header: BatchHeader, to: ReplyTo },
-    /// A control record.
-    Control { group: GroupId, control: Control, to: ReplyTo },
+    /// A control record, of what began in this term of its leader: in another it is refused.
+    Control { group: GroupId, control: Control, term: u64, to: ReplyTo },
     /// A metadata command.
     Command { command: Box<Command>, to: ReplyTo },
     /// All rounds up to this one are written.
@@ -314,7 +314,10 @@ impl Driver {
                 self.waiting.insert(ticket, to);
                 node.publish(ticket, group, data, &header);
             }
-            Event::Control { group, control, to } => {
+            Event::Control { group, control, term, to } => {
+                if node.group(group).is_none_or(|g| g.term() != term) {
+                    return to.send(Reply::Refused(Refusal::NotLeader));
+                }
                 self.waiting.insert(ticket, to);
                 node.control(ticket, group, &control);
             }

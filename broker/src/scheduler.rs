@@ -93,6 +93,8 @@ pub async fn tend(context: Context) {
 struct Scheduler {
     context: Context,
     group: GroupId,
+    /// the leadership it belongs to: nothing is written in another
+    term: u64,
     position: SubscriptionId,
     target: String,
     partition: u32,
@@ -113,14 +115,13 @@ async fn run(
     partition: u32,
     mut cancels: mpsc::Receiver<Cancel>,
 ) -> Result<(), Failure> {
-    let cursor = subscriber::cursor(&context, group, position).await?;
+    let (term, cursor) = subscriber::cursor(&context, group, position).await?;
     let mut log = context.led_partition(group).await?;
-    let term = log.serving();
     let next = cursor.position();
     let producer = outbox::own_producer(group.0);
     let schedule = Schedule::new(HELD_MAX);
     let mut this =
-        Scheduler { context, group, position, target, partition, cursor, schedule, next, producer, sequence: 0 };
+        Scheduler { context, group, term, position, target, partition, cursor, schedule, next, producer, sequence: 0 };
     if let Some(plan) = this.cursor.plan().cloned() {
         this.producer = plan.producer;
         this.sequence = plan.sequence;
@@ -131,7 +132,7 @@ async fn run(
         }
     }
     loop {
-        if log.serving().is_none_or(|t| Some(t) != term) {
+        if log.serving() != Some(term) {
             return Err(this.context.not_leader(group));
         }
         if this.schedule.is_exhausted() {
@@ -281,10 +282,10 @@ impl Scheduler {
         }
         let update = CursorUpdate { subscription: self.position.0, acked: acked.clone(), plan, ..Default::default() };
         let control = Control { cursors: vec![update] };
-        let group = self.group;
+        let (group, term) = (self.group, self.term);
         loop {
             let control = control.clone();
-            let reply = self.context.node.call(|to| Event::Control { group, control, to }).await;
+            let reply = self.context.node.call(|to| Event::Control { group, control, term, to }).await;
             match reply.ok_or_else(Failure::stopping)? {
                 Reply::Done => break,
                 Reply::Refused(weir_core::node::Refusal::Overloaded) => tokio::time::sleep(AGAIN).await,

@@ -131,6 +131,12 @@ impl Shared {
         self.leader(group) == Some(self.broker)
     }
 
+    /// Whether this broker leads a group and knows all that was committed before.
+    pub fn serves(&self, group: GroupId) -> bool {
+        let partitions = self.partitions.read().unwrap_or_else(PoisonError::into_inner);
+        partitions.get(&group).is_some_and(|slot| slot.progress.borrow().serving.is_some())
+    }
+
     /// Who leads the metadata group.
     pub fn controller(&self) -> Option<BrokerId> {
         self.leader(META_GROUP)

@@ -251,15 +251,20 @@ impl Client {
         Err(Error::Deadline { after: ANSWER_WITHIN, last })
     }
 
-    /// The cluster, asked about at `since` or later, or as last seen where no broker answered: many streams that end at one time
+    /// The cluster, asked about no longer than `age` ago, or as last seen where no broker answers: many streams that end at one time
     /// ask once.
-    pub(crate) async fn refresh_since(&self, since: Instant) -> Arc<Cluster> {
-        let mut asked = self.0.asked.lock().await;
-        if asked.is_none_or(|at| at < since) {
-            let begun = Instant::now();
-            let _ = self.refresh().await;
-            *asked = Some(begun);
-        }
+    pub(crate) async fn refresh_once(&self, age: Duration) -> Arc<Cluster> {
+        let (client, since) = (self.clone(), Instant::now() - age);
+        // in a task of its own: who waits no longer leaves the answer to the others
+        let asking = tokio::spawn(async move {
+            let mut asked = client.0.asked.lock().await;
+            if asked.is_none_or(|at| at < since) {
+                let begun = Instant::now();
+                let _ = client.refresh().await;
+                *asked = Some(begun);
+            }
+        });
+        let _ = asking.await;
         self.cluster()
     }
 

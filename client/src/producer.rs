@@ -10,7 +10,7 @@ use futures::FutureExt as _;
 use futures::future::Shared;
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::task::{Context, Poll, ready};
@@ -26,9 +26,11 @@ const IN_FLIGHT_MAX: usize = 16;
 const GROWTH_LOOK: Duration = Duration::from_secs(5);
 /// A stream that answers nothing for this long while batches wait is taken for dead.
 const SILENCE_MAX: Duration = Duration::from_millis(2_000);
-/// And is left before, where the other brokers say that the partition has another leader: they are asked this often. A broker whose
-/// machine is gone says nothing, and is replaced in less than a second.
+/// And is left before, where the others say that the partition has another leader: they are asked this often. A broker whose machine
+/// is gone says nothing, and is replaced in less than a second.
 const SILENCE_LOOK: Duration = Duration::from_millis(400);
+/// Streams that end within this time ask together who leads now.
+const ASK_TOGETHER: Duration = Duration::from_millis(20);
 /// A batch that cannot go out takes records for no longer than this, or the linger: its records reach their deadline together.
 const OPEN_MAX: Duration = Duration::from_millis(100);
 
@@ -374,6 +376,7 @@ impl Producer {
             next_sequence: 0,
             in_flight: VecDeque::new(),
             next_id: 1,
+            tried: None,
         };
         tokio::spawn(task.run());
         lane
@@ -417,6 +420,8 @@ struct Task {
     next_sequence: i32,
     in_flight: VecDeque<Batch>,
     next_id: u64,
+    /// where the last stream went
+    tried: Option<String>,
 }
 
 impl Drop for Task {
@@ -472,25 +477,41 @@ impl Task {
                 Ok(Left::Again(why)) => why,
                 Err(error) => error.to_string(),
             };
-            let left = Instant::now();
             self.expire(&last);
             if self.next_id - self.in_flight.len() as u64 > answered_before {
                 waits = crate::waits();
             }
             tokio::time::sleep(waits.next().unwrap_or(Duration::from_millis(200))).await;
-            self.client.refresh_since(left).await;
+            // another lane, or a look at a silent broker, may have found the new leader
+            let leader = self.client.cluster().leader(&self.topic, self.partition);
+            if leader.is_none() || leader == self.tried {
+                self.client.refresh_once(ASK_TOGETHER).await;
+            }
         }
     }
 
-    /// Why to leave a broker that has said nothing since `heard` to what waits for it, if there is a reason.
-    async fn silent(&self, address: &str, heard: Instant) -> Option<String> {
-        if heard.elapsed() >= SILENCE_MAX {
-            return Some(format!("{address} answers nothing"));
+    /// Ends, with the reason, when a broker is to be left that says nothing: it was heard at `heard`.
+    fn silence(&self, address: &str, heard: Instant) -> impl Future<Output = String> + Send + use<> {
+        let (client, topic, partition) = (self.client.clone(), self.topic.clone(), self.partition);
+        let address = address.to_owned();
+        async move {
+            let end = heard + SILENCE_MAX;
+            let mut look = heard + SILENCE_LOOK;
+            while look < end {
+                tokio::time::sleep_until(look.into()).await;
+                look = Instant::now() + SILENCE_LOOK;
+                if client.cluster().metadata.brokers.len() < 2 {
+                    continue; // there are no others
+                }
+                let asked = client.refresh_once(SILENCE_LOOK / 2);
+                let Ok(cluster) = tokio::time::timeout(SILENCE_LOOK, asked).await else { continue };
+                if let Some(leader) = cluster.leader(&topic, partition).filter(|l| *l != address) {
+                    return format!("{address} answers nothing, and {leader} leads the partition now");
+                }
+            }
+            tokio::time::sleep_until(end.into()).await;
+            format!("{address} answers nothing")
         }
-        let looked = self.client.refresh_since(Instant::now() - SILENCE_LOOK / 2);
-        let cluster = tokio::time::timeout(SILENCE_LOOK, looked).await.ok()?;
-        let leader = cluster.leader(&self.topic, self.partition)?;
-        (leader != address).then(|| format!("{address} answers nothing, and {leader} leads the partition now"))
     }
 
     /// What is beyond its deadline fails. What follows a batch that was sent must not be taken for it: a new producer id begins.
@@ -519,7 +540,12 @@ impl Task {
         let Some(address) = self.client.cluster().leader(&self.topic, self.partition) else {
             return Ok(Left::Again("the partition has no leader".to_owned()));
         };
-        self.producer_id(&address).await?;
+        self.tried = Some(address.clone());
+        let silence = self.silence(&address, Instant::now());
+        tokio::select! {
+            id = self.producer_id(&address) => { id?; }
+            why = silence => return Ok(Left::Again(why)),
+        }
         let mut client = v1::publisher_client::PublisherClient::new(self.client.channel(&address)?)
             .max_encoding_message_size(weir_proto::MESSAGE_BYTES_MAX);
         let (sender, receiver) = mpsc::channel(IN_FLIGHT_MAX);
@@ -527,20 +553,14 @@ impl Task {
             let _ = sender.try_send(self.to_wire(batch));
         }
         let mut heard = Instant::now();
-        let mut opening = pin!(client.publish_stream(ReceiverStream::new(receiver)));
-        let mut acks = loop {
-            match tokio::time::timeout(SILENCE_LOOK, &mut opening).await {
-                Ok(answer) => break answer?.into_inner(),
-                Err(_) => {
-                    if let Some(why) = self.silent(&address, heard).await {
-                        return Ok(Left::Again(why));
-                    }
-                }
-            }
+        let mut acks = tokio::select! {
+            answer = client.publish_stream(ReceiverStream::new(receiver)) => answer?.into_inner(),
+            why = self.silence(&address, heard) => return Ok(Left::Again(why)),
         };
         let mut open = true;
         heard = Instant::now();
-        let mut looked = heard;
+        // of the time since then; made when it has been silent for a while
+        let mut silence = None;
         loop {
             if !open && self.in_flight.is_empty() {
                 return Ok(Left::Finished);
@@ -549,7 +569,7 @@ impl Task {
             tokio::select! {
                 biased;
                 ack = acks.message() => {
-                    heard = Instant::now();
+                    (heard, silence) = (Instant::now(), None);
                     match ack? {
                         Some(ack) => if let Some(why) = self.answered(ack) { return Ok(Left::Again(why)) },
                         None => return Ok(Left::Again(format!("{address} ended the stream"))),
@@ -569,12 +589,10 @@ impl Task {
                     }
                     None => open = false,
                 },
-                () = tokio::time::sleep_until((heard.max(looked) + SILENCE_LOOK).into()), if !self.in_flight.is_empty() => {
-                    if let Some(why) = self.silent(&address, heard).await {
-                        return Ok(Left::Again(why));
-                    }
-                    looked = Instant::now();
+                () = tokio::time::sleep_until((heard + SILENCE_LOOK).into()), if silence.is_none() && !self.in_flight.is_empty() => {
+                    silence = Some(Box::pin(self.silence(&address, heard)));
                 }
+                why = async { silence.as_mut().expect("guarded").await }, if silence.is_some() => return Ok(Left::Again(why)),
             }
         }
     }
@@ -734,6 +752,7 @@ mod tests {
             next_sequence: 0,
             in_flight: VecDeque::new(),
             next_id: 1,
+            tried: None,
         };
         drop(task); // as where its runtime ends
         assert!(matches!(now(waits), Some(Err(Error::Closed))));

@@ -66,8 +66,12 @@ fn resolve(context: &Context, place: Place<'_>) -> Result<Resolved, Failure> {
     Ok(Resolved { name, topic, group, subscription: SubscriptionId(found.id), spec: found.spec.clone() })
 }
 
-/// The cursor as applied here; a new subscription gets its own within moments.
-pub(crate) async fn cursor(context: &Context, group: GroupId, subscription: SubscriptionId) -> Result<Cursor, Failure> {
+/// The cursor as applied here, in a term that this broker leads; a new subscription gets its own within moments.
+pub(crate) async fn cursor(
+    context: &Context,
+    group: GroupId,
+    subscription: SubscriptionId,
+) -> Result<(u64, Cursor), Failure> {
     // everything an earlier hub wrote stands below the log's end as it is now
     let mut upto = None;
     for _ in 0..200 {
@@ -80,10 +84,10 @@ pub(crate) async fn cursor(context: &Context, group: GroupId, subscription: Subs
         };
         let seen = context.node.ask(read).await.ok_or_else(Failure::stopping)?;
         upto = seen.as_ref().map(|(at, _)| *at);
-        match seen.map(|(_, cursor)| cursor.flatten()) {
+        match seen.map(|((term, _), cursor)| (term, cursor.flatten())) {
             None if !context.shared.leads(group) => return Err(context.not_leader(group)),
-            Some(Some(cursor)) => return Ok(cursor),
-            None | Some(None) => tokio::time::sleep(Duration::from_millis(10)).await,
+            Some((term, Some(cursor))) => return Ok((term, cursor)),
+            None | Some((_, None)) => tokio::time::sleep(Duration::from_millis(10)).await,
         }
     }
     Err(Failure::new(Code::Unavailable, "NO_CURSOR", "the subscription has no position yet; try again"))

@@ -484,16 +484,41 @@ fn third(quorum_memory: bool) -> (Node, Arc<MemStore>, GroupId, Vec<u64>) {
     (node, store, group, replicas)
 }
 
+/// What another replica says to the third, and what comes of it.
+fn say_to_third(
+    node: &mut Node,
+    store: &MemStore,
+    group: GroupId,
+    ids: &[u64],
+    from: usize,
+    kind: MessageType,
+    fill: &dyn Fn(&mut Message),
+) -> Vec<(Ticket, Reply)> {
+    let mut message = Message { from: ids[from], to: ids[2], ..Default::default() };
+    message.set_msg_type(kind);
+    fill(&mut message);
+    node.peer(BrokerId(from as u64 + 1), PeerMessage::Raft(Envelope { group, message }));
+    settle(node, store)
+}
+
+/// Nothing is heard of the first replica any more, and the second votes for the third.
+fn elect_third(node: &mut Node, store: &MemStore, group: GroupId, ids: &[u64]) {
+    for at in 1..60 {
+        node.tick(Now { mono_ms: at * 50, log_ms: at * 50 });
+        settle(node, store);
+    }
+    for vote in [MessageType::MsgRequestPreVoteResponse, MessageType::MsgRequestVoteResponse] {
+        say_to_third(node, store, group, ids, 1, vote, &|m| m.term = 3);
+    }
+    assert!(node.group(group).unwrap().is_leader());
+}
+
 /// Found by a seed: raft-rs panics where a leader has applied its own removal, and hears of an acknowledgement.
 #[test]
 fn a_leader_elected_while_it_is_removed_steps_down() {
     let (mut node, store, group, ids) = third(false);
-    let say = |node: &mut Node, from: usize, kind: MessageType, fill: &dyn Fn(&mut Message)| {
-        let mut message = Message { from: ids[from], to: ids[2], ..Default::default() };
-        message.set_msg_type(kind);
-        fill(&mut message);
-        node.peer(BrokerId(from as u64 + 1), PeerMessage::Raft(Envelope { group, message }));
-        settle(node, &store);
+    let say = |node: &mut Node, from, kind, fill: &dyn Fn(&mut Message)| {
+        say_to_third(node, &store, group, &ids, from, kind, fill)
     };
     // the first replica leads, and its last entry says that the third goes
     say(&mut node, 0, MessageType::MsgAppend, &|m| {
@@ -502,14 +527,7 @@ fn a_leader_elected_while_it_is_removed_steps_down() {
         (m.term, m.index, m.log_term, m.commit) = (2, 1, 1, 1);
         m.entries = vec![removal].into();
     });
-    // nothing is heard of it any more, and the second votes for the third
-    for at in 1..60 {
-        node.tick(Now { mono_ms: at * 50, log_ms: at * 50 });
-        settle(&mut node, &store);
-    }
-    say(&mut node, 1, MessageType::MsgRequestPreVoteResponse, &|m| m.term = 3);
-    say(&mut node, 1, MessageType::MsgRequestVoteResponse, &|m| m.term = 3);
-    assert!(node.group(group).unwrap().is_leader());
+    elect_third(&mut node, &store, group, &ids);
     publish(&mut node, 1, group, 1, b"value");
     let mut replies = settle(&mut node, &store);
     // acknowledged up to where it goes, then beyond
@@ -525,12 +543,8 @@ fn a_leader_elected_while_it_is_removed_steps_down() {
 #[test]
 fn a_new_leader_stamps_nothing_earlier_than_what_it_has_not_applied_yet() {
     let (mut node, store, group, ids) = third(false);
-    let say = |node: &mut Node, from: usize, kind: MessageType, fill: &dyn Fn(&mut Message)| {
-        let mut message = Message { from: ids[from], to: ids[2], ..Default::default() };
-        message.set_msg_type(kind);
-        fill(&mut message);
-        node.peer(BrokerId(from as u64 + 1), PeerMessage::Raft(Envelope { group, message }));
-        settle(node, &store)
+    let say = |node: &mut Node, from, kind, fill: &dyn Fn(&mut Message)| {
+        say_to_third(node, &store, group, &ids, from, kind, fill)
     };
     // the first replica's clock was ahead
     let context = Context { kind: EntryKind::Batch, base_offset: 0, count: 1, append_time_ms: 60_000 };
@@ -540,13 +554,7 @@ fn a_new_leader_stamps_nothing_earlier_than_what_it_has_not_applied_yet() {
         (m.term, m.index, m.log_term, m.commit) = (2, 1, 1, 1);
         m.entries = vec![Entry { index: 2, term: 2, data, context, ..Default::default() }].into();
     });
-    for at in 1..60 {
-        node.tick(Now { mono_ms: at * 50, log_ms: at * 50 });
-        settle(&mut node, &store);
-    }
-    say(&mut node, 1, MessageType::MsgRequestPreVoteResponse, &|m| m.term = 3);
-    say(&mut node, 1, MessageType::MsgRequestVoteResponse, &|m| m.term = 3);
-    assert!(node.group(group).unwrap().is_leader());
+    elect_third(&mut node, &store, group, &ids);
     publish(&mut node, 1, group, 1, b"value");
     settle(&mut node, &store);
     let replies = say(&mut node, 1, MessageType::MsgAppendResponse, &|m| (m.term, m.index) = (3, 4));

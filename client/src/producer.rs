@@ -442,20 +442,17 @@ struct Ids {
 }
 
 impl Ids {
+    /// The caller decides how long to wait for the broker.
     async fn next(&self, client: &Client, address: &str) -> Result<i64, Error> {
-        let asked = async {
-            let mut left = self.left.lock().await;
-            if let Some(id) = left.next() {
-                return Ok(id);
-            }
-            let mut client = v1::publisher_client::PublisherClient::new(client.channel(address)?);
-            let asked = client.allocate_producer_ids(v1::AllocateProducerIdsRequest { count: self.ahead });
-            let first = asked.await?.into_inner().first_id as i64;
-            *left = first + 1..first + i64::from(self.ahead);
-            Ok(first)
-        };
-        let late = |_| Error::Deadline { after: SILENCE_MAX, last: format!("{address} gives no producer id") };
-        tokio::time::timeout(SILENCE_MAX, asked).await.map_err(late)?
+        let mut left = self.left.lock().await;
+        if let Some(id) = left.next() {
+            return Ok(id);
+        }
+        let mut client = v1::publisher_client::PublisherClient::new(client.channel(address)?);
+        let asked = client.allocate_producer_ids(v1::AllocateProducerIdsRequest { count: self.ahead });
+        let first = asked.await?.into_inner().first_id as i64;
+        *left = first + 1..first + i64::from(self.ahead);
+        Ok(first)
     }
 }
 

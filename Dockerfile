@@ -10,7 +10,7 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,targe
 
 FROM gcr.io/distroless/cc-debian12:nonroot
 COPY --from=build /out/weir /out/weir-broker /out/weir-operator /usr/local/bin/
-COPY --from=build --chown=65532:65532 /out/data /data
+COPY --from=build --chown=65532:0 --chmod=775 /out/data /data
 USER 65532:65532
 WORKDIR /data
 ENTRYPOINT ["/usr/local/bin/weir"]

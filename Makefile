@@ -14,7 +14,7 @@ RUNS ?= 1000
 # one selection everywhere: cargo unites features over what is selected, and another set would compile much again
 SELECTION := --workspace --all-targets
 
-.PHONY: run test examples e2e image chart sim sim-nightly mutants fuzz soak bench bench-share bench-peers generate check-generated fmt lint deps deps-e2e rocksdb
+.PHONY: run test examples e2e image chart sim sim-nightly mutants fuzz soak memory away bench bench-share bench-peers generate check-generated fmt lint deps deps-e2e rocksdb
 
 run: deps rocksdb
 	cargo build --locked $(SELECTION)
@@ -64,6 +64,15 @@ fuzz: deps rocksdb
 soak: deps rocksdb
 	cargo build --locked $(SELECTION)
 	OUT=$(abspath $(or $(OUT),soak)) cargo test --locked --workspace --test soak -- --ignored --nocapture
+
+# a broker's memory beside slow readers and batches that hold much, and another client's latency
+memory: deps rocksdb
+	cargo test --locked --workspace --test memory -- --nocapture
+
+# a broker that was away for AWAY seconds (90) under full load: until it is in sync again, and disk sizes
+away: deps rocksdb
+	cargo build --locked $(SELECTION)
+	AWAY=$(or $(AWAY),90) cargo test --locked --workspace --test away -- --ignored --nocapture
 
 # how long the paths take that every message takes, and how often they ask for memory (criterion)
 bench: deps rocksdb

@@ -26,6 +26,6 @@ else
   for _ in $(seq 600); do grep -q '^up$' "$home/up.log" && break; kill -0 $up 2>/dev/null || break; sleep 0.2; done
   grep -q '^up$' "$home/up.log" || { cat "$home/up.log"; exit 1; }
   echo "Kubernetes is up after $((SECONDS - begun)) s"
-  KUBECONFIG=$home/kubeconfig WEIR_E2E_HOME=$home WEIR_IMAGE=weir:e2e WEIR_IMAGE_NEXT=weir:next HELM=$cache/helm "$home/ns" "${tests[@]}"
+  KUBECONFIG=$home/kubeconfig WEIR_E2E_HOME=$home WEIR_IMAGE=weir:e2e WEIR_IMAGE_NEXT=weir:next HELM=$cache/helm HELM4=$cache/helm4 "$home/ns" "${tests[@]}"
 fi
 echo "end-to-end tests: $((SECONDS - begun)) s"

@@ -21,7 +21,8 @@ mkdir -p "$root"/{usr/local/bin,etc,tmp,data} && cp -a "$libraries"/. "$root"/
 if [ -f /etc/ssl/certs/ca-certificates.crt ]; then
   mkdir -p "$root/etc/ssl/certs" && cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
 fi
-chmod 1777 "$root/tmp"; chown 65532:65532 "$root/data" 2>/dev/null || true
+# group 0 may write: where the platform chooses the user, that is its group
+chmod 1777 "$root/tmp"; chmod 775 "$root/data"; chown 65532:0 "$root/data" 2>/dev/null || true
 for program in weir weir-broker weir-operator; do
   strip -o "$root/usr/local/bin/$program" "$bin/$program"
 done

@@ -36,6 +36,7 @@ impl Embedded {
             client_listen: any,
             client_socket: None,
             inproc: true,
+            deadlines: Default::default(),
             peer_listen: *peer_listen,
             admin_listen: any,
             metrics_listen: any,
@@ -43,6 +44,7 @@ impl Embedded {
             peers: peers.clone(),
             cluster_id: String::new(),
             connections_max: 1_000,
+            accept_loss: None,
             rack: String::new(),
         };
         let configs: Vec<Config> = names.iter().zip(&ports).map(config).collect();

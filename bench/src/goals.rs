@@ -25,7 +25,9 @@ use Bound::{AtLeast, AtMost, Times};
 pub(crate) const WRITTEN_TWICE: &str = "each record is written twice on each replica, into the write-ahead log and, when a memtable is flushed, into a blob \
     file; where the disk is slow that is the bound. RocksDB's way to write large values to blob files at once \
     (enable_blob_direct_write) loses what was not flushed when the power goes";
-const CORES: &str = "client and broker share two cores. Tried: jemalloc and mimalloc, 4 to 12% slower; malloc with huge pages and without giving \
+const CORES: &str = "client and broker share two cores. Tried: mimalloc, 4 to 12% slower; jemalloc, \
+    which stayed for the memory it gives back, as much slower in one hour and the same processor time in turns in another (medians of six); \
+    malloc with huge pages and without giving \
     memory back, no difference beyond chance";
 const BESIDE: &str = "publisher, reader and broker share two cores, and each has its part: the reader read at 520,000 to 590,000/s meanwhile. \
     Reading with what publishing leaves would be a reader that is behind for good. Tried: backlogs read by threads of the lowest \
@@ -33,7 +35,8 @@ const BESIDE: &str = "publisher, reader and broker share two cores, and each has
 const READING: &str = "client and broker share two cores, and a byte is copied or checked some eight times between disk and reader. What was \
     written past the page cache is read from the disk, an eighth slower than out of the cache. Answers of 1 MiB instead of 4: \
     1 KiB 920,000 and 1,070,000 → 1,290,000 and 1,220,000/s in one hour; a client with one worker instead of two, in turns: 660,000, \
-    669,000 and 826,000 → 700,000, 731,000 and 907,000/s in another. Tried: jemalloc and mimalloc, a fifth slower";
+    669,000 and 826,000 → 700,000, 731,000 and 907,000/s in another. Tried: mimalloc, a fifth slower; jemalloc, which stayed, a fifth slower in one \
+    hour and the same processor time in turns in another (medians of twelve)";
 const SYNCS: &str = "three brokers sync one disk at one time, and six threads wake one another in turn, 25 to 40 µs each. On this machine three \
     programs that sync 4 KiB each at one time wait 290 µs (median), one alone 190, and 16 bytes over TCP to another process and back take \
     64. On another one, where a sync takes 75 and NATS from three brokers 206 µs, the version before had 306. Tried: write-ahead logs \

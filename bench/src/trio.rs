@@ -86,7 +86,7 @@ impl Trio {
                     self.cores[to.0 as usize - 1].0.peer(from, message);
                     busy = true;
                 }
-                if !effects.announce.is_empty() || effects.alive {
+                if !effects.announce.is_empty() || effects.pulse.is_some() {
                     for (other, _) in self.cores.iter_mut().filter(|(other, _)| other.broker() != from) {
                         other.peer(from, PeerMessage::Alive);
                         other.peer(from, PeerMessage::Leaders(effects.announce.clone()));

@@ -83,6 +83,8 @@ fn three_brokers(program: &Path, load: &Load, out: &mut Figures) -> anyhow::Resu
     }
     weir.until_leading_elsewhere(id)?;
     paced("at 10,000/s", out)?;
+    // a leader that goes while another replica is still filled leaves no majority: that would measure the filling
+    weir.until_whole()?;
     out.put("leader killed ms", Some(weir.failover("latency")?));
     Ok(())
 }
@@ -268,6 +270,21 @@ impl Weir<'_> {
         Ok(())
     }
 
+    /// Until every partition has all its replicas, in sync.
+    fn until_whole(&self) -> anyhow::Result<()> {
+        let begun = Instant::now();
+        loop {
+            let topics: BTreeSet<String> = self.leaders()?.into_iter().map(|(topic, _)| topic).collect();
+            let described = topics.iter().map(|topic| self.json(&["topic", "describe", topic]));
+            let described: Vec<Value> = described.collect::<anyhow::Result<_>>()?;
+            match described.iter().find(|topic| !is_whole(topic)) {
+                None => return Ok(()),
+                Some(topic) => ensure!(begun.elapsed() < START_MAX, "a replica is not in sync again: {topic}"),
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
     /// Kills the leader of a topic's partition while it is published to; the longest wait for an acknowledgement, ms. What is read
     /// afterwards is held against what was acknowledged.
     fn failover(&self, topic: &str) -> anyhow::Result<f64> {
@@ -289,5 +306,36 @@ impl Weir<'_> {
             "broker {leader} was not there to be killed"
         );
         done["longest_pause_ms"].as_f64().context("a pause")
+    }
+}
+
+/// Returns true if all replicas of a topic, as `weir topic describe` gives it, are in sync.
+fn is_whole(topic: &Value) -> bool {
+    let count = |partition: &Value, field: &str| partition[field].as_array().map_or(0, Vec::len);
+    let whole = |partition: &Value| {
+        partition["settled"] == true
+            && count(partition, "replicas") > 0
+            && count(partition, "inSync") == count(partition, "replicas")
+    };
+    topic["assignment"].as_array().is_some_and(|partitions| !partitions.is_empty() && partitions.iter().all(whole))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_topic_is_whole_once_every_replica_of_every_partition_is_in_sync() {
+        let partition =
+            |settled: bool, in_sync: &[u64]| json!({"replicas": [1, 2, 3], "settled": settled, "inSync": in_sync});
+        let topic = |partitions: Vec<Value>| json!({"name": "default/t", "assignment": partitions});
+        assert!(is_whole(&topic(vec![partition(true, &[1, 2, 3]), partition(true, &[1, 2, 3])])));
+        for behind in
+            [partition(true, &[1, 2]), partition(false, &[1, 2, 3]), json!({"replicas": [1, 2, 3], "settled": true})]
+        {
+            assert!(!is_whole(&topic(vec![partition(true, &[1, 2, 3]), behind.clone()])), "{behind}");
+        }
+        assert!(!is_whole(&json!({})) && !is_whole(&topic(Vec::new())));
     }
 }

@@ -4,7 +4,7 @@
 # new code to the corpus.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-targets=${TARGETS:-batch entry snapshot rows manifest}
+targets=${TARGETS:-batch record entry snapshot rows manifest spec}
 host=$(rustc -vV | sed -n 's/^host: //p')
 folder=$CARGO_TARGET_DIR/fuzz
 if [ -n "${SECONDS_EACH:-}" ]; then bound="-max_total_time=$SECONDS_EACH"; else bound="-seed=1 -runs=${RUNS_EACH:-50000}"; fi

@@ -2,9 +2,11 @@
 //! them belongs to a cluster: first all keep the plan on disk, then all act on it. An empty disk that finds
 //! a cluster joins it under a new id; an empty disk alone waits.
 
+use crate::aside::{self, CanReplace};
 use crate::peers;
 use prost::Message as _;
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -54,20 +56,25 @@ pub(crate) async fn hello(address: &str, name: &str, cluster_id: &str) -> anyhow
     tokio::time::timeout(Duration::from_secs(1), ask).await?
 }
 
-/// Whether a member of a cluster, other than the broker called `name`, answers.
-pub async fn a_member_answers(peers: &[(String, String)], name: &str, cluster_id: &str) -> bool {
-    if cluster_id.is_empty() {
-        return false;
-    }
-    for (_, address) in peers.iter().filter(|(n, _)| n != name) {
-        if let Ok(hello) = hello(address, name, cluster_id).await
-            && hello.active
-            && hello.cluster_id == cluster_id
-        {
-            return true;
-        }
-    }
-    false
+/// Asks the other members of the cluster whether they can replace the data of the broker called `name`.
+pub fn others_can_replace(peers: Vec<(String, String)>, name: String, data: PathBuf) -> CanReplace {
+    let asked = Arc::new((peers, name));
+    Arc::new(move || {
+        let (asked, cluster_id) = (asked.clone(), aside::cluster(&data));
+        Box::pin(async move {
+            let (peers, name) = &*asked;
+            for (_, address) in peers.iter().filter(|(n, _)| n != name && !cluster_id.is_empty()) {
+                if let Ok(hello) = hello(address, name, &cluster_id).await
+                    && hello.active
+                    && hello.cluster_id == cluster_id
+                    && hello.caller_is_replaceable
+                {
+                    return true;
+                }
+            }
+            false
+        })
+    })
 }
 
 impl Formation {
@@ -80,14 +87,18 @@ impl Formation {
     ) -> Result<Self, StoreError> {
         let found = store.meta(KEY)?;
         let identity = found.map(|bytes| Identity::decode(&*bytes)).transpose();
-        let identity = identity.map_err(|e| StoreError::Io(format!("the broker's identity is damaged: {e}")))?;
+        let identity = identity.map_err(|e| {
+            let what = format!("the broker's identity is damaged: {e}");
+            store.note_damage(&what);
+            StoreError::Corrupt(what)
+        })?;
         let identity = Mutex::new(identity.unwrap_or_default());
         Ok(Self { me, peers, expected, store, identity, changed: Notify::new() })
     }
 
-    /// Peer addresses as told at start, without this broker's own.
-    pub fn others(&self) -> Vec<String> {
-        self.peers.iter().filter(|(name, _)| *name != self.me.name).map(|(_, address)| address.clone()).collect()
+    /// Names and peer addresses of the other brokers, as configured at start.
+    pub fn others(&self) -> Vec<(String, String)> {
+        self.peers.iter().filter(|(name, _)| *name != self.me.name).cloned().collect()
     }
 
     /// The identity now.
@@ -157,7 +168,7 @@ impl Formation {
             if let Some((_, address, hello)) = hellos.iter().find(|(_, _, h)| h.active && right(h)) {
                 if hello.cluster_id == now.cluster_id {
                     self.activate(&hello.cluster_id)?;
-                } else if let Err(error) = self.join(address).await {
+                } else if let Err(error) = self.join(address, &hello.cluster_id).await {
                     let why = format!("{error:#}");
                     if why != refused {
                         tracing::info!(%error, "waiting to join");
@@ -214,13 +225,16 @@ impl Formation {
         Ok(())
     }
 
-    async fn join(&self, address: &str) -> anyhow::Result<()> {
+    async fn join(&self, address: &str, cluster_id: &str) -> anyhow::Result<()> {
         let request = v1::JoinRequest {
             name: self.me.name.clone(),
             client_address: self.me.client_address.clone(),
             peer_address: self.me.peer_address.clone(),
             admin_address: self.me.admin_address.clone(),
             rack: self.me.rack.clone(),
+            cluster_id: cluster_id.to_owned(),
+            passed_on: None,
+            rebuilt_because: self.me.rebuilt_because.clone(),
         };
         let answer = peers::connect(address).await?.join(request).await?.into_inner();
         tracing::info!(cluster = answer.cluster_id, broker = answer.broker_id, "joined");

@@ -6,6 +6,7 @@
 
 use crate::metrics::Metrics;
 use crate::shared::Shared;
+use crate::vital::{EndOnPanic, die};
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -18,6 +19,7 @@ use weir_core::entry::Control;
 use weir_core::eraftpb::Entry;
 use weir_core::group::Group;
 use weir_core::ids::{BrokerId, GroupId, Ticket};
+use weir_core::incarnation::Standing;
 use weir_core::meta::command::Command;
 use weir_core::node::{Effects, Fetch, Node, Now, PeerMessage, Refusal, Reply, Round};
 use weir_core::storage::{Store, StoreError, WriteOp};
@@ -164,6 +166,18 @@ impl NodeHandle {
         reply.await.ok()
     }
 
+    /// Panics in the core: on its own thread, or on the one that calls it.
+    #[cfg(test)]
+    pub(crate) fn panic(&self, on_its_own_thread: bool) {
+        let event = Event::Ask(Box::new(|_| panic!("as a fault would")));
+        if on_its_own_thread {
+            self.leave(event);
+        } else {
+            let handle = self.clone();
+            drop(std::thread::spawn(move || handle.send(event)).join());
+        }
+    }
+
     /// Reads from the node on its thread.
     pub async fn ask<T: Send + 'static>(&self, read: impl FnOnce(&mut Node) -> T + Send + 'static) -> Option<T> {
         let (to, answer) = oneshot::channel();
@@ -249,6 +263,7 @@ pub fn start(
 
 /// The core's own thread.
 fn run(handle: &NodeHandle) {
+    let _end = EndOnPanic("the core's thread");
     let ended = loop {
         let mut place = handle.0.driver.lock().unwrap_or_else(|_| die("the core panicked"));
         let Some(driver) = place.as_mut() else { return };
@@ -274,6 +289,7 @@ impl Driver {
         if self.stop.is_some() {
             return handle.wake();
         }
+        let _end = EndOnPanic("the core");
         let now = self.clock.now();
         self.node.set_now(now);
         for _ in 0..TURN_EVENTS_MAX {
@@ -287,6 +303,10 @@ impl Driver {
         }
         // after what has come: where the turn before was a long one, peers that have spoken meanwhile were not silent
         self.node.tick(now);
+        // before a peer hears of it: see `peers::Link`
+        let takes_part = self.node.standing() == Standing::TakingPart;
+        let incarnation = if takes_part { self.node.incarnation().0 } else { 0 };
+        self.shared.incarnation.store(incarnation, Ordering::Release);
         // a round that was written at once has effects of its own
         while self.carry_out() {}
         self.shared.stalled_ms.store(self.node.stalled(), Ordering::Relaxed);
@@ -353,8 +373,18 @@ impl Driver {
             let _ = self.disk.reads.send(fetch);
         }
         for damage in effects.damage.drain(..) {
-            self.metrics.damage.inc();
-            tracing::error!(%damage, "damaged data: this replica takes part no more and will be rebuilt");
+            self.metrics.damaged(&damage);
+        }
+        for alarm in effects.alarms.drain(..) {
+            self.metrics.alarm(&alarm);
+            tracing::error!("{alarm}");
+        }
+        if effects.standing.is_some() || effects.rolled_back.is_some() {
+            self.shared.set_standing(effects.standing, effects.rolled_back.take());
+        }
+        for (group, limit) in effects.paces.drain(..) {
+            tracing::info!(%group, bytes_per_second = limit, "publishers are slowed while a replica catches up, or no longer");
+            self.shared.set_pace(group, limit, self.shared.pace_ms());
         }
         for group in effects.opened.drain(..) {
             self.shared.set_partition(group, self.node.group(group).map(|g| g.log().tail().clone()));
@@ -370,8 +400,8 @@ impl Driver {
             tracing::debug!(%group, ?leader, ?serving, "leader");
             self.shared.set_leader(group, leader, serving);
         }
-        if let Some(meta) = effects.meta.take() {
-            self.shared.meta.send_replace(meta);
+        if effects.meta.take().is_some() {
+            self.shared.meta.send_replace(self.node.meta().clone());
         }
         self.peers.send(&mut effects);
         for (ticket, reply) in effects.replies {
@@ -409,6 +439,7 @@ struct Disk {
 }
 
 fn run_disk(store: &dyn Store, rounds: &Receiver<Round>, handle: &NodeHandle, metrics: &Metrics) {
+    let _end = EndOnPanic("the disk's thread");
     while let Ok(first) = rounds.recv() {
         let mut last = first.id;
         let (mut sync, mut in_memory) = (first.sync, first.in_memory);
@@ -437,19 +468,9 @@ fn run_disk(store: &dyn Store, rounds: &Receiver<Round>, handle: &NodeHandle, me
 }
 
 fn run_reader(store: &dyn Store, reads: &Receiver<Fetch>, handle: &NodeHandle) {
+    let _end = EndOnPanic("the reader's thread");
     while let Ok(fetch) = reads.recv() {
         let read = store.entries(fetch.group, fetch.low, fetch.high, fetch.bytes_max);
         handle.send(Event::Fetched(fetch, read));
     }
-}
-
-/// No retry and no further ack: what a disk says after a failed sync cannot be believed.
-fn die(why: &str) -> ! {
-    eprintln!("weir-broker: {why}; ending so that nothing unsynced is acknowledged");
-    // RocksDB waits at a process's end for what it does in the background: no longer than this
-    std::thread::spawn(|| {
-        std::thread::sleep(Duration::from_secs(1));
-        std::process::abort();
-    });
-    std::process::exit(74);
 }

@@ -8,19 +8,21 @@ use crate::status::Failure;
 use bytes::Bytes;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tonic::Code;
 use tonic::transport::Channel;
+use tonic_types::StatusExt as _;
 use weir_core::batch::BatchHeader;
-use weir_core::ids::{GroupId, SubscriptionId};
+use weir_core::ids::{BrokerId, GroupId, SubscriptionId};
 use weir_core::node::{Reply, mix};
 use weir_core::producer::OWN_PRODUCERS;
 use weir_proto::records::{self, Compression, Record, Stamp};
 use weir_proto::v1;
-use weir_proto::v1::publish_ack::Outcome;
 
 /// Connections kept.
 const CHANNELS_MAX: usize = 64;
+/// Largest batch that carries messages from one topic to another, bytes: what the largest topic takes, and headers that are added.
+const CARRIED_BYTES_MAX: usize = weir_proto::limits::BATCH_BYTES.max as usize + (2 << 20);
 /// A move that takes longer is tried again.
 pub const ANSWER_MAX: Duration = Duration::from_secs(5);
 
@@ -29,7 +31,8 @@ pub const ANSWER_MAX: Duration = Duration::from_secs(5);
 pub struct Channels(Arc<Mutex<HashMap<String, Channel>>>);
 
 impl Channels {
-    fn to(&self, address: &str) -> Result<Channel, tonic::transport::Error> {
+    /// A connection to a broker's peer port, made when it is first used.
+    pub(crate) fn to(&self, address: &str) -> Result<Channel, tonic::transport::Error> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(channel) = all.get(address) {
             return Ok(channel.clone());
@@ -88,25 +91,15 @@ pub fn own_producer(seed: u64) -> u64 {
     OWN_PRODUCERS | (mix(seed) >> 2)
 }
 
-/// Publishes a dead letter. One that is too large for its topic goes without its value, which a header then says.
-pub async fn bury(context: &Context, topic: &str, mut record: Record, origin: Origin) -> Result<(), Failure> {
-    match publish(context, topic, std::slice::from_ref(&record), origin).await {
-        Err(failure) if failure.reason == "TOO_LARGE" => {
-            let bytes = record.value.take().map_or(0, |v| v.len());
-            record.headers.push(("weir-dead-value-bytes".to_owned(), bytes.to_string().into()));
-            publish(context, topic, &[record], origin).await.map(drop)
-        }
-        other => other.map(drop),
-    }
-}
-
 /// Publishes records to a topic, to the partition of the first one's key; once, however often it is repeated while the partition
 /// remembers it and the topic does not grow. `None` where others were published for the same origin before: those stand.
 pub async fn publish(
     context: &Context,
     topic: &str,
     records: &[Record],
+    compression: Compression,
     origin: Origin,
+    limit: Limit,
 ) -> Result<Option<Published>, Failure> {
     let partitions = context.shared.meta().topics.get(topic).map_or(0, |t| t.groups.len() as u32);
     if partitions == 0 {
@@ -117,8 +110,8 @@ pub async fn publish(
         None => (mix(origin.offset) % u64::from(partitions)) as u32,
     };
     let stamp = Stamp { id: origin.producer_id(), epoch: 0, sequence: 0 };
-    let batch = records::encode(records, Compression::None, Some(stamp)).map_err(|e| Failure::invalid("RECORDS", e))?;
-    match send(context, topic, partition, batch).await {
+    let batch = records::encode(records, compression, Some(stamp)).map_err(|e| Failure::invalid("RECORDS", e))?;
+    match send(context, topic, partition, batch, limit).await {
         Ok(base_offset) => Ok(Some(Published { partition, base_offset })),
         // a producer of this origin's own has another number of records there
         Err(failure) if failure.reason == "SEQUENCE" => Ok(None),
@@ -126,43 +119,83 @@ pub async fn publish(
     }
 }
 
-/// Publishes a batch to a partition, wherever its leader is; gives its offset. Not repeated here.
-pub async fn send(context: &Context, topic: &str, partition: u32, batch: Bytes) -> Result<u64, Failure> {
+/// How large a batch that a broker publishes by itself may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limit {
+    /// As large as the topic takes from clients.
+    Topic,
+    /// It carries messages that were accepted before, by a topic that may take larger ones or when this one did: as large as any topic
+    /// may take, with the headers that brokers add.
+    Carried,
+}
+
+/// Appends a batch to a partition led here; returns its offset.
+pub(crate) async fn append(
+    context: &Context,
+    topic: &str,
+    partition: u32,
+    batch: Bytes,
+    limit: Limit,
+) -> Result<u64, Failure> {
+    let started = Instant::now();
+    let Found { group, batch_bytes_max, topic, .. } = context.find(topic, partition)?;
+    let bytes = batch.len();
+    let most = match limit {
+        Limit::Topic => batch_bytes_max as usize,
+        Limit::Carried => CARRIED_BYTES_MAX,
+    };
+    if bytes > most {
+        let text = format!("the batch has {bytes} bytes, topic {topic} takes at most {most}");
+        return Err(Failure::invalid("TOO_LARGE", text));
+    }
+    let header = BatchHeader::validate(&batch)?;
+    if !context.shared.leads(group) {
+        return Err(context.not_leader(group));
+    }
+    let reply = context.node.call(|to| Event::Publish { group, data: batch, header, to }).await;
+    match reply.ok_or_else(Failure::stopping)? {
+        Reply::Published { base_offset, .. } => {
+            context.metrics.published(&topic, header.count, bytes, started);
+            Ok(base_offset)
+        }
+        Reply::Refused(refusal) => Err(context.failure(group, refusal)),
+        other => Err(Failure::new(Code::Internal, "REPLY", format!("unexpected reply {other:?}"))),
+    }
+}
+
+/// Publishes a batch to a partition, at its leader; returns its offset. Not repeated here.
+pub async fn send(context: &Context, topic: &str, partition: u32, batch: Bytes, limit: Limit) -> Result<u64, Failure> {
     let late = || Failure::new(Code::DeadlineExceeded, "NO_ANSWER", "the partition's leader does not answer");
-    let sent = try_send(context, topic, partition, batch);
+    let sent = try_send(context, topic, partition, batch, limit);
     tokio::time::timeout(ANSWER_MAX, sent).await.unwrap_or_else(|_| Err(late()))
 }
 
-async fn try_send(context: &Context, topic: &str, partition: u32, batch: Bytes) -> Result<u64, Failure> {
-    let Found { group, batch_bytes_max, .. } = context.find(topic, partition)?;
-    if batch.len() > batch_bytes_max as usize {
-        let text = format!("the batch has {} bytes, topic {topic} takes at most {batch_bytes_max}", batch.len());
-        return Err(Failure::invalid("TOO_LARGE", text));
-    }
+async fn try_send(context: &Context, topic: &str, partition: u32, batch: Bytes, limit: Limit) -> Result<u64, Failure> {
+    let group = context.find(topic, partition)?.group;
     if context.shared.leads(group) {
-        let header = BatchHeader::validate(&batch)?;
-        let reply = context.node.call(|to| Event::Publish { group, data: batch, header, to }).await;
-        return match reply.ok_or_else(Failure::stopping)? {
-            Reply::Published { base_offset, .. } => Ok(base_offset),
-            Reply::Refused(refusal) => Err(context.failure(group, refusal)),
-            other => Err(Failure::new(Code::Internal, "REPLY", format!("unexpected reply {other:?}"))),
-        };
+        return append(context, topic, partition, batch, limit).await;
     }
-    let address = context.not_leader(group).leader;
+    let meta = context.shared.meta();
+    let leader = context.shared.leader(group).and_then(|leader| meta.broker(leader));
+    let leader = leader.ok_or_else(|| context.not_leader(group))?;
     let unreachable = |what: String| Failure::new(Code::Unavailable, "NOT_LEADER", what);
-    let channel = context.channels.to(&address).map_err(|e| unreachable(e.to_string()))?;
-    let mut client =
-        v1::publisher_client::PublisherClient::new(channel).max_encoding_message_size(weir_proto::MESSAGE_BYTES_MAX);
-    let batch = v1::PublishBatch { id: 1, topic: topic.to_owned(), partition, batch };
-    let answer = client.publish_stream(futures::stream::iter([batch])).await;
-    let mut acks = answer.map_err(|s| unreachable(s.message().to_owned()))?.into_inner();
-    match acks.message().await.ok().flatten().and_then(|ack| ack.outcome) {
-        Some(Outcome::BaseOffset(offset)) => Ok(offset),
-        Some(Outcome::Error(error)) => {
-            let code = Code::from_i32(error.code);
-            let known = ["SEQUENCE", "TOO_LARGE", "NO_TOPIC", "NO_PARTITION"].into_iter().find(|r| *r == error.reason);
-            Err(Failure::new(code, known.unwrap_or("NOT_LEADER"), error.message))
+    let channel = context.channels.to(&leader.peer_address).map_err(|e| unreachable(e.to_string()))?;
+    let request = v1::ForwardRequest {
+        hello: Some(context.hello_to(BrokerId(leader.id))),
+        topic: topic.to_owned(),
+        partition,
+        batch,
+        carried: limit == Limit::Carried,
+    };
+    match peers::client(channel).forward(request).await {
+        Ok(answer) => Ok(answer.into_inner().base_offset),
+        Err(status) => {
+            const KNOWN: [&str; 5] = ["SEQUENCE", "TOO_LARGE", "NO_TOPIC", "NO_PARTITION", "BATCH"];
+            let reason = status.get_details_error_info().map_or(String::new(), |info| info.reason);
+            match KNOWN.into_iter().find(|known| *known == reason) {
+                Some(known) => Err(Failure::new(status.code(), known, status.message())),
+                None => Err(unreachable(status.message().to_owned())),
+            }
         }
-        None => Err(unreachable(format!("{address} ended the stream"))),
     }
 }

@@ -7,7 +7,7 @@ use crate::vouched::Vouched;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -15,7 +15,8 @@ use tonic::transport::{Channel, Endpoint};
 use tonic_types::StatusExt as _;
 use weir_core::eraftpb::{Entry, EntryType, Message, MessageType};
 use weir_core::ids::{BrokerId, GroupId, ReplicaId};
-use weir_core::node::{Asleep, Effects, Envelope, LeaderInfo, PeerMessage};
+use weir_core::incarnation::{Answer, Incarnation, Query};
+use weir_core::node::{Asleep, Effects, Envelope, LeaderInfo, PeerMessage, Pulse};
 use weir_proto::v1;
 use weir_proto::v1::peer_client::PeerClient;
 
@@ -23,6 +24,10 @@ use weir_proto::v1::peer_client::PeerClient;
 pub const REMOVED: &str = "REMOVED";
 /// Queued to one peer, bytes; what is beyond them is dropped, and Raft sends again.
 const QUEUED_BYTES_MAX: usize = 64 << 20;
+/// First pause before a broker is connected to again.
+const WAIT_MIN: Duration = Duration::from_millis(50);
+/// A stream that lasted this long had the right address.
+const WORKED_AFTER: Duration = Duration::from_secs(5);
 /// A frame is closed once it holds this much, bytes.
 const FRAME_BYTES: usize = 2 << 20;
 /// What a message takes beside its entries' data, bytes.
@@ -41,10 +46,14 @@ pub fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
 
 /// Connects to a peer.
 pub async fn connect(address: &str) -> Result<PeerClient<Channel>, tonic::transport::Error> {
-    let client = PeerClient::new(endpoint(address)?.connect().await?);
-    Ok(client
+    Ok(client(endpoint(address)?.connect().await?))
+}
+
+/// A peer's client over a connection.
+pub fn client(channel: Channel) -> PeerClient<Channel> {
+    PeerClient::new(channel)
         .max_decoding_message_size(weir_proto::MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(weir_proto::MESSAGE_BYTES_MAX))
+        .max_encoding_message_size(weir_proto::MESSAGE_BYTES_MAX)
 }
 
 /// Streams to all peers, opened when there is something to say.
@@ -55,17 +64,25 @@ pub struct Peers {
     vouched: Arc<Vouched>,
     streams: HashMap<BrokerId, Stream>,
     removed: Arc<dyn Fn() + Send + Sync>,
+    rolled_back: Arc<dyn Fn() + Send + Sync>,
 }
 
 impl Peers {
     /// Of a broker that has its identity.
     pub fn new(shared: Arc<Shared>, runtime: Handle, cluster_id: String, vouched: Arc<Vouched>) -> Self {
-        Self { shared, runtime, cluster_id, vouched, streams: HashMap::new(), removed: Arc::new(|| {}) }
+        let nothing: Arc<dyn Fn() + Send + Sync> = Arc::new(|| {});
+        let streams = HashMap::new();
+        Self { shared, runtime, cluster_id, vouched, streams, removed: nothing.clone(), rolled_back: nothing }
     }
 
     /// What to do once a peer says that this broker is no member any more.
     pub fn on_removal(&mut self, run: impl Fn() + Send + Sync + 'static) {
         self.removed = Arc::new(run);
+    }
+
+    /// What to do once this broker's data, which was rolled back, is to be set aside.
+    pub fn on_rollback(&mut self, run: impl Fn() + Send + Sync + 'static) {
+        self.rolled_back = Arc::new(run);
     }
 
     fn queue(&mut self, to: BrokerId, frame: v1::PeerFrame) {
@@ -83,6 +100,7 @@ impl Peers {
                     cluster_id: self.cluster_id.clone(),
                     broker_id: self.shared.broker.0,
                     to_broker_id: to.0,
+                    incarnation: 0,
                 },
                 removed: self.removed.clone(),
             };
@@ -102,7 +120,8 @@ impl Peers {
 /// What a frame takes in memory, bytes.
 fn weight(frame: &v1::PeerFrame) -> usize {
     let data = |m: &v1::RaftMessage| m.entries.iter().map(|e| e.data.len()).sum::<usize>() + m.checkpoint.len();
-    let messages = frame.raft.len() + frame.asleep.len() + frame.leaders.len();
+    let answer = frame.incarnation_answer.as_ref().map_or(0, |a| (a.members.len() + a.rolled_back.len()) / 16);
+    let messages = frame.raft.len() + frame.asleep.len() + frame.leaders.len() + answer;
     frame.raft.iter().map(data).sum::<usize>() + (messages + 1) * MESSAGE_BYTES
 }
 
@@ -135,6 +154,9 @@ impl Queue {
             if more.disk != v1::DiskState::Unspecified as i32 {
                 frame.disk = more.disk;
             }
+            frame.pulse = more.pulse.or(frame.pulse);
+            frame.incarnation_query = more.incarnation_query.or(frame.incarnation_query);
+            frame.incarnation_answer = more.incarnation_answer.or(frame.incarnation_answer);
         }
         self.queued.fetch_sub(bytes, Ordering::Relaxed);
         Some(frame)
@@ -171,13 +193,20 @@ impl PeerSender for Peers {
                 self.queue(to, frame);
             }
         }
+        for (to, message) in effects.direct.drain(..) {
+            self.queue(to, direct_to_wire(message));
+        }
+        if effects.set_aside.take().is_some() {
+            (self.rolled_back)();
+        }
         let disk = effects.disk_full.map_or(v1::DiskState::Unspecified, |full| match full {
             true => v1::DiskState::Full,
             false => v1::DiskState::Room,
         });
-        if !effects.announce.is_empty() || effects.disk_full.is_some() || effects.alive {
+        if !effects.announce.is_empty() || effects.disk_full.is_some() || effects.pulse.is_some() {
             let leaders: Vec<v1::LeaderInfo> = effects.announce.iter().map(info_to_wire).collect();
-            let frame = v1::PeerFrame { leaders, disk: disk.into(), ..Default::default() };
+            let pulse = effects.pulse.take().map(pulse_to_wire);
+            let frame = v1::PeerFrame { leaders, disk: disk.into(), pulse, ..Default::default() };
             let meta = self.shared.meta();
             for id in meta.brokers.keys() {
                 self.queue(BrokerId(*id), frame.clone());
@@ -197,14 +226,19 @@ struct Link {
 impl Link {
     /// Connects again and again; what could not be sent is dropped.
     async fn run(self, mut frames: Queue) {
-        let mut wait = Duration::from_millis(50);
+        let mut wait = WAIT_MIN;
+        let mut failed: usize = 0;
         loop {
             let meta = self.shared.meta();
-            let named = meta.broker(self.to).map(|b| b.peer_address.clone());
+            let member = meta.broker(self.to);
+            // in turns: whoever answers at either must be the broker that is meant
+            let configured = member.and_then(|b| self.vouched.configured(&b.name)).filter(|_| failed % 2 == 1);
+            let named = configured.or_else(|| member.map(|b| b.peer_address.clone()));
             if named.is_none() && self.to.0 <= meta.last_id {
                 return; // it was removed
             }
             let Some(address) = named.clone().or_else(|| self.vouched.address(self.to)) else { return };
+            let begun = Instant::now();
             match self.exchange(&address, &mut frames).await {
                 Ok(()) => return,
                 Err(error) => {
@@ -218,6 +252,11 @@ impl Link {
                     }
                 }
             }
+            if begun.elapsed() > WORKED_AFTER {
+                (wait, failed) = (WAIT_MIN, 0); // this address was right
+            } else {
+                failed += 1;
+            }
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(Duration::from_millis(400));
             // what gathered meanwhile is old: Raft sends again
@@ -228,7 +267,10 @@ impl Link {
     async fn exchange(&self, address: &str, frames: &mut Queue) -> anyhow::Result<()> {
         let mut client = connect(address).await?;
         let (sender, receiver) = mpsc::channel(8);
-        sender.send(v1::PeerFrame { hello: Some(self.hello.clone()), ..Default::default() }).await?;
+        // before anything else of this stream: what is acknowledged over it can be missed later
+        let incarnation = self.shared.incarnation.load(Ordering::Acquire);
+        let hello = v1::PeerHello { incarnation, ..self.hello.clone() };
+        sender.send(v1::PeerFrame { hello: Some(hello), ..Default::default() }).await?;
         let mut call = std::pin::pin!(client.exchange(ReceiverStream::new(receiver)));
         loop {
             // the call first, also while a frame waits for room: it must have begun before anything can leave
@@ -237,13 +279,68 @@ impl Link {
                 ended = &mut call => { ended?; anyhow::bail!("the peer ended the stream") }
                 frame = frames.next() => frame,
             };
-            let Some(frame) = frame else { return Ok(()) };
+            let Some(mut frame) = frame else { return Ok(()) };
+            if self.shared.incarnation.load(Ordering::Acquire) > 0 {
+                frame.incarnation_query = None; // of before this broker took part: its data looks older there
+            }
             tokio::select! {
                 biased;
                 ended = &mut call => { ended?; anyhow::bail!("the peer ended the stream") }
                 sent = sender.send(frame) => sent?,
             }
         }
+    }
+}
+
+fn pulse_to_wire(pulse: Pulse) -> v1::BrokerPulse {
+    let Pulse { incarnation, log_ms, sync_ms, slow } = pulse;
+    v1::BrokerPulse { incarnation: incarnation.0, log_ms, sync_ms, slow }
+}
+
+fn pulse_from_wire(pulse: v1::BrokerPulse) -> Pulse {
+    let v1::BrokerPulse { incarnation, log_ms, sync_ms, slow } = pulse;
+    Pulse { incarnation: Incarnation(incarnation), log_ms, sync_ms, slow }
+}
+
+fn direct_to_wire(message: PeerMessage) -> v1::PeerFrame {
+    let mut frame = v1::PeerFrame::default();
+    match message {
+        PeerMessage::IncarnationQuery(Query { incarnation, nonce }) => {
+            frame.incarnation_query = Some(v1::IncarnationQuery { incarnation: incarnation.0, nonce });
+        }
+        PeerMessage::IncarnationAnswer(a) => {
+            frame.incarnation_answer = Some(v1::IncarnationAnswer {
+                nonce: a.nonce,
+                newest: a.newest.0,
+                takes_part: a.takes_part,
+                version: a.version,
+                members: a.members.iter().map(|b| b.0).collect(),
+                rebuild: a.rebuild,
+                rolled_back: a.rolled_back.iter().map(|b| b.0).collect(),
+                log_ms: a.log_ms,
+            });
+        }
+        // everything else is sent to all, or by group
+        _ => {}
+    }
+    frame
+}
+
+fn query_from_wire(query: v1::IncarnationQuery) -> Query {
+    Query { incarnation: Incarnation(query.incarnation), nonce: query.nonce }
+}
+
+fn answer_from_wire(a: v1::IncarnationAnswer) -> Answer {
+    let brokers = |list: Vec<u64>| list.into_iter().map(BrokerId).collect();
+    Answer {
+        nonce: a.nonce,
+        newest: Incarnation(a.newest),
+        takes_part: a.takes_part,
+        version: a.version,
+        members: brokers(a.members),
+        rebuild: a.rebuild,
+        rolled_back: brokers(a.rolled_back),
+        log_ms: a.log_ms,
     }
 }
 
@@ -258,6 +355,10 @@ pub fn from_frame(frame: v1::PeerFrame) -> Vec<PeerMessage> {
         state => Some(PeerMessage::DiskFull(state == v1::DiskState::Full)),
     };
     let mut out = vec![PeerMessage::Alive];
+    // the query first: once the sender takes part it reports a newer incarnation
+    out.extend(frame.incarnation_query.map(|q| PeerMessage::IncarnationQuery(query_from_wire(q))));
+    out.extend(frame.pulse.map(|p| PeerMessage::Pulse(pulse_from_wire(p))));
+    out.extend(frame.incarnation_answer.map(|a| PeerMessage::IncarnationAnswer(answer_from_wire(a))));
     out.extend(frame.raft.into_iter().filter_map(from_wire).map(PeerMessage::Raft));
     if !frame.asleep.is_empty() {
         let asleep = |a: &v1::Asleep| Asleep { group: GroupId(a.group), term: a.term, index: a.index };
@@ -392,6 +493,27 @@ mod tests {
         assert_eq!(queued.load(Ordering::Relaxed), 0);
         drop(sender);
         assert!(queue.next().await.is_none());
+    }
+
+    #[test]
+    fn what_brokers_say_of_incarnations_survives_the_wire() {
+        let pulse = Pulse { incarnation: Incarnation(1 << 32 | 7), log_ms: 5, sync_ms: 3, slow: true };
+        let query = Query { incarnation: Incarnation(9), nonce: 4 };
+        let answer = Answer {
+            nonce: 4,
+            newest: Incarnation(8),
+            takes_part: true,
+            version: 3,
+            members: vec![BrokerId(1), BrokerId(2)],
+            rebuild: true,
+            rolled_back: vec![BrokerId(2)],
+            log_ms: 6,
+        };
+        let frame = v1::PeerFrame { pulse: Some(pulse_to_wire(pulse)), ..Default::default() };
+        assert_eq!(from_frame(frame), [PeerMessage::Alive, PeerMessage::Pulse(pulse)]);
+        for message in [PeerMessage::IncarnationQuery(query), PeerMessage::IncarnationAnswer(answer)] {
+            assert_eq!(from_frame(direct_to_wire(message.clone())), [PeerMessage::Alive, message]);
+        }
     }
 
     #[test]

@@ -7,8 +7,9 @@
 //! the message that breaks the endpoint.
 
 use crate::hub::Command;
+use crate::outlet;
 use crate::service::Context;
-use crate::service::subscriber::Place;
+use crate::service::subscriber::{Attached, Place};
 use crate::status::Failure;
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, RETRY_AFTER};
@@ -20,6 +21,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use std::collections::HashMap;
 use std::fmt::Write as _;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -39,8 +41,6 @@ const RETRY_AFTER_MAX: Duration = Duration::from_secs(300);
 const CONNECT_MAX: Duration = Duration::from_secs(2);
 /// Headers of a message that go along; one with more is refused.
 const HEADERS_MAX: usize = 256;
-/// Unread responses of a hub.
-const UNREAD_MAX: usize = 16;
 
 type Http = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
 
@@ -150,21 +150,38 @@ struct Member {
 impl Member {
     async fn run(self) {
         loop {
-            let (out, mut responses) = mpsc::channel(UNREAD_MAX);
-            let attach = |answer| Command::Attach { name: self.name.clone(), messages: true, out: out.clone(), answer };
-            let place = Place { subscription: &self.subscription, topic: &self.topic, partition: self.partition };
-            match self.context.ask_a_hub(place, attach).await {
-                Ok((member, hub)) => {
-                    drop(out);
+            let opened = Mutex::new(None);
+            let attach = |answer| {
+                let (out, inlet) = outlet::open(self.context.budget.answers(Default::default()));
+                *opened.lock().unwrap_or_else(PoisonError::into_inner) = Some(inlet);
+                Command::Attach { name: self.name.clone(), messages: true, out, answer }
+            };
+            let place = Place {
+                subscription: &self.subscription,
+                topic: &self.topic,
+                partition: self.partition,
+                topic_id: 0,
+                subscription_id: 0,
+            };
+            let attached = self.context.ask_a_hub(place, attach).await;
+            let inlet = opened.into_inner().unwrap_or_else(PoisonError::into_inner);
+            match (attached, inlet) {
+                (Ok((member, hub)), Some(mut inlet)) => {
+                    // a request that is ended by this broker is no failure of its message
+                    let mut attached = Attached::new(self.context.clone(), hub.clone(), member);
+                    attached.clean = true;
                     let one = v1::PullRequest { credit_messages: 1, ..Default::default() };
                     let _ = hub.send(Command::Say(member, one)).await;
-                    while let Some(Ok(response)) = responses.recv().await {
+                    while let Some(Ok(response)) = inlet.recv().await {
                         for message in response.messages {
                             self.deliver(&hub, member, message).await;
                         }
                     }
                 }
-                Err(failure) => tracing::debug!(subscription = self.subscription, why = failure.message, "no delivery"),
+                (Ok(_), None) => {}
+                (Err(failure), _) => {
+                    tracing::debug!(subscription = self.subscription, why = failure.message, "no delivery")
+                }
             }
             tokio::time::sleep(LOOK).await;
         }
@@ -186,7 +203,8 @@ impl Member {
                 }
                 Answer::Refused(after, why) => {
                     self.note(&message, &why);
-                    said.nacks.push(v1::Nacked { start, end, delay_ms: after.map(|d| d.as_millis() as u64) });
+                    let delay_ms = after.map(|d| d.as_millis() as u64);
+                    said.nacks.push(v1::Nacked { start, end, delay_ms, uncounted: false });
                     ("refused", Some(PAUSE_MIN))
                 }
                 Answer::Later(after, why) => {
@@ -228,6 +246,7 @@ impl Member {
     }
 
     fn note(&self, message: &v1::ReceivedMessage, why: &str) {
+        let Some(left_out) = self.context.metrics.seldom.now("push", &self.subscription) else { return };
         tracing::info!(
             subscription = self.subscription,
             topic = self.topic,
@@ -235,6 +254,7 @@ impl Member {
             offset = message.offset,
             delivery = message.delivery,
             why,
+            left_out,
             "a push was not taken"
         );
     }
@@ -292,44 +312,46 @@ fn encoded(value: &str) -> HeaderValue {
 
 /// A message as a CloudEvent. Its headers `ce_…` (as the Kafka binding has them) are the event's attributes, `content-type` the type of
 /// its data; others go along as `x-weir-…`.
-fn to_request(endpoint: &str, topic: &str, message: &v1::ReceivedMessage) -> Result<Request<Full<Bytes>>, String> {
+pub fn to_request(endpoint: &str, topic: &str, message: &v1::ReceivedMessage) -> Result<Request<Full<Bytes>>, String> {
     let empty = v1::Message::default();
     let body = message.message.as_ref().unwrap_or(&empty);
     if body.headers.len() > HEADERS_MAX {
         return Err(format!("it has {} headers, at most {HEADERS_MAX} can be pushed", body.headers.len()));
     }
-    let mut request = Request::post(endpoint).body(Full::new(body.value.clone())).map_err(|e| e.to_string())?;
+    let mut request =
+        Request::post(endpoint).body(Full::new(body.value.clone().unwrap_or_default())).map_err(|e| e.to_string())?;
     let headers = request.headers_mut();
-    let at = chrono::DateTime::from_timestamp_millis(body.timestamp_ms).unwrap_or_default();
+    let at = chrono::DateTime::from_timestamp_millis(body.timestamp_ms.unwrap_or(0)).unwrap_or_default();
     let place = format!("{topic}/{}/{}", message.partition, message.offset);
     headers.insert("ce-specversion", HeaderValue::from_static("1.0"));
     headers.insert("ce-id", encoded(&place));
     headers.insert("ce-source", encoded(&format!("/topics/{topic}")));
     headers.insert("ce-type", HeaderValue::from_static("dev.weir.message"));
     headers.insert("ce-time", encoded(&at.to_rfc3339_opts(chrono::SecondsFormat::Millis, true)));
-    if let Ok(key) = std::str::from_utf8(&body.key)
+    if let Ok(key) = std::str::from_utf8(body.key.as_deref().unwrap_or_default())
         && !key.is_empty()
     {
         headers.insert("ce-subject", encoded(key));
         headers.insert("ce-partitionkey", encoded(key));
     }
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
-    for (name, value) in &body.headers {
-        let value = encoded(&String::from_utf8_lossy(value));
+    for v1::Header { name, value } in &body.headers {
+        // HTTP has no header without a value
+        let bytes = value.as_deref().unwrap_or_default();
+        let value = encoded(&String::from_utf8_lossy(bytes));
         let lower = name.to_ascii_lowercase();
-        let as_http = match lower.strip_prefix("ce_") {
-            Some(attribute) => format!("ce-{attribute}"),
-            None if lower == "content-type" => {
-                // a media type is a header's value as it is
-                if let Some(kind) = body.headers.get(name).and_then(|v| HeaderValue::from_bytes(v).ok()) {
-                    headers.insert(CONTENT_TYPE, kind);
-                }
-                continue;
+        if let Some(attribute) = lower.strip_prefix("ce_") {
+            // an attribute has one value: the last
+            if let Ok(name) = HeaderName::try_from(format!("ce-{attribute}")) {
+                headers.insert(name, value);
             }
-            None => format!("x-weir-{lower}"),
-        };
-        if let Ok(name) = HeaderName::try_from(as_http) {
-            headers.insert(name, value);
+        } else if lower == "content-type" {
+            // a media type is a header's value as it is
+            if let Ok(kind) = HeaderValue::from_bytes(bytes) {
+                headers.insert(CONTENT_TYPE, kind);
+            }
+        } else if let Ok(name) = HeaderName::try_from(format!("x-weir-{lower}")) {
+            headers.append(name, value);
         }
     }
     headers.insert("x-weir-topic", encoded(topic));
@@ -360,16 +382,18 @@ mod tests {
             ("content-type", "application/json; charset=utf-8"),
             ("Region", "Zürich 1"),
             ("bad name", "x"),
+            ("region", "Bern"),
+            ("ce_type", "com.example.login"),
         ];
         let message = v1::ReceivedMessage {
             partition: 3,
             offset: 42,
             delivery: 2,
             message: Some(v1::Message {
-                key: "alice \"a\"".into(),
-                value: "{}".into(),
-                headers: headers.into_iter().map(|(n, v)| (n.to_owned(), Bytes::from(v))).collect(),
-                timestamp_ms: 1_700_000_000_123,
+                key: Some("alice \"a\"".into()),
+                value: Some("{}".into()),
+                headers: headers.map(|(n, v)| v1::Header { name: n.to_owned(), value: Some(v.into()) }).into(),
+                timestamp_ms: Some(1_700_000_000_123),
                 ..Default::default()
             }),
             ..Default::default()
@@ -379,18 +403,18 @@ mod tests {
         assert_eq!(get("ce-specversion"), Some("1.0"));
         assert_eq!(get("ce-id"), Some("shop/people/3/42"));
         assert_eq!(get("ce-source"), Some("/topics/shop/people"));
-        assert_eq!(get("ce-type"), Some("com.example.signup"));
+        assert_eq!(get("ce-type"), Some("com.example.login"), "the last one of a name counts");
         assert_eq!(get("ce-time"), Some("2023-11-14T22:13:20.123Z"));
         assert_eq!(get("ce-subject"), Some("alice%20%22a%22"));
         assert_eq!(get("content-type"), Some("application/json; charset=utf-8"));
-        assert_eq!(get("x-weir-region"), Some("Z%C3%BCrich%201"));
+        assert_eq!(request.headers().get_all("x-weir-region").iter().collect::<Vec<_>>(), ["Z%C3%BCrich%201", "Bern"]);
         assert_eq!(get("x-weir-delivery"), Some("2"));
         assert_eq!(request.headers().keys().filter(|k| k.as_str().contains("bad")).count(), 0);
     }
 
     #[test]
     fn a_message_with_very_many_headers_is_refused() {
-        let headers = (0..30_000).map(|n| (format!("h{n}"), Bytes::from("v"))).collect();
+        let headers = (0..30_000).map(|n| v1::Header { name: format!("h{n}"), value: Some("v".into()) }).collect();
         let message = Some(v1::Message { headers, ..Default::default() });
         let message = v1::ReceivedMessage { message, ..Default::default() };
         assert!(to_request("http://h/x", "t", &message).unwrap_err().contains("30000 headers"));

@@ -1,12 +1,15 @@
 //! What the node's thread publishes for everybody else: metadata, leaders, partitions' tails and high watermarks.
 
 use crate::node_loop::{Event, NodeHandle};
-use std::collections::HashMap;
-use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use weir_core::ids::{BrokerId, GroupId, META_GROUP};
-use weir_core::meta::state::MetaState;
+use weir_core::incarnation::Standing;
+use weir_core::meta::index::Metadata;
+use weir_core::rate::Bucket;
 use weir_core::storage::{Store, StoreError};
 use weir_core::tail::{LogBatch, Tail};
 use weir_store::rocks::RocksStore;
@@ -84,31 +87,104 @@ pub struct Shared {
     pub broker: BrokerId,
     /// For how long nothing has come of what this broker tries, ms; see [`weir_core::node::Node::stalled`].
     pub stalled_ms: AtomicU64,
+    /// Replicas here that have not had all that was committed since this broker started; see [`crate::catch_up`].
+    pub lacking: AtomicUsize,
+    /// Incarnation of this broker's data, as it is on its disk; 0 while it does not take part.
+    pub incarnation: AtomicU64,
+    /// Whether this broker takes part, and the brokers whose volumes are known to be rolled back.
+    standing: RwLock<(Standing, BTreeSet<BrokerId>)>,
+    /// what may be published to partitions led here whose publishers are slowed
+    paces: RwLock<HashMap<GroupId, Arc<Mutex<Bucket>>>>,
+    /// how many there are
+    slowed: AtomicUsize,
     /// The metadata as applied here.
-    pub meta: watch::Sender<Arc<MetaState>>,
+    pub meta: watch::Sender<Arc<Metadata>>,
+    /// Replicas here that could not be opened and that nobody replaces: the broker serves without them.
+    pub not_opened: HashSet<GroupId>,
     leaders: RwLock<HashMap<GroupId, (u64, BrokerId)>>,
     partitions: RwLock<HashMap<GroupId, Slot>>,
     store: Arc<RocksStore>,
     node: NodeHandle,
+    started: Instant,
 }
+
+/// A publisher that is slowed looks at least this often whether it still is, ms.
+const PACE_WAIT_MS_MAX: u64 = 200;
 
 impl Shared {
     /// Of a broker.
-    pub fn new(broker: BrokerId, store: Arc<RocksStore>, node: NodeHandle) -> Self {
+    pub fn new(broker: BrokerId, store: Arc<RocksStore>, node: NodeHandle, not_opened: HashSet<GroupId>) -> Self {
         let (meta, _) = watch::channel(Arc::default());
         Self {
             broker,
             stalled_ms: AtomicU64::new(0),
+            lacking: AtomicUsize::new(usize::MAX),
+            incarnation: AtomicU64::new(0),
+            standing: RwLock::default(),
+            paces: RwLock::default(),
+            slowed: AtomicUsize::new(0),
             meta,
+            not_opened,
             leaders: RwLock::default(),
             partitions: RwLock::default(),
             store,
             node,
+            started: Instant::now(),
         }
     }
 
+    /// Whether this broker takes part, and if not, why.
+    pub fn standing(&self) -> Standing {
+        self.standing.read().unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// Brokers whose volumes are known to be rolled back.
+    pub fn rolled_back(&self) -> BTreeSet<BrokerId> {
+        self.standing.read().unwrap_or_else(PoisonError::into_inner).1.clone()
+    }
+
+    pub(crate) fn set_standing(&self, standing: Option<Standing>, rolled_back: Option<BTreeSet<BrokerId>>) {
+        let mut held = self.standing.write().unwrap_or_else(PoisonError::into_inner);
+        held.0 = standing.unwrap_or(held.0);
+        if let Some(rolled_back) = rolled_back {
+            held.1 = rolled_back;
+        }
+    }
+
+    pub(crate) fn set_pace(&self, group: GroupId, limit: Option<u64>, now_ms: u64) {
+        let mut paces = self.paces.write().unwrap_or_else(PoisonError::into_inner);
+        match limit {
+            // a twentieth of a second at once
+            Some(limit) => paces.insert(group, Arc::new(Mutex::new(Bucket::new(limit, limit / 20, now_ms)))),
+            None => paces.remove(&group),
+        };
+        self.slowed.store(paces.len(), Ordering::Release);
+    }
+
+    /// Waits until `bytes` may be published to a partition whose publishers are slowed; at once elsewhere.
+    pub async fn keep_pace(&self, group: GroupId, bytes: usize) {
+        while self.slowed.load(Ordering::Acquire) > 0 {
+            let pace = self.paces.read().unwrap_or_else(PoisonError::into_inner).get(&group).cloned();
+            let Some(pace) = pace else { return };
+            let wait_ms = {
+                let mut bucket = pace.lock().unwrap_or_else(PoisonError::into_inner);
+                if bucket.available(self.pace_ms()) > 0 {
+                    bucket.take(bytes as u64);
+                    return;
+                }
+                bucket.wait_ms().unwrap_or(0).clamp(1, PACE_WAIT_MS_MAX)
+            };
+            tokio::time::sleep(Duration::from_millis(wait_ms)).await;
+        }
+    }
+
+    /// Time of [`Self::set_pace`], ms.
+    pub(crate) fn pace_ms(&self) -> u64 {
+        self.started.elapsed().as_millis() as u64
+    }
+
     /// The metadata.
-    pub fn meta(&self) -> Arc<MetaState> {
+    pub fn meta(&self) -> Arc<Metadata> {
         self.meta.borrow().clone()
     }
 

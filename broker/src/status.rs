@@ -9,6 +9,9 @@ use weir_core::node::Refusal;
 use weir_core::storage::StoreError;
 use weir_proto::v1;
 
+/// Bytes of a message that repeats what a client sent: it stands twice in an answer's headers, encoded, of which clients take 8 to 16 KiB.
+const MESSAGE_BYTES_MAX: usize = 1_024;
+
 /// A failure of a client's request.
 #[derive(Debug, Clone)]
 pub struct Failure {
@@ -80,6 +83,7 @@ impl From<MetaError> for Failure {
             MetaError::NotFound { .. } => Self::new(Code::NotFound, "NOT_FOUND", message),
             MetaError::Conflict { .. } => Self::new(Code::AlreadyExists, "CONFLICT", message),
             MetaError::Invalid(_) => Self::invalid("INVALID", message),
+            MetaError::Placement(error) => error.into(),
             MetaError::Stale => Self::new(Code::Aborted, "STALE", message),
         }
     }
@@ -88,7 +92,7 @@ impl From<MetaError> for Failure {
 impl From<StoreError> for Failure {
     fn from(error: StoreError) -> Self {
         let code = match error {
-            StoreError::Damaged { .. } | StoreError::Corrupt(_) => Code::DataLoss,
+            StoreError::Damaged { .. } | StoreError::Corrupt(_) | StoreError::Lost { .. } => Code::DataLoss,
             StoreError::Compacted { .. } => Code::OutOfRange,
             StoreError::Io(_) => Code::Internal,
         };
@@ -103,7 +107,12 @@ impl From<Failure> for Status {
             metadata.insert("leader".to_owned(), failure.leader);
         }
         let details = ErrorDetails::with_error_info(failure.reason, "weir.dev", metadata);
-        Status::with_error_details(failure.code, failure.message, details)
+        let mut message = failure.message;
+        if message.len() > MESSAGE_BYTES_MAX {
+            message.truncate(message.floor_char_boundary(MESSAGE_BYTES_MAX));
+            message.push('…');
+        }
+        Status::with_error_details(failure.code, message, details)
     }
 }
 
@@ -115,5 +124,22 @@ impl From<Failure> for v1::Error {
             reason: failure.reason.to_owned(),
             leader: failure.leader,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_repeats_no_more_of_a_request_than_clients_take() {
+        for text in ["x".repeat(100_000), "ü".repeat(100_000), "\u{1}".repeat(100_000)] {
+            let status = Status::from(Failure::invalid("INVALID", text.clone()));
+            assert!(text.starts_with(status.message().trim_end_matches('…')) && status.message().ends_with('…'));
+            let headers: http::HeaderMap = status.into_http::<()>().headers().clone();
+            let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+            assert!(bytes < 8 << 10, "{bytes} bytes of headers");
+        }
+        assert_eq!(Status::from(Failure::invalid("INVALID", "short")).message(), "short");
     }
 }

@@ -6,7 +6,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Instant;
 use weir_core::ids::{GroupId, SubscriptionId};
-use weir_core::meta::state::{MetaState, SubscriptionSpec};
+use weir_core::meta::index::Metadata;
+use weir_core::meta::state::SubscriptionSpec;
 use weir_core::rate::Bucket;
 
 struct Allowance {
@@ -52,10 +53,10 @@ fn part(whole: u64, led: u64, of: u64) -> u64 {
 
 impl Throttle {
     /// Goes by the spec, and by what this broker leads now.
-    pub fn adjust(&self, spec: &SubscriptionSpec, meta: &MetaState, shared: &Shared) {
+    pub fn adjust(&self, spec: &SubscriptionSpec, meta: &Metadata, shared: &Shared) {
         let (mut led, mut of) = (0, 0);
         let limited = spec.messages_per_second > 0 || spec.bytes_per_second > 0 || spec.burst_messages > 0;
-        // each hub asks often, and a pattern is matched with all topics
+        // each hub asks often, and this looks at all that it reads
         let topics = limited.then(|| meta.topics_of(spec));
         for group in topics.into_iter().flatten().flat_map(|t| &t.groups) {
             of += 1;

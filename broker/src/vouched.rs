@@ -17,21 +17,33 @@ const ASK_EVERY: Duration = Duration::from_secs(1);
 pub struct Vouched {
     name: String,
     cluster_id: String,
-    /// as told at start
-    peers: Vec<String>,
+    /// names and addresses, as configured at start
+    peers: Vec<(String, String)>,
     known: Mutex<HashMap<BrokerId, String>>,
     asked: tokio::sync::Mutex<Option<Instant>>,
 }
 
 impl Vouched {
-    /// Of the broker called `name`; `peers` are the addresses it was told at start, `known` are brokers found while it joined.
-    pub fn new(name: String, cluster_id: String, peers: Vec<String>, known: HashMap<BrokerId, String>) -> Self {
+    /// Of the broker called `name`; `peers` are the other brokers' names and addresses that it was started with, `known` are brokers found
+    /// while it joined.
+    pub fn new(
+        name: String,
+        cluster_id: String,
+        peers: Vec<(String, String)>,
+        known: HashMap<BrokerId, String>,
+    ) -> Self {
         Self { name, cluster_id, peers, known: Mutex::new(known), asked: Default::default() }
     }
 
     /// Where such a broker is reached.
     pub fn address(&self, broker: BrokerId) -> Option<String> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).get(&broker).cloned()
+    }
+
+    /// The address that the broker called `name` has by the configuration of this one. The metadata may be older: brokers that were all
+    /// stopped, and are started at other addresses, elect no leader that could change it before they reach each other.
+    pub fn configured(&self, name: &str) -> Option<String> {
+        self.peers.iter().find(|(n, _)| n == name).map(|(_, address)| address.clone())
     }
 
     /// It is not reached there: members are asked again.
@@ -56,7 +68,7 @@ impl Vouched {
         let members = meta.brokers.values().filter(|b| b.phase() != Phase::Lost && b.name != self.name);
         let addresses: BTreeSet<String> = members
             .map(|b| b.peer_address.clone())
-            .chain(self.peers.iter().cloned())
+            .chain(self.peers.iter().map(|(_, address)| address.clone()))
             .filter(|a| !a.is_empty())
             .collect();
         let answers =

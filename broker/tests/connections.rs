@@ -1,11 +1,14 @@
-//! Connections that say nothing, or are too many, are closed, and the others are served.
+//! Connections that say nothing, get no further or are too many are closed, and the others are served.
 
-use clap::Parser as _;
+mod node;
+
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
-use tokio::io::AsyncReadExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
+use weir_broker::Running;
 use weir_broker::config::Config;
+use weir_broker::guard::Deadlines;
 use weir_proto::v1;
 
 async fn connect(to: SocketAddr, from: u8) -> TcpStream {
@@ -23,12 +26,7 @@ async fn is_closed(stream: &mut TcpStream) -> bool {
 #[tokio::test]
 async fn silent_and_too_many_connections_are_closed_and_others_served() {
     let data = tempfile::tempdir().unwrap();
-    let mut arguments = vec!["weir-broker".to_owned(), format!("--data={}", data.path().display())];
-    for listener in ["client", "peer", "admin", "metrics"] {
-        arguments.push(format!("--{listener}-listen=127.0.0.1:0"));
-    }
-    arguments.push("--connections-max=40".to_owned());
-    let running = weir_broker::start(Config::parse_from(arguments)).await.unwrap();
+    let running = weir_broker::start(node::config(data.path(), &["--connections-max=40"])).await.unwrap();
     let mut silent = Vec::new();
     for _ in 0..100 {
         silent.push(connect(running.client, 2).await);
@@ -48,5 +46,257 @@ async fn silent_and_too_many_connections_are_closed_and_others_served() {
         assert!(is_closed(stream).await);
     }
     assert!(client.get(v1::GetMetadataRequest::default()).await.is_ok());
+    running.stop().await;
+}
+
+/// Connections to a port that say nothing more than the beginning of a request.
+async fn idle(to: SocketAddr, count: usize, word: &[u8]) -> Vec<TcpStream> {
+    let mut open = Vec::new();
+    for at in 0..count {
+        let mut stream = connect(to, 10 + (at % 100) as u8).await;
+        let _ = stream.write_all(word).await;
+        open.push(stream);
+    }
+    open
+}
+
+async fn get(from: SocketAddr, path: &str) -> String {
+    let mut stream = connect(from, 1).await;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut text = String::new();
+    let _ = stream.read_to_string(&mut text).await;
+    text
+}
+
+/// Ends a process when its test ends.
+struct Child(std::process::Child);
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// More connections than there are files: a broker in a process of its own that may open 1,024, its own soft limit lower still.
+#[tokio::test]
+async fn no_number_of_idle_connections_takes_a_brokers_files_or_its_time() {
+    let data = tempfile::tempdir().unwrap();
+    let port = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let (client, peer, admin, metrics) = (port(), port(), port(), port());
+    let mut broker = std::process::Command::new("sh");
+    broker.args(["-c", "ulimit -Sn 600; ulimit -Hn 1024; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_weir-broker")]);
+    broker.arg("--data").arg(data.path()).env("WEIR_LOG", "error");
+    for (name, at) in [("client", client), ("peer", peer), ("admin", admin), ("metrics", metrics)] {
+        broker.arg(format!("--{name}-listen={at}"));
+    }
+    let mut broker = Child(broker.spawn().unwrap());
+    let ready = async || {
+        for _ in 0..600 {
+            if TcpStream::connect(metrics).await.is_ok() && get(metrics, "/readyz").await.contains("ready\n") {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        panic!("not ready");
+    };
+    ready().await;
+    // in pieces, from more addresses than one, to each port
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    let mut open = Vec::new();
+    for (to, word) in [(client, &preface[..]), (peer, preface), (admin, preface), (metrics, b"GET /metrics HT")] {
+        open.extend(idle(to, 400, word).await);
+    }
+    let files = std::fs::read_dir(format!("/proc/{}/fd", broker.0.id())).unwrap().count();
+    assert!(
+        (300..900).contains(&files),
+        "it has {files} files open: the soft limit was raised, the connections are bounded"
+    );
+    assert!(broker.0.try_wait().unwrap().is_none(), "it lives");
+    // what stays silent on the metrics port has a deadline, after which others are served
+    ready().await;
+    assert!(get(metrics, "/metrics").await.contains("weir_rejected_total{reason=\"CONNECTIONS\"}"));
+    drop(open);
+    let channel = tonic::transport::Endpoint::from_shared(format!("http://{client}")).unwrap();
+    let mut served = false;
+    for _ in 0..100 {
+        if let Ok(mut client) = v1::metadata_client::MetadataClient::connect(channel.clone()).await
+            && client.get(v1::GetMetadataRequest::default()).await.is_ok()
+        {
+            served = true;
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert!(served, "clients are served again");
+}
+
+/// What a client of HTTP/2 begins with: the preface and an empty SETTINGS frame.
+const BEGINNING: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+/// Kinds of frames and flags.
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const WINDOW_UPDATE: u8 = 8;
+const CONTINUATION: u8 = 9;
+const END_STREAM: u8 = 1;
+const END_HEADERS: u8 = 4;
+
+/// A frame that announces `length` bytes and has these.
+fn frame(length: usize, kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let mut out = (length as u32).to_be_bytes()[1..].to_vec();
+    out.extend([kind, flags]);
+    out.extend(stream.to_be_bytes());
+    out.extend(payload);
+    out
+}
+
+/// The headers of a call of `Metadata.Get`, by HPACK without its tables.
+fn call(stream: u32) -> Vec<u8> {
+    let mut headers = vec![0x83, 0x86]; // POST, http
+    for (index, value) in
+        [(&[0x04][..], "/weir.v1.Metadata/Get"), (&[0x01], "weir"), (&[0x0f, 0x10], "application/grpc")]
+    {
+        headers.extend(index);
+        headers.push(value.len() as u8);
+        headers.extend(value.as_bytes());
+    }
+    frame(headers.len(), HEADERS, END_HEADERS, stream, &headers)
+}
+
+/// A broker whose deadlines are short.
+async fn hasty(data: &std::path::Path) -> Running {
+    let ms = Duration::from_millis;
+    let deadlines =
+        Deadlines { beginning: ms(2_000), ping_after: ms(500), answer_within: ms(3_000), metrics: ms(3_000) };
+    let running = weir_broker::start(Config { deadlines, ..node::config(data, &[]) }).await.unwrap();
+    running.ready().await;
+    running
+}
+
+/// Sends `first` and then pieces of `rest`, over and over, so far apart; reads everything and answers nothing. Ends when it is closed.
+async fn trickle(to: SocketAddr, first: Vec<u8>, rest: Vec<Vec<u8>>, apart: Duration) {
+    let (mut read, mut write) = connect(to, 1).await.into_split();
+    let writing = async {
+        let mut sent = write.write_all(&first).await;
+        for piece in rest.iter().cycle() {
+            tokio::time::sleep(apart).await;
+            if sent.is_err() {
+                break;
+            }
+            sent = write.write_all(piece).await;
+        }
+        std::future::pending::<()>().await;
+    };
+    let reading = async { while let Ok(1..) = read.read(&mut [0; 4096]).await {} };
+    tokio::select! { () = writing => {}, () = reading => {} }
+}
+
+const PREFACE: &str = "the preface";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_whose_bytes_trickle_are_closed_wherever_they_are_and_others_served() {
+    let data = tempfile::tempdir().unwrap();
+    let running = hasty(data.path()).await;
+    let single = |bytes: &[u8]| bytes.iter().map(|byte| vec![*byte]).collect::<Vec<_>>();
+    let begun = |more: &[Vec<u8>]| [BEGINNING.to_vec(), more.concat()].concat();
+    let silent = vec![Vec::new()];
+    let mut cases = vec![
+        ("the first frame, whose header is cut", running.client, BEGINNING[..30].to_vec(), silent.clone()),
+        ("nothing more than the beginning", running.client, begun(&[]), silent),
+        ("a frame of headers", running.client, begun(&[frame(16_000, HEADERS, END_HEADERS, 1, &[])]), single(&[0; 16])),
+        (
+            "headers in frames of a byte each",
+            running.client,
+            begun(&[frame(1, HEADERS, 0, 1, &[0x83])]),
+            vec![frame(1, CONTINUATION, 0, 1, &[0x86])],
+        ),
+        ("a request", running.client, begun(&[call(1), frame(9_000, DATA, 0, 1, &[0])]), single(&[0; 16])),
+        ("a request for metrics", running.metrics, b"GET /metrics HTTP/1.1\r\nx: ".to_vec(), single(b"y")),
+        (
+            "the body of such a request",
+            running.metrics,
+            b"POST / HTTP/1.1\r\ncontent-length: 999\r\n\r\n".to_vec(),
+            single(b"y"),
+        ),
+    ];
+    for to in [running.client, running.peer, running.admin] {
+        cases.push((PREFACE, to, BEGINNING[..1].to_vec(), single(&BEGINNING[1..])));
+    }
+    let closed = cases.into_iter().map(async |(what, to, first, rest)| {
+        // at this pace a preface takes longer than is waited for
+        let apart = if what == PREFACE { Duration::from_secs(3) } else { Duration::from_millis(100) };
+        let closed = tokio::time::timeout(Duration::from_secs(60), trickle(to, first, rest, apart)).await;
+        assert!(closed.is_ok(), "{what} at {to} keeps a connection open");
+    });
+    futures::future::join_all(closed).await;
+    // one that answers pings is kept, however long it asks nothing
+    let channel = tonic::transport::Endpoint::from_shared(format!("http://{}", running.client)).unwrap();
+    let mut client = v1::metadata_client::MetadataClient::connect(channel).await.unwrap();
+    assert!(client.get(v1::GetMetadataRequest::default()).await.is_ok());
+    let before = open_connections(running.metrics).await;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert_eq!(open_connections(running.metrics).await, before, "its connection is kept");
+    assert!(client.get(v1::GetMetadataRequest::default()).await.is_ok());
+    running.stop().await;
+}
+
+async fn open_connections(metrics: SocketAddr) -> usize {
+    loop {
+        let text = get(metrics, "/metrics").await; // empty where it took too long
+        if let Some(line) = text.lines().find_map(|line| line.strip_prefix("weir_connections ")) {
+            return line.parse().unwrap();
+        }
+    }
+}
+
+/// HTTP/2 cannot end such a connection: what says that it ends cannot be written either.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_whose_client_neither_reads_nor_writes_is_closed() {
+    let data = tempfile::tempdir().unwrap();
+    let running = hasty(data.path()).await;
+    let spec = v1::TopicSpec { partitions: 500, replicas: 1, ..Default::default() };
+    let request = v1::ApplyTopicRequest { name: "t".into(), spec: Some(spec), ..Default::default() };
+    let admin = tonic::transport::Endpoint::from_shared(format!("http://{}", running.admin)).unwrap();
+    let mut admin = v1::admin_client::AdminClient::connect(admin).await.unwrap();
+    admin.apply_topic(request).await.unwrap();
+    drop(admin);
+    let mut before = usize::MAX;
+    while before > 1 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        before = open_connections(running.metrics).await; // the one that asks is counted
+    }
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut stream = socket.connect(running.client).await.unwrap();
+    // windows as large as they can be, so that only the socket holds answers up
+    let mut all = BEGINNING[..24].to_vec();
+    all.extend(frame(6, 4, 0, 0, &[0, 4, 0x7f, 0xff, 0xff, 0xff]));
+    all.extend(frame(4, WINDOW_UPDATE, 0, 0, &0x7fff_0000_u32.to_be_bytes()));
+    for at in 0..1_000 {
+        all.extend(call(2 * at + 1));
+        all.extend(frame(5, DATA, END_STREAM, 2 * at + 1, &[0; 5]));
+    }
+    stream.write_all(&all).await.unwrap();
+    let mut seen = false;
+    let mut end = tokio::time::Instant::now() + Duration::from_secs(60);
+    loop {
+        let open = open_connections(running.metrics).await;
+        if open > 1 && !seen {
+            seen = true;
+            end = tokio::time::Instant::now() + Duration::from_secs(60);
+        }
+        if seen && open == 1 {
+            break;
+        }
+        assert!(tokio::time::Instant::now() < end, "{open} connections are open; it was seen: {seen}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // what was sent to it meanwhile was more than the system keeps
+    let mut bytes = 0;
+    while let Ok(Ok(more @ 1..)) = tokio::time::timeout(Duration::from_secs(10), stream.read(&mut [0; 65_536])).await {
+        bytes += more;
+    }
+    assert!(bytes < 12_000_000, "it was cut off, not answered to the end: {bytes}");
     running.stop().await;
 }

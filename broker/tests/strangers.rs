@@ -1,29 +1,16 @@
 //! What strangers send: forged peers, frames that are too large, bytes that are no messages. Each is refused, nothing changes, and
 //! the broker serves on.
 
+mod node;
+
 use bytes::{Buf, BufMut, Bytes};
-use clap::Parser as _;
+use node::{broker, connect};
 use std::time::Duration;
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 use weir_broker::Running;
-use weir_broker::config::Config;
 use weir_proto::v1;
-
-async fn broker(data: &std::path::Path) -> Running {
-    let mut arguments = vec!["weir-broker".to_owned(), format!("--data={}", data.display())];
-    for listener in ["client", "peer", "admin", "metrics"] {
-        arguments.push(format!("--{listener}-listen=127.0.0.1:0"));
-    }
-    let running = weir_broker::start(Config::parse_from(arguments)).await.unwrap();
-    running.ready().await;
-    running
-}
-
-async fn connect(to: std::net::SocketAddr) -> Channel {
-    Endpoint::from_shared(format!("http://{to}")).unwrap().connect().await.unwrap()
-}
 
 async fn make_topic(running: &Running) {
     let spec = v1::TopicSpec { partitions: 1, replicas: 1, ..Default::default() };
@@ -54,7 +41,7 @@ async fn forged_peer_messages_change_nothing() {
     let before = status(&mut metadata).await;
     let replica = before.group + 1; // ids are given one after the other
     let hello = |cluster_id: &str, broker_id, to_broker_id| v1::PeerFrame {
-        hello: Some(v1::PeerHello { cluster_id: cluster_id.to_owned(), broker_id, to_broker_id }),
+        hello: Some(v1::PeerHello { cluster_id: cluster_id.to_owned(), broker_id, to_broker_id, incarnation: 0 }),
         ..Default::default()
     };
     // a vote in a giant term, an append of a later one, and "the leader has told you to stand"
@@ -93,6 +80,111 @@ async fn forged_peer_messages_change_nothing() {
     tokio::time::sleep(Duration::from_millis(300)).await;
     let after = status(&mut metadata).await;
     assert_eq!(after.term, before.term);
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn forged_calls_to_the_peer_port_change_nothing() {
+    use tonic_types::StatusExt as _;
+    let data = tempfile::tempdir().unwrap();
+    let running = broker(data.path()).await;
+    make_topic(&running).await;
+    let mut metadata = v1::metadata_client::MetadataClient::new(connect(running.client).await);
+    let get = v1::GetMetadataRequest::default();
+    let before = metadata.get(get.clone()).await.unwrap().into_inner();
+    let log = status(&mut metadata).await;
+    let cluster = before.cluster_id.as_str();
+    let hello = |cluster_id: &str, broker_id, to_broker_id| {
+        Some(v1::PeerHello { cluster_id: cluster_id.to_owned(), broker_id, to_broker_id, incarnation: 0 })
+    };
+    let cases = [
+        (None, "HELLO"),
+        (hello("another", 7, 1), "NOT_A_PEER"),
+        (hello(cluster, 0, 1), "NOT_A_PEER"),
+        (hello(cluster, 1, 1), "NOT_A_PEER"),
+        (hello(cluster, 7, 2), "OTHER_BROKER"),
+        (hello(cluster, 1 << 40, 1), "NOT_A_MEMBER"),
+    ];
+    let mut peer = v1::peer_client::PeerClient::new(connect(running.peer).await);
+    let record = weir_proto::records::Record { value: Some("forged".into()), ..Default::default() };
+    let batch = weir_proto::records::encode(&[record], weir_proto::records::Compression::None, None).unwrap();
+    let reason = |status: Status| status.get_details_error_info().map_or(status.to_string(), |info| info.reason);
+    let mut requester = v1::requester_client::RequesterClient::new(connect(running.client).await);
+    let mut answers = requester.inbox(v1::InboxRequest {}).await.unwrap().into_inner();
+    let inbox = answers.message().await.unwrap().unwrap().address;
+    let answer = Some(v1::Message { value: Some("forged".into()), ..Default::default() });
+    for (hello, wanted) in cases {
+        // `AllocateProducers(1)`, as the core encodes it
+        let command = Bytes::from_static(&[80, 1]);
+        let propose = v1::ProposeRequest { command, hello: hello.clone() };
+        assert_eq!(reason(peer.propose(propose).await.unwrap_err()), wanted);
+        let (topic, partition, batch) = ("t".to_owned(), 0, batch.clone());
+        let forward = v1::ForwardRequest { hello: hello.clone(), topic, partition, batch, carried: true };
+        assert_eq!(reason(peer.forward(forward).await.unwrap_err()), wanted);
+        let reply = v1::PassReplyRequest { hello: hello.clone(), address: inbox.clone(), message: answer.clone() };
+        assert_eq!(reason(peer.pass_reply(reply).await.unwrap_err()), wanted);
+        if hello.is_some() {
+            let cluster_id = cluster.to_owned();
+            let join = v1::JoinRequest { passed_on: hello, cluster_id, ..Default::default() };
+            assert_eq!(reason(peer.join(join).await.unwrap_err()), wanted);
+        }
+    }
+    // nobody of that name answers there; at this broker's own address one does, but it is a member
+    for (name, cluster_id, peer_address) in [
+        ("weir-0", "another", running.peer.to_string()),
+        ("weir-0", cluster, "127.0.0.1:1".to_owned()),
+        ("weir-0", cluster, running.peer.to_string()),
+        ("somebody", cluster, running.peer.to_string()),
+    ] {
+        let (name, cluster_id) = (name.to_owned(), cluster_id.to_owned());
+        let join = v1::JoinRequest { name, cluster_id, peer_address, ..Default::default() };
+        assert_eq!(reason(peer.join(join).await.unwrap_err()), "NOT_A_PEER");
+    }
+    // what comes into the inbox is what a client answers
+    let genuine = Some(v1::Message { value: Some("genuine".into()), ..Default::default() });
+    requester.reply(v1::ReplyRequest { address: inbox, message: genuine.clone() }).await.unwrap();
+    assert_eq!(answers.message().await.unwrap().unwrap().message, genuine);
+    let after = metadata.get(get).await.unwrap().into_inner();
+    assert_eq!((after.version, after.brokers), (before.version, before.brokers));
+    assert_eq!(status(&mut metadata).await.high_watermark, log.high_watermark);
+    running.stop().await;
+}
+
+/// Whoever reaches the peer port can say that it is a member: it may do no more than an administrator could.
+#[tokio::test]
+async fn forged_commands_of_a_member_are_refused() {
+    use prost::Message as _;
+    use tonic_types::StatusExt as _;
+    use weir_core::meta::command::{Command, Kind, Reassign, SetIncarnation, SetPhase, Settled};
+    use weir_core::meta::state::Broker;
+    let data = tempfile::tempdir().unwrap();
+    let running = broker(data.path()).await;
+    make_topic(&running).await;
+    let mut admin = v1::admin_client::AdminClient::new(connect(running.admin).await);
+    let member = admin.add_broker(v1::AddBrokerRequest { name: "b-9".into() }).await.unwrap().into_inner().id;
+    let mut metadata = v1::metadata_client::MetadataClient::new(connect(running.client).await);
+    let before = metadata.get(v1::GetMetadataRequest::default()).await.unwrap().into_inner();
+    let group = status(&mut metadata).await.group;
+    let mut peer = v1::peer_client::PeerClient::new(connect(running.peer).await);
+    let me = &before.brokers[0];
+    for (kind, wanted) in [
+        (Kind::Register(Broker { name: me.name.clone(), ..Default::default() }), "COMMAND"),
+        (Kind::SetIncarnation(SetIncarnation { broker: me.id, incarnation: u64::MAX }), "COMMAND"),
+        (Kind::Reassign(Reassign { group, brokers: vec![member], ..Default::default() }), "COMMAND"),
+        (Kind::Settled(Settled { group, epoch: 0 }), "COMMAND"),
+        (Kind::AllocateProducers(u32::MAX), "COUNT"),
+        (Kind::Expect(Broker::default()), "NAME"),
+        (Kind::SetPhase(SetPhase { broker: me.id, phase: 2, removed: false }), "INVALID"),
+        (Kind::SetPhase(SetPhase { broker: me.id, phase: 0, removed: true }), "INVALID"),
+    ] {
+        let (cluster_id, to_broker_id) = (before.cluster_id.clone(), me.id);
+        let hello = Some(v1::PeerHello { cluster_id, broker_id: member, to_broker_id, incarnation: 0 });
+        let command = Command::from(kind.clone()).encode_to_vec().into();
+        let refused = peer.propose(v1::ProposeRequest { command, hello }).await.unwrap_err();
+        assert_eq!(refused.get_details_error_info().unwrap().reason, wanted, "{kind:?} {}", refused.message());
+    }
+    let after = metadata.get(v1::GetMetadataRequest::default()).await.unwrap().into_inner();
+    assert_eq!((after.brokers, after.topics), (before.brokers, before.topics));
     running.stop().await;
 }
 
@@ -166,8 +258,9 @@ async fn garbage_and_frames_that_are_too_large_are_refused_and_the_connection_li
     // the same connection goes on, and nothing was stored
     let after = status(&mut metadata).await;
     assert_eq!(after.high_watermark, before.high_watermark);
-    let message = v1::Message { value: "x".into(), ..Default::default() };
-    let request = v1::PublishRequest { topic: "t".into(), partition: Some(0), messages: vec![message], producer: None };
+    let message = v1::Message { value: Some("x".into()), ..Default::default() };
+    let request =
+        v1::PublishRequest { topic: "t".into(), partition: Some(0), messages: vec![message], ..Default::default() };
     let mut publisher = v1::publisher_client::PublisherClient::new(channel);
     assert_eq!(publisher.publish(request).await.unwrap().into_inner().base_offset, after.high_watermark);
     running.stop().await;
@@ -175,21 +268,26 @@ async fn garbage_and_frames_that_are_too_large_are_refused_and_the_connection_li
 
 /// A counter of refusals.
 async fn refused(running: &Running, reason: &str) -> u64 {
+    count(running, &format!("weir_rejected_total{{reason=\"{reason}\"}}")).await
+}
+
+/// A metric.
+async fn count(running: &Running, name: &str) -> u64 {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let mut stream = tokio::net::TcpStream::connect(running.metrics).await.unwrap();
     stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await.unwrap();
     let mut text = String::new();
     stream.read_to_string(&mut text).await.unwrap();
-    let line = text.lines().find(|l| l.starts_with(&format!("weir_rejected_total{{reason=\"{reason}\"}}")));
+    let line = text.lines().find(|line| line.starts_with(name));
     line.map_or(0, |l| l.rsplit(' ').next().unwrap().parse().unwrap())
 }
 
 fn publish(value: impl Into<Bytes>) -> v1::PublishRequest {
-    let message = v1::Message { value: value.into(), ..Default::default() };
-    v1::PublishRequest { topic: "t".into(), partition: Some(0), messages: vec![message], producer: None }
+    let message = v1::Message { value: Some(value.into()), ..Default::default() };
+    v1::PublishRequest { topic: "t".into(), partition: Some(0), messages: vec![message], ..Default::default() }
 }
 
-async fn subscribe(running: &Running, ack_deadline_ms: u64) {
+async fn subscribe(running: &Running, ack_deadline_ms: Option<u64>) {
     let spec = v1::SubscriptionSpec {
         topic: "t".into(),
         from_earliest: true,
@@ -207,7 +305,7 @@ async fn a_member_that_never_reads_is_dropped_and_another_gets_everything() {
     let data = tempfile::tempdir().unwrap();
     let running = broker(data.path()).await;
     make_topic(&running).await;
-    subscribe(&running, 1_000).await;
+    subscribe(&running, Some(1_000)).await;
     let channel = connect(running.client).await;
     let mut publisher = v1::publisher_client::PublisherClient::new(channel.clone());
     for _ in 0..60 {
@@ -252,7 +350,7 @@ async fn a_member_that_never_reads_is_dropped_and_another_gets_everything() {
 async fn an_offset_that_retention_took_is_refused_with_both_bounds_and_a_bomb_with_its_batch() {
     let data = tempfile::tempdir().unwrap();
     let running = broker(data.path()).await;
-    let spec = v1::TopicSpec { partitions: 1, replicas: 1, retention_bytes: 1 << 20, ..Default::default() };
+    let spec = v1::TopicSpec { partitions: 1, replicas: 1, retention_bytes: Some(1 << 20), ..Default::default() };
     let request = v1::ApplyTopicRequest { name: "t".into(), spec: Some(spec), ..Default::default() };
     let mut admin = v1::admin_client::AdminClient::new(connect(running.admin).await);
     admin.apply_topic(request).await.unwrap();
@@ -277,14 +375,32 @@ async fn an_offset_that_retention_took_is_refused_with_both_bounds_and_a_bomb_wi
     let status = log.fetch(fetch).await.unwrap_err();
     assert_eq!(status.code(), Code::OutOfRange);
     assert!(status.message().contains(&format!("{start} to 50")), "{}", status.message());
-    // 257 MiB in some kilobytes: stored as it is, and unfolded by nobody
-    subscribe(&running, 0).await;
-    let record = weir_proto::records::Record { value: Some(vec![0; 257 << 20].into()), ..Default::default() };
-    let bomb = weir_proto::records::encode(&[record], weir_proto::records::Compression::Zstd, None).unwrap();
-    assert!(bomb.len() < 1 << 20);
-    let batch = v1::PublishBatch { id: 1, topic: "t".into(), partition: 0, batch: bomb };
-    let mut acks = publisher.publish_stream(futures::stream::iter([batch])).await.unwrap().into_inner();
-    assert!(acks.message().await.unwrap().unwrap().outcome.is_some());
+    // 33 MiB in some kilobytes cannot be delivered, and are refused
+    subscribe(&running, None).await;
+    use weir_proto::records::Compression;
+    let record = weir_proto::records::Record { value: Some(vec![0; 33 << 20].into()), ..Default::default() };
+    let bomb = |compression| weir_proto::records::encode(std::slice::from_ref(&record), compression, None).unwrap();
+    let mut bombs: Vec<Bytes> = [Compression::Gzip, Compression::Lz4, Compression::Zstd].map(bomb).into();
+    // one that says it holds 1 KiB is stored, as every batch that cannot be decoded, and unfolded by nobody
+    let mut lie = bombs[0].to_vec();
+    let end = lie.len();
+    lie[end - 4..].copy_from_slice(&1024u32.to_le_bytes());
+    weir_proto::records::seal(&mut lie);
+    bombs.push(lie.into());
+    assert!(bombs.iter().all(|bomb| bomb.len() < 1 << 20));
+    let batch = |(id, batch)| v1::PublishBatch { id, topic: "t".into(), partition: 0, batch, ..Default::default() };
+    let batches: Vec<_> = (1..).zip(bombs).map(batch).collect();
+    let mut acks = publisher.publish_stream(futures::stream::iter(batches)).await.unwrap().into_inner();
+    let mut outcomes = std::collections::BTreeMap::new();
+    for _ in 0..4 {
+        let ack = acks.message().await.unwrap().unwrap();
+        let reason = match ack.outcome.unwrap() {
+            v1::publish_ack::Outcome::Error(error) => error.reason,
+            v1::publish_ack::Outcome::BaseOffset(_) => "stored".to_owned(),
+        };
+        outcomes.insert(ack.id, reason);
+    }
+    assert_eq!(outcomes.into_values().collect::<Vec<_>>(), ["TOO_LARGE", "TOO_LARGE", "TOO_LARGE", "stored"]);
     publisher.publish(publish("after it")).await.unwrap();
     let mut subscriber = v1::subscriber_client::SubscriberClient::new(channel).max_decoding_message_size(64 << 20);
     let begun = std::time::Instant::now();
@@ -297,10 +413,10 @@ async fn an_offset_that_retention_took_is_refused_with_both_bounds_and_a_bomb_wi
             ..Default::default()
         };
         let messages = subscriber.pull(pull).await.unwrap().into_inner().messages;
-        if messages.iter().any(|m| m.message.as_ref().is_some_and(|m| m.value == "after it")) {
+        if messages.iter().any(|m| m.message.as_ref().is_some_and(|m| m.value.as_deref() == Some(b"after it"))) {
             break;
         }
     }
-    assert_eq!(refused(&running, "UNREADABLE").await, 1);
+    assert_eq!(count(&running, "weir_undecodable_batches_total{outcome=\"skipped\"}").await, 1);
     running.stop().await;
 }

@@ -1,77 +1,128 @@
 //! `weir topic`, `weir subscription`, `weir cluster`.
 
-use crate::Output;
+use crate::{Output, args};
 use clap::Subcommand;
-use std::path::PathBuf;
-use weir_client::Client;
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use weir_broker::outln;
+use weir_client::{Client, Error, full_name};
 use weir_client::schedule::Scheduled;
 use weir_crds::{ValidatedSubscription, ValidatedTopic, manifest};
 use weir_proto::v1;
 
+/// Manifests to apply.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  weir topic apply -f examples/orders.yaml
+  weir topic apply -f examples
+  cat examples/orders.yaml | weir topic apply -f -
+What is wrong with one file or resource leaves the others alone, and the exit code is then 1.")]
+pub(crate) struct Apply {
+    /// Manifest files, folders of them, or - for standard input.
+    #[arg(short, long, required = true)]
+    file: Vec<PathBuf>,
+}
+
+/// What a list holds.
+#[derive(clap::Args)]
+pub(crate) struct Listed {
+    /// Those too that brokers keep for themselves: what is scheduled, snapshots, and the positions of both and of redrives.
+    #[arg(long)]
+    all: bool,
+}
+
+/// A topic that there is.
+#[derive(clap::Args)]
+pub(crate) struct TopicName {
+    /// The topic.
+    #[arg(value_parser = args::name)]
+    name: String,
+}
+
+/// A subscription that there is.
+#[derive(clap::Args)]
+pub(crate) struct SubscriptionName {
+    /// The subscription.
+    #[arg(value_parser = args::name)]
+    name: String,
+}
+
 #[derive(Subcommand)]
 pub(crate) enum Topic {
     /// All topics.
-    List,
+    List(Listed),
     /// One topic with its partitions.
-    Describe { name: String },
+    Describe(TopicName),
     /// Makes or changes the topics and subscriptions of manifest files.
-    #[command(after_help = "Example: weir topic apply -f examples/orders.yaml")]
-    Apply {
-        /// Manifest files.
-        #[arg(short, required = true)]
-        file: Vec<PathBuf>,
-    },
-    /// Deletes a topic with its data.
-    Delete { name: String },
+    Apply(Apply),
+    /// Deletes a topic with its records, its subscriptions and their snapshots. A topic made again under the name begins with none.
+    Delete(TopicName),
     /// Takes a message back that `weir publish --delay` has scheduled.
-    Unschedule { name: String, partition: u32, offset: u64 },
+    #[command(after_help = "Example: weir topic unschedule reminders 0 17 --topic-id 42")]
+    Unschedule {
+        /// The topic it was published to.
+        #[arg(value_parser = args::name)]
+        name: String,
+        /// Partition and offset, as `weir publish --delay` printed them.
+        #[arg(value_parser = args::partition, allow_hyphen_values = true)]
+        partition: u32,
+        /// See above.
+        #[arg(value_parser = args::whole, allow_hyphen_values = true)]
+        offset: u64,
+        /// The topic's id, as `weir publish --delay -o json` printed it: nothing is taken back of a topic that was re-created since.
+        /// Default: whatever is there now.
+        #[arg(long, value_parser = args::count, allow_hyphen_values = true)]
+        topic_id: Option<u64>,
+    },
 }
 
 #[derive(Subcommand)]
 pub(crate) enum Subscription {
     /// All subscriptions.
-    List,
+    List(Listed),
     /// One subscription with its position and backlog in each partition.
-    Describe { name: String },
+    Describe(SubscriptionName),
     /// Makes or changes the topics and subscriptions of manifest files.
-    Apply {
-        /// Manifest files.
-        #[arg(short, required = true)]
-        file: Vec<PathBuf>,
-    },
+    Apply(Apply),
     /// Deletes a subscription with its position and its snapshots.
-    Delete { name: String },
+    Delete(SubscriptionName),
     /// Moves a subscription's position in all partitions: what lies behind it comes again, what lies before it does not come.
+    #[command(group(clap::ArgGroup::new("place").required(true).args(["to", "to_snapshot"])))]
     #[command(after_help = "Examples:
   weir subscription seek mail --to earliest
   weir subscription seek mail --to-snapshot before-upgrade
 TO is earliest, latest, an offset, or a time such as 2026-01-31T08:00:00Z, or one as ms since the epoch (from 1000000000000 on).")]
     Seek {
-        name: String,
+        #[command(flatten)]
+        of: SubscriptionName,
         /// The place.
-        #[arg(long, value_parser = crate::data::parse_from, required_unless_present = "to_snapshot")]
+        #[arg(long, value_parser = args::from, allow_hyphen_values = true)]
         to: Option<weir_client::consumer::From>,
         /// The position, with its acks, that this snapshot kept.
-        #[arg(long, conflicts_with = "to")]
+        #[arg(long, value_parser = args::part)]
         to_snapshot: Option<String>,
     },
     /// Keeps a subscription's position and acks as they are now, under a name, to seek to later. It holds the records behind it.
     #[command(after_help = "Example: weir subscription snapshot mail before-upgrade")]
     Snapshot {
-        name: String,
+        #[command(flatten)]
+        of: SubscriptionName,
+        /// The snapshot.
+        #[arg(value_parser = args::part)]
         snapshot: String,
         /// Delete it instead.
         #[arg(long)]
         delete: bool,
     },
     /// The snapshots of a subscription, and how much they hold.
-    Snapshots { name: String },
+    Snapshots(SubscriptionName),
     /// Puts dead letters back into the topic they came from, for this subscription only.
     #[command(after_help = "Example: weir subscription redrive recommendation --max 10")]
     Redrive {
-        name: String,
-        /// Put back so many at most.
-        #[arg(long, default_value_t = u64::MAX, hide_default_value = true)]
+        #[command(flatten)]
+        of: SubscriptionName,
+        /// Put back this many at most.
+        #[arg(long, default_value_t = u64::MAX, hide_default_value = true, value_parser = args::count, allow_hyphen_values = true)]
         max: u64,
     },
 }
@@ -80,12 +131,21 @@ TO is earliest, latest, an offset, or a time such as 2026-01-31T08:00:00Z, or on
 pub(crate) enum Cluster {
     /// Brokers and how partitions stand on them.
     Status,
-    /// Names a broker that may join.
-    Add { name: String },
-    /// Moves everything off a broker, then removes it.
+    /// Names a broker that may join. One that is being drained is kept with `weir cluster drain ID --cancel` instead.
+    Add {
+        /// Its name, as `weir-broker --name` has it.
+        #[arg(value_parser = args::part)]
+        name: String,
+    },
+    /// Moves everything off a broker, then removes it. Refused if the other active brokers are fewer than the replicas that a topic wants.
+    #[command(after_help = "Examples:
+  weir cluster drain 3
+  weir cluster drain 3 --cancel")]
     Drain {
+        /// Its id, as `weir cluster status` prints it.
+        #[arg(value_parser = args::count, allow_hyphen_values = true)]
         id: u64,
-        /// Take it back: the broker stays.
+        /// End the drain: the broker stays, and takes replicas again.
         #[arg(long)]
         cancel: bool,
     },
@@ -93,77 +153,94 @@ pub(crate) enum Cluster {
 
 /// Applies a checked topic.
 pub(crate) async fn apply_topic(client: &Client, topic: &ValidatedTopic) -> anyhow::Result<()> {
-    let spec = v1::TopicSpec {
-        partitions: topic.partitions,
-        replicas: topic.replicas,
-        retention_ms: topic.retention_ms,
-        retention_bytes: topic.retention_bytes,
-        message_bytes_max: topic.message_bytes_max,
-        quorum_memory: topic.quorum_memory,
-    };
-    let request = v1::ApplyTopicRequest { name: topic.name.clone(), spec: Some(spec), ..Default::default() };
-    client.admin().await?.apply_topic(request).await.map_err(weir_client::Error::from)?;
+    let request = v1::ApplyTopicRequest { name: topic.name.clone(), spec: Some(topic.spec), ..Default::default() };
+    client.admin().await?.apply_topic(request).await.map_err(Error::from)?;
     Ok(())
 }
 
 /// Applies a checked subscription.
 pub(crate) async fn apply_subscription(client: &Client, subscription: &ValidatedSubscription) -> anyhow::Result<()> {
-    let spec = v1::SubscriptionSpec {
-        topic: subscription.topic.clone(),
-        from_earliest: subscription.from_earliest,
-        start_ms: subscription.start_ms,
-        ack_deadline_ms: subscription.ack_deadline_ms,
-        mode: subscription.mode as i32,
-        backoff_min_ms: subscription.backoff_min_ms,
-        backoff_max_ms: subscription.backoff_max_ms,
-        in_flight_max: subscription.in_flight_max,
-        deliveries_max: subscription.deliveries_max,
-        dead_letter_topic: subscription.dead_letter_topic.clone(),
-        filter: subscription.filter.clone(),
-        messages_per_second: subscription.messages_per_second,
-        bytes_per_second: subscription.bytes_per_second,
-        burst_messages: subscription.burst_messages,
-        in_flight_member_max: subscription.in_flight_member_max,
-        priorities: subscription.priorities,
-        routing_keys: subscription.routing_keys.clone(),
-        push: subscription.push.clone().map(|(endpoint, concurrency, timeout_ms)| v1::Push {
-            endpoint,
-            concurrency,
-            timeout_ms,
-        }),
-    };
-    let request =
-        v1::ApplySubscriptionRequest { name: subscription.name.clone(), spec: Some(spec), ..Default::default() };
-    client.admin().await?.apply_subscription(request).await.map_err(weir_client::Error::from)?;
+    let (name, spec) = (subscription.name.clone(), Some(subscription.spec.clone()));
+    let request = v1::ApplySubscriptionRequest { name, spec, ..Default::default() };
+    client.admin().await?.apply_subscription(request).await.map_err(Error::from)?;
     Ok(())
 }
 
-async fn apply_files(client: &Client, files: &[PathBuf]) -> anyhow::Result<()> {
-    let (mut declared, mut errors) = Default::default();
+/// What manifests declare, and what is wrong with them.
+fn read(files: &[PathBuf]) -> (manifest::Declared, Vec<String>) {
+    let (mut declared, mut errors, mut wrong) = Default::default();
     for file in files {
-        let text = std::fs::read_to_string(file).map_err(|e| anyhow::anyhow!("{}: {e}", file.display()))?;
-        manifest::read_text(file, &text, &mut declared, &mut errors);
+        if file == Path::new("-") {
+            manifest::read_from(Path::new("standard input"), std::io::stdin(), &mut declared, &mut errors);
+        } else if !file.is_dir() {
+            manifest::read_file(file, &mut declared, &mut errors);
+        } else if let Err(error) = manifest::read_folder(file, &mut declared, &mut errors) {
+            Vec::push(&mut wrong, format!("{}: {error}", file.display()));
+        }
     }
-    if !errors.is_empty() {
-        let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
-        anyhow::bail!("nothing was applied:\n{}", lines.join("\n"));
+    wrong.extend(errors.iter().map(ToString::to_string));
+    (declared, wrong)
+}
+
+/// Replicas of a topic that does not say how many: as usual, or the odd number that the brokers there are allow.
+fn replicas_on(brokers: usize) -> u32 {
+    let most = u32::try_from(brokers).unwrap_or(u32::MAX).clamp(1, weir_crds::REPLICAS_DEFAULT);
+    if most.is_multiple_of(2) { most - 1 } else { most }
+}
+
+async fn apply_files(client: &Client, files: &[PathBuf], output: Output) -> anyhow::Result<()> {
+    let (declared, mut wrong) = read(files);
+    let manifest::Declared { topics, subscriptions, origins } = declared;
+    if wrong.is_empty() && topics.is_empty() && subscriptions.is_empty() {
+        anyhow::bail!("there is no Topic and no Subscription in what -f names");
     }
-    for topic in &declared.topics {
-        apply_topic(client, topic).await?;
-        println!("topic {} applied", topic.name);
+    let mut applied = Vec::new();
+    let mut took = |kind: &str, name: &str, done: anyhow::Result<()>| match done {
+        Ok(()) => {
+            applied.push(json!({"kind": kind, "name": name}));
+            return if output == Output::Json { Ok(()) } else { outln!("{kind} {name} applied") };
+        }
+        Err(error) => {
+            let what = format!("{kind} {name}");
+            let at = origins.get(&what).map_or(String::new(), |(file, line)| format!("{}:{line}: ", file.display()));
+            wrong.push(format!("{at}{what}: {error:#}"));
+            Ok(())
+        }
+    };
+    let brokers = client.cluster().metadata.brokers.iter().filter(|b| b.phase == "active").count();
+    for mut topic in topics {
+        if !topic.says_replicas && brokers < topic.spec.replicas as usize {
+            topic.spec.replicas = replicas_on(brokers);
+            let v1::TopicSpec { replicas, .. } = topic.spec;
+            output.note(format_args!("topic {} gets {replicas} replicas: {brokers} brokers are active", topic.name));
+        }
+        took("topic", &topic.name, apply_topic(client, &topic).await)?;
     }
-    for subscription in &declared.subscriptions {
-        apply_subscription(client, subscription).await?;
-        println!("subscription {} applied", subscription.name);
+    for subscription in &subscriptions {
+        took("subscription", &subscription.name, apply_subscription(client, subscription).await)?;
     }
-    Ok(())
+    if output == Output::Json {
+        outln!("{}", json!({"applied": applied, "wrong": wrong}))?;
+    }
+    let known = client.refresh().await.unwrap_or_else(|_| client.cluster());
+    for ValidatedSubscription { name, spec } in &subscriptions {
+        let dead = &spec.dead_letter_topic;
+        if !dead.is_empty() && known.topic(dead).is_none() {
+            output.note(format_args!("subscription {name}: dead-letter topic {dead} does not exist: {DEAD_MISSING}"));
+        }
+    }
+    match wrong.as_slice() {
+        [] => Ok(()),
+        [one] => anyhow::bail!("{one}"),
+        many => anyhow::bail!("{} things are wrong:\n{}", many.len(), many.join("\n")),
+    }
 }
 
 fn topic_json(topic: &v1::Topic, statuses: &[v1::PartitionStatus]) -> serde_json::Value {
     let spec = topic.spec.unwrap_or_default();
     let partitions = topic.partitions.iter();
     let partition = |p: &v1::Partition| {
-        let mut json = serde_json::json!({"partition": p.partition, "leader": p.leader, "replicas": p.replicas,
+        let mut json = json!({"partition": p.partition, "leader": p.leader, "replicas": p.replicas,
             "settled": p.settled});
         if let Some(s) = statuses.iter().find(|s| s.group == p.group) {
             json["inSync"] = in_sync(s).into();
@@ -174,7 +251,7 @@ fn topic_json(topic: &v1::Topic, statuses: &[v1::PartitionStatus]) -> serde_json
         }
         json
     };
-    serde_json::json!({"name": topic.name, "partitions": spec.partitions, "replicas": spec.replicas,
+    json!({"name": topic.name, "partitions": spec.partitions, "replicas": spec.replicas,
         "retentionMs": spec.retention_ms, "retentionBytes": spec.retention_bytes,
         "durability": if spec.quorum_memory { "quorumMemory" } else { "quorumSync" },
         "assignment": partitions.map(partition).collect::<Vec<_>>()})
@@ -187,37 +264,35 @@ fn in_sync(status: &v1::PartitionStatus) -> Vec<u64> {
 pub(crate) async fn topic(client: &Client, command: Topic, output: Output) -> anyhow::Result<()> {
     let cluster = client.cluster();
     match command {
-        Topic::List => {
+        Topic::List(Listed { all }) => {
+            let listed: Vec<&v1::Topic> = cluster.metadata.topics.iter().filter(|t| all || !t.internal).collect();
             if output == Output::Json {
-                println!(
-                    "{}",
-                    serde_json::Value::Array(cluster.metadata.topics.iter().map(|t| topic_json(t, &[])).collect())
-                );
+                outln!("{}", serde_json::Value::Array(listed.iter().map(|t| topic_json(t, &[])).collect()))?;
                 return Ok(());
             }
-            println!("{:<40} {:>10} {:>8}", "NAME", "PARTITIONS", "REPLICAS");
-            for topic in &cluster.metadata.topics {
+            outln!("{:<40} {:>10} {:>8}", "NAME", "PARTITIONS", "REPLICAS")?;
+            for topic in listed {
                 let spec = topic.spec.unwrap_or_default();
-                println!("{:<40} {:>10} {:>8}", topic.name, spec.partitions, spec.replicas);
+                outln!("{:<40} {:>10} {:>8}", topic.name, spec.partitions, spec.replicas)?;
             }
         }
-        Topic::Describe { name } => {
-            let topic = cluster.topic(&name).ok_or_else(|| anyhow::anyhow!("topic {name} does not exist"))?;
+        Topic::Describe(TopicName { name }) => {
+            let topic = cluster.topic(&name).ok_or_else(|| Error::no_topic(&name))?;
             let statuses = client.describe(std::slice::from_ref(&topic.name)).await?;
             if output == Output::Json {
-                println!("{}", topic_json(topic, &statuses));
+                outln!("{}", topic_json(topic, &statuses))?;
                 return Ok(());
             }
-            println!("{}", topic.name);
-            println!(
+            outln!("{}", topic.name)?;
+            outln!(
                 "{:>9} {:>7} {:<12} {:<12} {:>12} {:>12} {:>11} SETTLED",
                 "PARTITION", "LEADER", "REPLICAS", "IN SYNC", "START", "END", "SIZE"
-            );
+            )?;
             for p in &topic.partitions {
                 let list = |ids: &[u64]| ids.iter().map(u64::to_string).collect::<Vec<_>>().join(",");
                 let status = statuses.iter().find(|s| s.group == p.group);
                 let offset = |get: fn(&v1::PartitionStatus) -> u64| status.map_or("-".into(), |s| get(s).to_string());
-                println!(
+                outln!(
                     "{:>9} {:>7} {:<12} {:<12} {:>12} {:>12} {:>11} {}",
                     p.partition,
                     p.leader,
@@ -227,18 +302,21 @@ pub(crate) async fn topic(client: &Client, command: Topic, output: Output) -> an
                     offset(|s| s.high_watermark),
                     status.map_or("-".into(), |s| indicatif::HumanBytes(s.log_bytes).to_string()),
                     p.settled
-                );
+                )?;
             }
         }
-        Topic::Apply { file } => apply_files(client, &file).await?,
-        Topic::Unschedule { name, partition, offset } => {
-            weir_client::schedule::cancel(client, &Scheduled { topic: name, partition, offset }).await?;
-            println!("taken back");
+        Topic::Apply(apply) => apply_files(client, &apply.file, output).await?,
+        Topic::Unschedule { name, partition, offset, topic_id } => {
+            let topic_id = topic_id.unwrap_or(0);
+            let topic = full_name(&name);
+            weir_client::schedule::cancel(client, &Scheduled { topic: name, partition, offset, topic_id }).await?;
+            let json = json!({"topic": topic, "partition": partition, "offset": offset, "takenBack": true});
+            output.done("taken back", json)?;
         }
-        Topic::Delete { name } => {
+        Topic::Delete(TopicName { name }) => {
             let request = v1::DeleteRequest { name: name.clone(), ..Default::default() };
-            client.admin().await?.delete_topic(request).await.map_err(weir_client::Error::from)?;
-            println!("topic {name} deleted");
+            client.admin().await?.delete_topic(request).await.map_err(Error::from)?;
+            output.done(format_args!("topic {name} deleted"), json!({"name": full_name(&name), "deleted": true}))?;
         }
     }
     Ok(())
@@ -247,53 +325,62 @@ pub(crate) async fn topic(client: &Client, command: Topic, output: Output) -> an
 pub(crate) async fn subscription(client: &Client, command: Subscription, output: Output) -> anyhow::Result<()> {
     let cluster = client.cluster();
     match command {
-        Subscription::List => {
-            let ordinary = cluster.metadata.subscriptions.iter().filter(|s| s.snapshot_of == 0);
-            let list: Vec<&v1::Subscription> = ordinary.collect();
+        Subscription::List(Listed { all }) => {
+            let listed = cluster.metadata.subscriptions.iter().filter(|s| all || !s.internal);
+            let list: Vec<&v1::Subscription> = listed.collect();
             if output == Output::Json {
-                let one = |s: &&v1::Subscription| serde_json::json!({"name": s.name, "topic": s.spec.as_ref().map(|x| x.topic.clone())});
-                println!("{}", serde_json::Value::Array(list.iter().map(one).collect()));
+                let one = |s: &&v1::Subscription| json!({"name": s.name, "topic": s.spec.as_ref().map(|x| x.topic.clone())});
+                outln!("{}", serde_json::Value::Array(list.iter().map(one).collect()))?;
                 return Ok(());
             }
-            println!("{:<40} TOPIC", "NAME");
+            outln!("{:<40} TOPIC", "NAME")?;
             for s in &list {
-                println!("{:<40} {}", s.name, s.spec.as_ref().map_or("", |x| &x.topic));
+                outln!("{:<40} {}", s.name, s.spec.as_ref().map_or("", |x| &x.topic))?;
             }
         }
-        Subscription::Describe { name } => describe_subscription(client, &name, output).await?,
-        Subscription::Apply { file } => apply_files(client, &file).await?,
-        Subscription::Delete { name } => {
+        Subscription::Describe(SubscriptionName { name }) => describe_subscription(client, &name, output).await?,
+        Subscription::Apply(apply) => apply_files(client, &apply.file, output).await?,
+        Subscription::Delete(SubscriptionName { name }) => {
             let request = v1::DeleteRequest { name: name.clone(), ..Default::default() };
-            client.admin().await?.delete_subscription(request).await.map_err(weir_client::Error::from)?;
-            println!("subscription {name} deleted");
+            client.admin().await?.delete_subscription(request).await.map_err(Error::from)?;
+            let json = json!({"name": full_name(&name), "deleted": true});
+            output.done(format_args!("subscription {name} deleted"), json)?;
         }
-        Subscription::Seek { name, to, to_snapshot } => {
+        Subscription::Seek { of: SubscriptionName { name }, to, to_snapshot } => {
             match (to, to_snapshot) {
                 (_, Some(snapshot)) => weir_client::subscriber::seek_to_snapshot(client, &name, &snapshot).await?,
                 (Some(to), None) => weir_client::subscriber::seek(client, &name, to).await?,
                 (None, None) => unreachable!("clap requires one"),
             }
-            println!("{name} moved");
+            output.done(format_args!("{name} moved"), json!({"name": full_name(&name), "moved": true}))?;
         }
-        Subscription::Snapshot { name, snapshot, delete } => {
+        Subscription::Snapshot { of: SubscriptionName { name }, snapshot, delete } => {
             let request = v1::SnapshotRequest { subscription: name.clone(), name: snapshot.clone() };
             let mut admin = client.admin().await?;
             if delete {
-                admin.delete_snapshot(request).await.map_err(weir_client::Error::from)?;
-                println!("snapshot {snapshot} of {name} deleted");
-                return Ok(());
+                admin.delete_snapshot(request).await.map_err(Error::from)?;
+                let json = json!({"subscription": full_name(&name), "snapshot": snapshot, "deleted": true});
+                return Ok(output.done(format_args!("snapshot {snapshot} of {name} deleted"), json)?);
             }
-            admin.take_snapshot(request).await.map_err(weir_client::Error::from)?;
+            admin.take_snapshot(request).await.map_err(Error::from)?;
             // taken where every partition has its part
-            let full = format!("{}@{snapshot}", weir_client::full_name(&name));
-            client.refresh().await?;
-            crate::redrive::backlog(client, &full).await?;
-            println!("snapshot {snapshot} of {name} taken");
+            let cluster = client.refresh().await?;
+            let of = cluster.subscription(&name).map_or(0, |s| s.id);
+            let taken = cluster.metadata.subscriptions.iter().find(|s| s.snapshot_of == of && s.snapshot == snapshot);
+            let taken = taken.ok_or_else(|| anyhow::anyhow!("snapshot {snapshot} was deleted meanwhile"))?;
+            crate::redrive::backlog(client, &taken.name).await?;
+            let json = json!({"subscription": full_name(&name), "snapshot": snapshot, "taken": true});
+            output.done(format_args!("snapshot {snapshot} of {name} taken"), json)?;
         }
-        Subscription::Snapshots { name } => list_snapshots(client, &name, output).await?,
-        Subscription::Redrive { name, max } => {
-            let count = crate::redrive::redrive(client, &name, max).await?;
-            println!("{count} dead letters of {name} were put back");
+        Subscription::Snapshots(SubscriptionName { name }) => list_snapshots(client, &name, output).await?,
+        Subscription::Redrive { of: SubscriptionName { name }, max } => {
+            let done = crate::redrive::redrive(client, &name, max).await?;
+            let json = json!({"name": full_name(&name), "putBack": done.count, "left": done.left});
+            output.done(format_args!("{} dead letters of {name} were put back", done.count), json)?;
+            if output != Output::Json {
+                done.left.iter().for_each(|left| output.note(format_args!("left where it is: {left}")));
+            }
+            anyhow::ensure!(done.left.is_empty(), "{} dead letters of {name} could not be put back", done.left.len());
         }
     }
     Ok(())
@@ -303,76 +390,91 @@ pub(crate) async fn subscription(client: &Client, command: Subscription, output:
 pub(crate) async fn read_by(
     client: &Client,
     subscription: &v1::Subscription,
-) -> Result<Vec<v1::PartitionStatus>, weir_client::Error> {
+) -> Result<Vec<v1::PartitionStatus>, Error> {
     // asked for no topics, brokers tell of all
     if subscription.topics.is_empty() { Ok(Vec::new()) } else { client.describe(&subscription.topics).await }
 }
 
 async fn list_snapshots(client: &Client, name: &str, output: Output) -> anyhow::Result<()> {
     let cluster = client.cluster();
-    let full = weir_client::full_name(name);
+    let full = full_name(name);
     let found = cluster.subscription(&full);
-    let found = found.ok_or_else(|| anyhow::anyhow!("subscription {name} does not exist"))?;
+    let found = found.ok_or_else(|| Error::no_subscription(name))?;
     let statuses = read_by(client, found).await?;
     let mut rows = Vec::new();
     for snapshot in cluster.metadata.subscriptions.iter().filter(|s| s.snapshot_of == found.id) {
-        let short = snapshot.name.rsplit('@').next().unwrap_or_default().to_owned();
         let mine = statuses.iter().flat_map(|p| p.subscriptions.iter().filter(|s| s.subscription == snapshot.name));
-        let (messages, bytes) = mine.fold((0, 0), |(m, b), s| (m + s.backlog, b + s.backlog_bytes));
-        rows.push((short, messages, bytes));
+        let (messages, bytes) =
+            mine.fold((0u64, 0u64), |(m, b), s| (m.saturating_add(s.backlog), b.saturating_add(s.backlog_bytes)));
+        rows.push((snapshot.snapshot.clone(), messages, bytes));
     }
     if output == Output::Json {
-        let row = |(name, messages, bytes): &(String, u64, u64)| serde_json::json!({"name": name, "holds": messages, "holdsBytes": bytes});
-        println!("{}", serde_json::Value::Array(rows.iter().map(row).collect()));
+        let row = |(name, messages, bytes): &(String, u64, u64)| json!({"name": name, "holds": messages, "holdsBytes": bytes});
+        outln!("{}", serde_json::Value::Array(rows.iter().map(row).collect()))?;
         return Ok(());
     }
-    println!("{:<40} {:>12} {:>12}", "NAME", "HOLDS", "ABOUT");
+    outln!("{:<40} {:>12} {:>12}", "NAME", "HOLDS", "ABOUT")?;
     for (name, messages, bytes) in rows {
-        println!("{name:<40} {messages:>12} {:>12}", indicatif::HumanBytes(bytes).to_string());
+        outln!("{name:<40} {messages:>12} {:>12}", indicatif::HumanBytes(bytes).to_string())?;
     }
     Ok(())
 }
 
+/// What becomes of dead letters that have no topic to go to.
+const DEAD_MISSING: &str = "messages that fail too often stay in their topic until it does";
+
 async fn describe_subscription(client: &Client, name: &str, output: Output) -> anyhow::Result<()> {
     let cluster = client.cluster();
-    let full = weir_client::full_name(name);
+    let full = full_name(name);
     let found = cluster.subscription(&full);
-    let found = found.ok_or_else(|| anyhow::anyhow!("subscription {name} does not exist"))?;
+    let found = found.ok_or_else(|| Error::no_subscription(name))?;
     let topic = found.spec.as_ref().map_or("", |s| s.topic.as_str()).to_owned();
     let statuses = read_by(client, found).await?;
     let many = weir_proto::is_pattern(&topic);
     let now_ms = crate::data::now_ms();
     let mine = |p: &v1::PartitionStatus| p.subscriptions.iter().find(|s| s.subscription == full).cloned();
-    let age = |s: &v1::SubscriptionStatus| if s.oldest_ms == 0 { 0 } else { now_ms.saturating_sub(s.oldest_ms as i64) };
+    let age = |s: &v1::SubscriptionStatus| s.oldest_ms.map_or(0, |oldest| now_ms.saturating_sub(oldest as i64).max(0));
     let rows: Vec<_> = statuses.iter().filter_map(|p| Some((p, mine(p)?))).collect();
     let backlog: u64 = rows.iter().map(|(_, s)| s.backlog).sum();
     let bytes: u64 = rows.iter().map(|(_, s)| s.backlog_bytes).sum();
+    let dead = found.spec.as_ref().map_or("", |s| s.dead_letter_topic.as_str());
+    let dead_missing = !dead.is_empty() && cluster.topic(dead).is_none();
     if output == Output::Json {
         let row = |(p, s): &(&v1::PartitionStatus, v1::SubscriptionStatus)| {
-            serde_json::json!({"topic": p.topic, "partition": p.partition, "position": s.position,
+            json!({"topic": p.topic, "partition": p.partition, "position": s.position,
                 "end": p.high_watermark, "backlog": s.backlog,
                 "backlogBytes": s.backlog_bytes, "ackedAbove": s.acked_above, "oldestUnackedMs": age(s)})
         };
         let partitions: Vec<_> = rows.iter().map(row).collect();
-        println!(
+        outln!(
             "{}",
-            serde_json::json!({"name": full, "topic": topic, "backlog": backlog, "backlogBytes": bytes, "partitions": partitions})
-        );
+            json!({"name": full, "topic": topic, "backlog": backlog, "backlogBytes": bytes, "partitions": partitions,
+                "deadLetterTopic": (!dead.is_empty()).then_some(dead), "deadLetterTopicExists": (!dead.is_empty()).then_some(!dead_missing)})
+        )?;
         return Ok(());
     }
-    println!("{full} reads {topic}, {backlog} messages behind, about {}", indicatif::HumanBytes(bytes));
-    println!("{:>9} {:>12} {:>12} {:>10} {:>11} OLDEST", "PARTITION", "POSITION", "END", "BACKLOG", "ACKED ABOVE");
+    outln!("{full} reads {topic}, {backlog} messages behind, about {}", indicatif::HumanBytes(bytes))?;
+    if dead_missing {
+        outln!("dead-letter topic {dead} does not exist: {DEAD_MISSING}")?;
+    }
+    outln!("{:>9} {:>12} {:>12} {:>10} {:>11} OLDEST", "PARTITION", "POSITION", "END", "BACKLOG", "ACKED ABOVE")?;
     for (p, s) in &rows {
         let (partition, end) = (p.partition, p.high_watermark);
         let topic = if many { p.topic.as_str() } else { "" };
         let oldest = indicatif::HumanDuration(std::time::Duration::from_millis(age(s) as u64));
-        let oldest = if s.oldest_ms == 0 { "-".to_owned() } else { oldest.to_string() };
-        println!(
+        let oldest = s.oldest_ms.map_or("-".to_owned(), |_| oldest.to_string());
+        outln!(
             "{partition:>9} {:>12} {end:>12} {:>10} {:>11} {oldest:<14} {topic}",
             s.position, s.backlog, s.acked_above
-        );
+        )?;
     }
     Ok(())
+}
+
+/// The phase of a broker after a change; `None` for one that is out of the cluster.
+async fn phase_of(client: &Client, id: u64) -> Result<Option<String>, Error> {
+    let cluster = client.refresh().await?;
+    Ok(cluster.metadata.brokers.iter().find(|b| b.id == id).map(|b| b.phase.clone()))
 }
 
 pub(crate) async fn cluster(client: &Client, command: Cluster, output: Output) -> anyhow::Result<()> {
@@ -384,22 +486,26 @@ pub(crate) async fn cluster(client: &Client, command: Cluster, output: Output) -
             let holds = |id: u64| partitions().filter(|p| p.replicas.contains(&id)).count();
             let leaderless = leads(0);
             let moving = partitions().filter(|p| !p.settled).count();
+            let rolled_back = weir_proto::rolled_back(m);
             if output == Output::Json {
-                let broker = |b: &v1::Broker| serde_json::json!({"id": b.id, "name": b.name, "phase": b.phase, "client": b.client_address, "admin": b.admin_address, "leads": leads(b.id), "replicas": holds(b.id)});
+                let broker = |b: &v1::Broker| json!({"id": b.id, "name": b.name, "phase": b.phase, "client": b.client_address, "admin": b.admin_address, "leads": leads(b.id), "replicas": holds(b.id)});
                 let brokers: Vec<_> = m.brokers.iter().map(broker).collect();
-                println!(
+                outln!(
                     "{}",
-                    serde_json::json!({"clusterId": m.cluster_id, "version": m.version, "controller": m.controller, "brokers": brokers, "leaderless": leaderless, "moving": moving})
-                );
+                    json!({"clusterId": m.cluster_id, "version": m.version, "controller": m.controller, "brokers": brokers, "leaderless": leaderless, "moving": moving, "rolledBack": rolled_back})
+                )?;
                 return Ok(());
             }
-            println!(
+            outln!(
                 "cluster {}, metadata leader {}, {leaderless} partitions without leader, {moving} moving",
                 m.cluster_id, m.controller
-            );
-            println!("{:>4} {:<20} {:<9} {:>6} {:>8} CLIENTS", "ID", "NAME", "PHASE", "LEADS", "REPLICAS");
+            )?;
+            if !rolled_back.is_empty() {
+                outln!("volumes rolled back to older copies: {}", rolled_back.join(", "))?;
+            }
+            outln!("{:>4} {:<20} {:<9} {:>6} {:>8} CLIENTS", "ID", "NAME", "PHASE", "LEADS", "REPLICAS")?;
             for b in &m.brokers {
-                println!(
+                outln!(
                     "{:>4} {:<20} {:<9} {:>6} {:>8} {}",
                     b.id,
                     b.name,
@@ -407,13 +513,20 @@ pub(crate) async fn cluster(client: &Client, command: Cluster, output: Output) -
                     leads(b.id),
                     holds(b.id),
                     b.client_address
-                );
+                )?;
             }
         }
         Cluster::Add { name } => {
             let answer = client.admin().await?.add_broker(v1::AddBrokerRequest { name: name.clone() }).await;
-            answer.map_err(weir_client::Error::from)?;
-            println!("broker {name} may join");
+            let id = answer.map_err(Error::from)?.into_inner().id;
+            let json = |phase| json!({"id": id, "name": name, "phase": phase});
+            match phase_of(client, id).await?.as_deref() {
+                Some("draining") => {
+                    anyhow::bail!("broker {name} is being drained; `weir cluster drain {id} --cancel` keeps it")
+                }
+                Some("active") => output.done(format_args!("broker {name} has joined"), json("active"))?,
+                _ => output.done(format_args!("broker {name} may join"), json("expected"))?,
+            }
         }
         Cluster::Drain { id, cancel } => {
             client
@@ -421,11 +534,13 @@ pub(crate) async fn cluster(client: &Client, command: Cluster, output: Output) -
                 .await?
                 .drain_broker(v1::DrainBrokerRequest { id, cancel })
                 .await
-                .map_err(weir_client::Error::from)?;
-            match cancel {
-                true => println!("broker {id} stays"),
-                false => println!("broker {id} is being drained; watch `weir cluster status`"),
-            }
+                .map_err(Error::from)?;
+            let (text, phase) = match phase_of(client, id).await? {
+                _ if cancel => ("stays", "active"),
+                Some(_) => ("is being drained; watch `weir cluster status`", "draining"),
+                None => ("is removed", "removed"),
+            };
+            output.done(format_args!("broker {id} {text}"), json!({"id": id, "phase": phase}))?;
         }
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! `weir bench`: throughput and latency, with HDR histograms.
 
-use crate::Output;
 use crate::data::now_ms;
+use crate::{Output, args};
 use anyhow::Context as _;
 use bytes::Bytes;
 use clap::{Args, Subcommand, ValueEnum};
@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
+use weir_broker::outln;
 use weir_client::consumer::{From, read_partition};
 use weir_client::producer::{Options, Position, Producer, Receipt};
 use weir_client::subscriber::{self, Subscriber};
@@ -41,22 +42,22 @@ pub(crate) enum Bench {
 #[derive(Args, Clone)]
 pub(crate) struct Load {
     /// The topic.
-    #[arg(long)]
+    #[arg(long, value_parser = args::name)]
     topic: String,
     /// Records in all.
-    #[arg(long, default_value_t = 1_000_000)]
+    #[arg(long, default_value_t = 1_000_000, value_parser = args::count, allow_hyphen_values = true)]
     records: u64,
     /// Bytes of a record's value.
-    #[arg(long, default_value_t = 100)]
+    #[arg(long, default_value_t = 100, value_parser = args::size, allow_hyphen_values = true)]
     size: usize,
     /// Records a second in all; 0 for as many as possible. Latency is then counted from when a record was due.
-    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1_000_000_000))]
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1_000_000_000), allow_hyphen_values = true)]
     rate: u64,
     /// Producers, each with its own stream to each partition.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=10_000), allow_hyphen_values = true)]
     producers: u64,
     /// How long a batch waits for more records, such as 500us or 5ms.
-    #[arg(long, value_parser = humantime::parse_duration, default_value = "500us")]
+    #[arg(long, value_parser = args::linger, default_value = "500us", allow_hyphen_values = true)]
     linger: Duration,
     /// Compression of batches.
     #[arg(long, value_enum, default_value_t = Codec::None)]
@@ -66,26 +67,26 @@ pub(crate) struct Load {
 #[derive(Args, Clone)]
 pub(crate) struct Reading {
     /// The topic.
-    #[arg(long)]
+    #[arg(long, value_parser = args::name)]
     topic: String,
     /// Records to read.
-    #[arg(long, default_value_t = 1_000_000)]
+    #[arg(long, default_value_t = 1_000_000, value_parser = args::count, allow_hyphen_values = true)]
     records: u64,
 }
 
 #[derive(Args, Clone)]
 pub(crate) struct Single {
     /// The topic.
-    #[arg(long)]
+    #[arg(long, value_parser = args::name)]
     topic: String,
     /// Records in all.
-    #[arg(long, default_value_t = 10_000)]
+    #[arg(long, default_value_t = 10_000, value_parser = args::count, allow_hyphen_values = true)]
     records: u64,
     /// Bytes of a record's value.
-    #[arg(long, default_value_t = 100)]
+    #[arg(long, default_value_t = 100, value_parser = args::size, allow_hyphen_values = true)]
     size: usize,
     /// Records a second; 0 for one as soon as the last is answered.
-    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1_000_000_000))]
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1_000_000_000), allow_hyphen_values = true)]
     rate: u64,
     /// What a record's time ends with.
     #[arg(long, value_enum, default_value_t = Until::Acked)]
@@ -103,16 +104,16 @@ enum Until {
 #[derive(Args, Clone)]
 pub(crate) struct Share {
     /// The subscription, of mode shared or keyShared; its backlog is what is worked off.
-    #[arg(long)]
+    #[arg(long, value_parser = args::name)]
     subscription: String,
     /// Members.
-    #[arg(long, default_value_t = 100)]
-    members: usize,
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000), allow_hyphen_values = true)]
+    members: u32,
     /// Messages in all.
-    #[arg(long, default_value_t = 1_000_000)]
+    #[arg(long, default_value_t = 1_000_000, value_parser = args::count, allow_hyphen_values = true)]
     records: u64,
     /// Messages a member has at one time, of each partition.
-    #[arg(long, default_value_t = 200)]
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=1_000_000), allow_hyphen_values = true)]
     credit: u32,
 }
 
@@ -182,17 +183,17 @@ pub(crate) async fn run(client: &Client, bench: Bench, output: Output) -> anyhow
         (l.value_at_quantile(0.5), l.value_at_quantile(0.99), l.value_at_quantile(0.999), l.max());
     if output == Output::Json {
         let latency = serde_json::json!({"p50": p50, "p99": p99, "p999": p999, "max": max});
-        println!(
+        outln!(
             "{}",
             serde_json::json!({"records": records, "bytes": bytes, "seconds": seconds,
             "records_per_second": rate, "megabytes_per_second": megabytes, "latency_us": latency, "gaps": gaps,
             "cpu_seconds": cpu_seconds()})
-        );
+        )?;
         return Ok(());
     }
-    println!("{records} records, {bytes} bytes in {seconds:.2} s: {rate:.0} records/s, {megabytes:.1} MB/s");
+    outln!("{records} records, {bytes} bytes in {seconds:.2} s: {rate:.0} records/s, {megabytes:.1} MB/s")?;
     if !l.is_empty() {
-        println!("latency: p50 {p50} µs, p99 {p99} µs, p99.9 {p999} µs, max {max} µs");
+        outln!("latency: p50 {p50} µs, p99 {p99} µs, p99.9 {p999} µs, max {max} µs")?;
     }
     Ok(())
 }
@@ -215,7 +216,7 @@ async fn produce(client: &Client, load: &Load) -> anyhow::Result<Outcome> {
     let seconds = started.elapsed().as_secs_f64();
     progress.finish_and_clear();
     let latency_us = latencies.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    let bytes = load.records * load.size as u64;
+    let bytes = load.records.saturating_mul(load.size as u64);
     Ok(Outcome { records: load.records, bytes, seconds, latency_us, gaps: Some(stored.gaps()) })
 }
 
@@ -287,7 +288,7 @@ async fn produce_share(
         if load.rate > 0 || at.is_multiple_of(CLOCK_EVERY) {
             now = Instant::now();
         }
-        let due = if load.rate == 0 { now } else { started + interval * at as u32 };
+        let due = if load.rate == 0 { now } else { started + interval.mul_f64(at as f64) };
         if due > now {
             tokio::time::sleep_until(due.into()).await;
         }
@@ -340,7 +341,7 @@ async fn share(client: &Client, work: &Share) -> anyhow::Result<Outcome> {
     let started = Instant::now();
     let mut members = Vec::new();
     for at in 0..work.members {
-        let options = subscriber::Options { member: format!("member-{at}"), credit: work.credit };
+        let options = subscriber::Options { member: format!("member-{at}"), credit: work.credit, max: None };
         members.push(Subscriber::open(client, &work.subscription, options).await?);
     }
     let (done, bytes) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
@@ -425,7 +426,7 @@ async fn latency(client: &Client, load: &Single) -> anyhow::Result<Outcome> {
     progress.finish_and_clear();
     Ok(Outcome {
         records: load.records,
-        bytes: load.records * load.size as u64,
+        bytes: load.records.saturating_mul(load.size as u64),
         seconds: started.elapsed().as_secs_f64(),
         latency_us,
         gaps: None,

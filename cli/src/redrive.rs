@@ -1,67 +1,76 @@
 //! `weir subscription redrive`: dead letters go back to the topic they came from, for the subscription that failed at them.
 
 use crate::admin::read_by;
-use anyhow::Context as _;
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
-use weir_client::producer::{Options, Producer};
 use weir_client::subscriber::Subscriber;
-use weir_client::{Client, Record, full_name, proto};
+use weir_client::{Client, Error, full_name, proto};
 
-/// What a dead letter's headers begin with.
-const DEAD: &str = "weir-dead-";
-/// Header of a message that is meant for one subscription of its topic only.
-const ONLY_FOR: &str = "weir-only-for";
+/// Header of a dead letter with the subscription that failed at it.
+const FAILED: &str = "weir-dead-subscription";
+/// Where no dead letter comes for this long, what is left is counted again: batches that cannot be decoded are passed over.
+const QUIET: Duration = Duration::from_secs(1);
 
-fn header(record: &Record, name: &str) -> String {
-    let found = record.headers.iter().find(|(n, _)| n.strip_prefix(DEAD) == Some(name));
-    found.map_or(String::new(), |(_, value)| String::from_utf8_lossy(value).into_owned())
+/// What a redrive did.
+#[derive(Debug, Default)]
+pub(crate) struct Redriven {
+    /// Dead letters that were put back.
+    pub(crate) count: u64,
+    /// Those that could not be, and why.
+    pub(crate) left: Vec<String>,
 }
 
-/// Puts back what was not put back before, `max` at most; says how many. What was put back is remembered by a subscription
-/// of the dead-letter topic, `NAME.redrive`.
-pub(crate) async fn redrive(client: &Client, name: &str, max: u64) -> anyhow::Result<u64> {
+/// Puts back what was not put back before, `max` at most. The brokers move each dead letter whole, as it is stored. What was put back is
+/// remembered by an internal position in the dead-letter topic.
+pub(crate) async fn redrive(client: &Client, name: &str, max: u64) -> anyhow::Result<Redriven> {
     let full = full_name(name);
     let cluster = client.cluster();
     let spec = cluster
         .subscription(&full)
         .and_then(|s| s.spec.clone())
-        .with_context(|| format!("subscription {name} does not exist"))?;
+        .ok_or_else(|| Error::no_subscription(name))?;
     anyhow::ensure!(!spec.dead_letter_topic.is_empty(), "subscription {name} has no dead-letter topic");
-    let own = format!("{full}.redrive");
-    let own_spec =
-        proto::SubscriptionSpec { topic: spec.dead_letter_topic.clone(), from_earliest: true, ..Default::default() };
-    let request = proto::ApplySubscriptionRequest { name: own.clone(), spec: Some(own_spec), ..Default::default() };
-    client.admin().await?.apply_subscription(request).await.map_err(weir_client::Error::from)?;
+    let request = proto::OpenRedriveRequest { subscription: full.clone() };
+    let opened = client.admin().await?.open_redrive(request).await.map_err(weir_client::Error::from)?;
+    let own = opened.into_inner().position;
     client.refresh().await?;
     let mut waiting = backlog(client, &own).await?;
     let mut subscriber = Subscriber::open(client, &own, Default::default()).await?;
-    let mut origins: HashMap<String, Producer> = HashMap::new(); // a pattern reads several topics
-    let mut count = 0;
-    while waiting > 0 && count < max {
-        let Some(next) = subscriber.next().await else { break };
-        let delivered = next?;
-        waiting -= 1;
-        if header(&delivered.message.record, "subscription") == full {
-            let mut record = delivered.message.record.clone();
-            record.headers.retain(|(n, _)| !n.starts_with(DEAD) && n != ONLY_FOR);
-            record.headers.push((ONLY_FOR.to_owned(), full.clone().into()));
-            let topic = header(&delivered.message.record, "topic");
-            let origin = match origins.entry(topic) {
-                Entry::Occupied(known) => known.into_mut(),
-                Entry::Vacant(new) => {
-                    let producer = Producer::open(client, new.key(), Options::default()).await?;
-                    new.insert(producer)
-                }
-            };
-            origin.send(record).await?.await?; // one by one: acked only when it is back
-            count += 1;
+    let mut done = Redriven::default();
+    let mut back = HashSet::new();
+    while done.count < max {
+        // some may have come twice: only the brokers know that nothing is left
+        if waiting == 0 {
+            waiting = backlog(client, &own).await?.saturating_sub(done.left.len() as u64);
+            if waiting == 0 {
+                break;
+            }
         }
-        delivered.ack();
+        let Ok(next) = tokio::time::timeout(QUIET, subscriber.next()).await else {
+            waiting = 0;
+            continue;
+        };
+        let Some(next) = next else { break };
+        let delivered = next?;
+        waiting = waiting.saturating_sub(1);
+        let failed = delivered.message.record.header(FAILED);
+        if failed.is_none_or(|failed| failed != full.as_bytes()) {
+            delivered.ack();
+            continue;
+        }
+        let (partition, offset) = (delivered.message.partition, delivered.message.offset);
+        // one by one: acknowledged only when it is back
+        match delivered.give_back().await {
+            Ok(_) => done.count += u64::from(back.insert((partition, offset))),
+            // its partition has another leader, and delivers it again
+            Err(Error::Refused { reason, .. }) if reason == "NOT_DELIVERED" => waiting += 1,
+            Err(error) => {
+                done.left.push(format!("partition {partition} offset {offset} of {}: {error}", spec.dead_letter_topic));
+            }
+        }
     }
     subscriber.close().await;
-    Ok(count)
+    Ok(done)
 }
 
 /// Messages before a subscription that may just have been made.

@@ -1,11 +1,12 @@
 //! `weir bench verify`: publishes numbered records while people break what they like, reads everything back, and says whether
 //! anything acknowledged is missing, twice there, or out of order, and how long publishing paused.
 
-use crate::Output;
+use crate::{Output, args};
 use clap::Args;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
+use weir_broker::outln;
 use weir_checker::{Event, History, Log, Place};
 use weir_client::consumer::{From, read_partition};
 use weir_client::producer::{Options, Producer};
@@ -17,19 +18,19 @@ const PAUSE_MIN: Duration = Duration::from_millis(200);
 #[derive(Args, Clone)]
 pub(crate) struct Verify {
     /// The topic.
-    #[arg(long)]
+    #[arg(long, value_parser = args::name)]
     topic: String,
     /// How long to publish, seconds.
-    #[arg(long, default_value_t = 60)]
+    #[arg(long, default_value_t = 60, value_parser = args::count, allow_hyphen_values = true)]
     seconds: u64,
     /// Keys, each published to in order, one record in flight for each.
-    #[arg(long, default_value_t = 12)]
+    #[arg(long, default_value_t = 12, value_parser = clap::value_parser!(u32).range(1..=100_000), allow_hyphen_values = true)]
     keys: u32,
     /// Records a second in all.
-    #[arg(long, default_value_t = 1_000)]
+    #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000), allow_hyphen_values = true)]
     rate: u32,
     /// Bytes of a record's value.
-    #[arg(long, default_value_t = 1_024)]
+    #[arg(long, default_value_t = 1_024, value_parser = args::size, allow_hyphen_values = true)]
     size: usize,
 }
 
@@ -64,17 +65,17 @@ pub(crate) async fn run(client: &Client, args: Verify, output: Output) -> anyhow
     if output == Output::Json {
         let pause =
             |p: &Pause| serde_json::json!({"at_ms": p.at.as_millis() as u64, "ms": p.length.as_millis() as u64});
-        println!(
+        outln!(
             "{}",
             serde_json::json!({"acknowledged": acknowledged, "stored": stored, "failed": seen.failed,
                 "lost": lost, "twice": twice, "out_of_order": out_of_order, "longest_pause_ms": longest,
                 "pauses": seen.pauses.iter().map(pause).collect::<Vec<_>>()})
-        );
+        )?;
     } else {
-        println!(
+        outln!(
             "{acknowledged} acknowledged, {stored} stored, {} failed; {lost} lost, {twice} twice, {out_of_order} out of order; longest pause {longest} ms",
             seen.failed
-        );
+        )?;
     }
     anyhow::ensure!(report.0.is_empty(), "a promise was broken: {report}");
     Ok(())
@@ -85,7 +86,7 @@ async fn publish(client: &Client, args: &Verify, run: &str) -> anyhow::Result<Se
         Producer::open(client, &args.topic, Options { linger: Duration::ZERO, ..Default::default() }).await?;
     let seen = Arc::new(Mutex::new(Seen::default()));
     let begun = Instant::now();
-    let each = Duration::from_secs_f64(f64::from(args.keys) / f64::from(args.rate.max(1)));
+    let each = Duration::from_secs_f64(f64::from(args.keys) / f64::from(args.rate));
     let mut tasks = Vec::new();
     for key in 0..args.keys {
         let (producer, seen, run, args) = (producer.clone(), seen.clone(), run.to_owned(), args.clone());

@@ -6,14 +6,20 @@ mod cluster;
 
 use cluster::power::Power;
 use cluster::writer::{Writer, check};
-use cluster::{Cluster, Down, PATIENCE, in_sync, make_subscription, make_topic, make_topic_of, until, weir};
-use std::path::PathBuf;
+use cluster::{
+    Cluster, Down, PATIENCE, WEIR, in_sync, make_subscription, make_topic, make_topic_of, pid_of, read_all, until, weir,
+};
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tonic_types::StatusExt as _;
 use weir_checker::Event;
 use weir_client::producer::{Options, Producer};
 use weir_client::{Client, Error, Record, proto as v1};
+use weir_proto::records;
+use weir_proto::v1::publisher_client::PublisherClient;
 
 /// Broker that leads the topic's first partition: its id and name.
 async fn leader(client: &Client, topic: &str) -> (u64, String) {
@@ -103,8 +109,8 @@ async fn fault_03_a_leader_that_was_stopped_acknowledges_nothing_and_names_its_s
         let number = attempts.len() as u64;
         attempts.push(Event::Offered { producer: 900 + number, value: (900, number) });
         let value = format!("900-{number}").into();
-        let messages = vec![v1::Message { value, ..Default::default() }];
-        (v1::PublishRequest { topic: "t".into(), partition: Some(0), messages, producer: None }, (900, number))
+        let messages = vec![v1::Message { value: Some(value), ..Default::default() }];
+        (v1::PublishRequest { topic: "t".into(), partition: Some(0), messages, ..Default::default() }, (900, number))
     };
     let mut again = publisher.clone();
     let asked_while_stopped = {
@@ -154,6 +160,15 @@ async fn fault_07_without_a_majority_nothing_is_acknowledged_and_all_is_back_aft
     let refused = publish(&client, "t", within).await;
     assert!(matches!(refused, Err(Error::Deadline { .. })), "{refused:?}");
     println!("without a majority a publish with a deadline of {within:?} failed after {:?}", begun.elapsed());
+    // an announced leader outlives its broker by moments only
+    until("the broker that is left says that it is not ready", async || {
+        let (ready, metrics) = (cluster.get(2, "/readyz").await, cluster.metrics(2).await);
+        let leaderless = metrics.lines().find_map(|l| l.strip_prefix("weir_partitions_leaderless ")).map(str::to_owned);
+        // three partitions, and the metadata group
+        let right = ready.contains("503") && leaderless.as_deref() == Some("4");
+        if right { Ok(()) } else { Err((ready, leaderless)) }
+    })
+    .await;
     let cluster = cluster.kill_all().start(|_| {});
     let client = Client::new(&cluster.servers).unwrap();
     make_topic(&client, "t", 3, 3).await;
@@ -270,9 +285,13 @@ async fn fault_11_a_failed_sync_ends_the_process_and_the_others_go_on() {
 struct Small(PathBuf);
 
 impl Small {
-    fn mount(at: PathBuf) -> Option<Self> {
+    fn mount(at: PathBuf, mib: u32) -> Option<Self> {
         std::fs::create_dir_all(&at).unwrap();
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=800m", "tmpfs"]).arg(&at).status();
+        let size = format!("size={mib}m");
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(&at).status();
+        if !mounted.as_ref().is_ok_and(|status| status.success()) {
+            println!("file systems cannot be mounted here (root can): not tested");
+        }
         mounted.is_ok_and(|status| status.success()).then_some(Self(at))
     }
 }
@@ -286,22 +305,23 @@ impl Drop for Small {
 /// Three brokers, each on a small file system; `None` where none can be mounted.
 fn on_small_disks() -> Option<(Cluster, Client, [Small; 3])> {
     let down = Down::new();
-    let [a, b, c] = ["weir-0", "weir-1", "weir-2"].map(|name| Small::mount(down.data.path().join(name)));
-    let (Some(a), Some(b), Some(c)) = (a, b, c) else {
-        println!("file systems cannot be mounted here (root can): not tested");
-        return None;
-    };
+    let [a, b, c] = ["weir-0", "weir-1", "weir-2"].map(|name| Small::mount(down.data.path().join(name), 800));
+    let (Some(a), Some(b), Some(c)) = (a, b, c) else { return None };
     let cluster = down.start(|_| {});
     let client = Client::new(&cluster.servers).unwrap();
     Some((cluster, client, [a, b, c]))
 }
 
-/// Takes all there is left on a broker's disk, with a file.
+/// Takes all there is left on a broker's disk, with a file: what is free as it begins, and not what the broker frees meanwhile.
 fn fill(cluster: &Cluster, name: &str) -> PathBuf {
     let ballast = cluster.data.path().join(name).join("ballast");
-    let mut dd = Command::new("dd");
-    dd.args(["if=/dev/zero", "bs=1M"]).arg(format!("of={}", ballast.display())).stderr(std::process::Stdio::null());
-    assert!(!dd.status().unwrap().success(), "the disk is full");
+    let file = std::fs::File::create(&ballast).unwrap();
+    let disk = rustix::fs::statvfs(&ballast).unwrap();
+    let mut left = disk.f_bavail * disk.f_frsize;
+    // the broker writes as well: less may be left by now
+    while rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, left).is_err() {
+        left -= left / 64;
+    }
     ballast
 }
 
@@ -368,11 +388,229 @@ async fn fault_12_where_a_majority_has_no_room_publishers_are_told_and_all_goes_
     drop(down);
 }
 
+/// MiB of the smallest disk that a broker takes.
+const DISK_MIB_MIN: u32 = 512;
+
+/// Publishes batches of one record as fast as they are taken on, until told to stop or the connection is lost; gives how many were
+/// acknowledged.
+async fn flood(servers: String, bytes: usize, stop: Arc<AtomicBool>) -> u64 {
+    let channel = Client::new(&servers).unwrap().channel(&servers).unwrap();
+    let value: Vec<u8> = (0..bytes).map(|_| fastrand::u8(..)).collect();
+    let record = records::Record { value: Some(value.into()), ..Default::default() };
+    let batch = records::encode(&[record], records::Compression::None, None).unwrap();
+    let (to, batches) = tokio::sync::mpsc::channel(64);
+    let sender = tokio::spawn(async move {
+        for id in 1.. {
+            let batch = v1::PublishBatch { id, topic: "t".into(), batch: batch.clone(), ..Default::default() };
+            if stop.load(Ordering::Relaxed) || to.send(batch).await.is_err() {
+                return;
+            }
+        }
+    });
+    let mut publisher = PublisherClient::new(channel);
+    let mut count = 0;
+    let batches = tokio_stream::wrappers::ReceiverStream::new(batches);
+    let mut acks = publisher.publish_stream(batches).await.unwrap().into_inner();
+    while let Ok(Some(ack)) = acks.message().await {
+        match ack.outcome.unwrap() {
+            v1::publish_ack::Outcome::BaseOffset(_) => count += 1,
+            v1::publish_ack::Outcome::Error(error) => {
+                assert!(["DISK_FULL", "OVERLOADED"].contains(&&*error.reason), "{error:?}");
+            }
+        }
+    }
+    sender.abort();
+    count
+}
+
+/// Publishers that never pause, what stops them, and what was acknowledged to them.
+struct Flood {
+    stop: Arc<AtomicBool>,
+    publishers: Vec<tokio::task::JoinHandle<u64>>,
+}
+
+impl Flood {
+    /// Goes on until the disk is full, and a little longer; the broker lives.
+    async fn fill(cluster: &Cluster, client: &Client, bytes: usize) -> Self {
+        let before = pid_of(cluster.data.path());
+        let stop = Arc::new(AtomicBool::new(false));
+        let publishers = (0..4).map(|_| tokio::spawn(flood(cluster.servers.clone(), bytes, stop.clone()))).collect();
+        until("publishers are told that the disk is full", async || {
+            match publish(client, "t", Duration::from_secs(3)).await {
+                Err(Error::Refused { reason, .. }) if reason == "DISK_FULL" => Ok(()),
+                other => Err(other),
+            }
+        })
+        .await;
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        assert!(before.is_some() && pid_of(cluster.data.path()) == before, "the broker lives on a full disk");
+        Self { stop, publishers }
+    }
+
+    async fn acknowledged(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut sum = 0;
+        for publisher in self.publishers {
+            sum += publisher.await.unwrap();
+        }
+        sum
+    }
+}
+
+/// Fills the smallest disk, of which a file takes a part, with messages of this size, kills the broker meanwhile, and fills it again.
+async fn fill_with_messages(bytes: usize, taken_mib: u64) {
+    let down = Down::of(1);
+    let Some(small) = Small::mount(down.data.path().to_owned(), DISK_MIB_MIN) else { return };
+    let ballast = std::fs::File::create(down.data.path().join("ballast")).unwrap();
+    rustix::fs::fallocate(&ballast, rustix::fs::FallocateFlags::empty(), 0, taken_mib << 20).unwrap();
+    let cluster = down.start(|_| {});
+    let client = Client::new(&cluster.servers).unwrap();
+    make_topic(&client, "t", 1, 1).await;
+    let flood = Flood::fill(&cluster, &client, bytes).await;
+    let down = cluster.kill_all();
+    let mut acknowledged = flood.acknowledged().await;
+    let cluster = down.start(|_| {});
+    let client = Client::new(&cluster.servers).unwrap();
+    client.connect(PATIENCE).await.unwrap();
+    acknowledged += Flood::fill(&cluster, &client, bytes).await.acknowledged().await;
+    let stored = read_all(&client, "t", 1).await.len() as u64;
+    println!(
+        "{} MiB of a disk took {stored} messages of {bytes} bytes until it was full",
+        u64::from(DISK_MIB_MIN) - taken_mib
+    );
+    assert!(stored >= acknowledged && acknowledged > 0, "{acknowledged} of {stored}");
+    weir(&cluster, &["topic", "delete", "t"]);
+    make_topic(&client, "t", 1, 1).await;
+    until("there is room once something is gone", async || publish(&client, "t", Duration::from_secs(3)).await).await;
+    let down = cluster.kill_all();
+    drop(small);
+    drop(down);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_12_the_smallest_disk_full_of_large_messages_ends_no_broker_and_opens_again() {
+    fill_with_messages(200_000, 256).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_12_the_smallest_disk_full_of_small_messages_ends_no_broker_and_opens_again() {
+    fill_with_messages(800, 256).await;
+}
+
+#[test]
+fn fault_12_a_disk_that_is_too_small_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(small) = Small::mount(folder.path().to_owned(), DISK_MIB_MIN - 1) else { return };
+    let at = folder.path().to_str().unwrap();
+    for brokers in ["1", "3"] {
+        let mut serve = Command::new(WEIR);
+        serve.args(["serve", "--listen", "127.0.0.1:0", "--brokers", brokers, "--data", at]).env("RUST_BACKTRACE", "0");
+        let refused = serve.output().unwrap();
+        let why = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert_eq!(refused.status.code(), Some(1), "{why}");
+        assert!([at, "has 511 MiB", "512 at least"].iter().all(|part| why.contains(part)), "{why}");
+        assert_eq!(why.matches("at least").count(), 1, "said once, before a broker is started: {why}");
+    }
+    drop(small);
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let target = to.join(entry.file_name());
+        match entry.file_type().unwrap() {
+            kind if kind.is_dir() => copy_folder(&entry.path(), &target),
+            kind if kind.is_file() => drop(std::fs::copy(entry.path(), target).unwrap()),
+            _ => {} // a socket
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_22_a_volume_that_is_rolled_back_is_set_aside_and_rebuilt() {
+    let cluster = Down::new().start(|_| {});
+    let client = Client::new(&cluster.servers).unwrap();
+    let writer = Writer::start(&client, "t", 3).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let (first, _) = writer.finish().await;
+    let down = cluster.kill_all();
+    let (now, old) = (down.data.path().join("weir-1"), down.data.path().join("copy"));
+    copy_folder(&now, &old);
+    let cluster = down.start(|_| {});
+    let client = Client::new(&cluster.servers).unwrap();
+    let writer = Writer::start(&client, "later", 3).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let (later, _) = writer.finish().await;
+    in_sync(&client, "later", 3).await;
+    let id = |client: &Client| {
+        client.cluster().metadata.brokers.iter().find(|b| b.name == "weir-1" && b.phase == "active").map(|b| b.id)
+    };
+    let before = id(&client);
+    let down = cluster.kill_all();
+    std::fs::remove_dir_all(&now).unwrap();
+    std::fs::rename(&old, &now).unwrap();
+    let cluster = down.start(|_| {});
+    let client = Client::new(&cluster.servers).unwrap();
+    client.connect(Duration::from_secs(20)).await.unwrap();
+    in_sync(&client, "t", 3).await;
+    in_sync(&client, "later", 3).await;
+    assert_ne!(id(&client), before, "it has joined as another broker");
+    assert!(now.join("db.aside-1").exists(), "its data is kept, apart");
+    check(&client, "t", 3, &first).await;
+    check(&client, "later", 3, &later).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_22_two_volumes_of_three_that_are_rolled_back_stop_the_cluster_which_names_both() {
+    const OLD: [&str; 2] = ["weir-0", "weir-1"];
+    let cluster = Down::new().start(|_| {});
+    let client = Client::new(&cluster.servers).unwrap();
+    make_topic(&client, "t", 1, 3).await;
+    publish(&client, "t", PATIENCE).await.unwrap();
+    let down = cluster.kill_all();
+    let folder = down.data.path().to_owned();
+    let copy = |name: &str| folder.join(format!("copy of {name}"));
+    // the folders change places with their copies
+    let swap = || {
+        for name in OLD {
+            let (now, aside) = (folder.join(name), folder.join("on its way"));
+            for (from, to) in [(&now, &aside), (&copy(name), &now), (&aside, &copy(name))] {
+                std::fs::rename(from, to).unwrap();
+            }
+        }
+    };
+    OLD.iter().for_each(|name| copy_folder(&folder.join(name), &copy(name)));
+    let cluster = down.start(|_| {});
+    let client = Client::new(&cluster.servers).unwrap();
+    let writer = Writer::start(&client, "later", 3).await;
+    until("some is acknowledged", async || match writer.acknowledged() {
+        count @ ..500 => Err(count),
+        _ => Ok(()),
+    })
+    .await;
+    let (later, _) = writer.finish().await;
+    let down = cluster.kill_all();
+    swap();
+    for _ in 0..2 {
+        let said = down.refused();
+        assert!(said.contains("the volumes of weir-0 and weir-1 were rolled back to older copies"), "{said}");
+    }
+    let aside = OLD.map(|name| folder.join(name).join("db.aside-1").exists());
+    assert_eq!(aside, [false; 2], "nobody could rebuild them: they are left as they are");
+    swap();
+    let cluster = down.start(|_| {});
+    let client = Client::new(&cluster.servers).unwrap();
+    client.connect(PATIENCE).await.unwrap();
+    in_sync(&client, "later", 3).await;
+    check(&client, "later", 3, &later).await;
+    assert_eq!(cluster::read_all(&client, "t", 1).await.len(), 1);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn fault_15_a_wall_clock_that_jumps_expires_nothing_early_and_moves_no_leader() {
     let power = Power::new();
     let (_cluster, client, _) = powered(&power);
-    let spec = v1::TopicSpec { partitions: 1, replicas: 3, retention_ms: 600_000, ..Default::default() };
+    let spec = v1::TopicSpec { partitions: 1, replicas: 3, retention_ms: Some(600_000), ..Default::default() };
     make_topic_of(&client, "t", spec).await;
     let writer = Writer::start_on(&client, "t").await;
     tokio::time::sleep(Duration::from_secs(2)).await;

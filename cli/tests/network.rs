@@ -13,7 +13,7 @@ use weir_client::{Client, proto as v1};
 async fn claim(client: &Client, at: usize) -> Option<(u64, u64)> {
     let channel = client.channel(&Net::client_address(at)).unwrap();
     let mut metadata = v1::metadata_client::MetadataClient::new(channel);
-    let asked = metadata.describe(v1::DescribeRequest { topics: vec!["t".into()] });
+    let asked = metadata.describe(v1::DescribeRequest { topics: vec!["t".into()], ..Default::default() });
     let answer = tokio::time::timeout(Duration::from_secs(1), asked).await.ok()?.ok()?.into_inner();
     let led = answer.partitions.iter().find(|p| p.topic.ends_with('t'))?;
     Some((answer.broker, led.term))
@@ -80,9 +80,13 @@ async fn fault_04_a_leader_cut_from_its_followers_acknowledges_nothing_and_steps
     let mut publisher = v1::publisher_client::PublisherClient::new(client.channel(&Net::client_address(old)).unwrap());
     others.iter().for_each(|other| net.cut(old, *other));
     let cut = Instant::now();
-    let messages = vec![v1::Message { value: "900-0".into(), ..Default::default() }];
-    let mut request =
-        tonic::Request::new(v1::PublishRequest { topic: "t".into(), partition: Some(0), messages, producer: None });
+    let messages = vec![v1::Message { value: Some("900-0".into()), ..Default::default() }];
+    let mut request = tonic::Request::new(v1::PublishRequest {
+        topic: "t".into(),
+        partition: Some(0),
+        messages,
+        ..Default::default()
+    });
     request.set_timeout(Duration::from_secs(5));
     publisher.publish(request).await.expect_err("clients reach it, its followers do not");
     until("it steps down", async || claim(&client, old).await.map_or(Ok(()), Err)).await;

@@ -166,8 +166,8 @@ async fn bad_requests_are_refused_by_name() {
     let publish = |topic: &str, partition: u32, bytes: usize| v1::PublishRequest {
         topic: topic.to_owned(),
         partition: Some(partition),
-        messages: vec![v1::Message { value: vec![7; bytes].into(), ..Default::default() }],
-        producer: None,
+        messages: vec![v1::Message { value: Some(vec![7; bytes].into()), ..Default::default() }],
+        ..Default::default()
     };
     let mut codes = Vec::new();
     for request in
@@ -194,7 +194,13 @@ async fn bad_requests_are_refused_by_name() {
     .unwrap();
     let mut bad = good.to_vec();
     *bad.last_mut().unwrap() ^= 1;
-    let batch = |id, bytes: Vec<u8>| v1::PublishBatch { id, topic: "t".into(), partition: 0, batch: bytes.into() };
+    let batch = |id, bytes: Vec<u8>| v1::PublishBatch {
+        id,
+        topic: "t".into(),
+        partition: 0,
+        batch: bytes.into(),
+        ..Default::default()
+    };
     let requests = futures::stream::iter([batch(1, bad), batch(2, good.to_vec())]);
     let mut acks = publisher.publish_stream(requests).await.unwrap().into_inner();
     let mut outcomes = HashMap::new();
@@ -221,8 +227,7 @@ async fn thousands_of_bad_inputs_are_refused_and_counted_and_take_no_memory() {
     let broken = |at: usize, byte: u8| {
         let mut bad = good.clone();
         bad[at] ^= byte;
-        let crc = crc32c::crc32c(&bad[21..]);
-        bad[17..21].copy_from_slice(&crc.to_be_bytes());
+        weir_proto::records::seal(&mut bad);
         bad
     };
     // record count, last offset delta, codec, length, magic; a batch that ends early, and none at all
@@ -237,6 +242,7 @@ async fn thousands_of_bad_inputs_are_refused_and_counted_and_take_no_memory() {
         topic: "t".into(),
         partition: 0,
         batch: batch.into(),
+        ..Default::default()
     });
     let mut acks = publisher.publish_stream(futures::stream::iter(requests)).await.unwrap().into_inner();
     let mut refused = 0;
@@ -249,7 +255,7 @@ async fn thousands_of_bad_inputs_are_refused_and_counted_and_take_no_memory() {
     for name in ["", "../x", "a\0b", &"x".repeat(300), "UPPER", "a/b/c"] {
         for _ in 0..100 {
             let messages = vec![v1::Message::default()];
-            let request = v1::PublishRequest { topic: name.into(), partition: Some(0), messages, producer: None };
+            let request = v1::PublishRequest { topic: name.into(), partition: Some(0), messages, ..Default::default() };
             assert_eq!(publisher.publish(request).await.unwrap_err().code(), tonic::Code::InvalidArgument, "{name:?}");
         }
     }

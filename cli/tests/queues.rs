@@ -15,7 +15,8 @@ use weir_client::{Client, Error, Record};
 use weir_proto::v1;
 
 fn numbered(number: u64) -> Record {
-    let headers = vec![("parity".to_owned(), if number.is_multiple_of(2) { "even".into() } else { "odd".into() })];
+    let parity = if number.is_multiple_of(2) { "even" } else { "odd" };
+    let headers = vec![("parity".to_owned(), Some(parity.into()))];
     Record {
         key: Some(format!("k{}", number % 11).into()),
         value: Some(number.to_string().into()),
@@ -68,10 +69,10 @@ async fn every_message_is_acked_or_a_dead_letter_once_while_leaders_are_killed()
     make_topic(&client, "t", 2, 3).await;
     make_topic(&client, "dead", 2, 3).await;
     let wanted = v1::SubscriptionSpec {
-        deliveries_max: 3,
+        deliveries_max: Some(3),
         dead_letter_topic: "dead".into(),
         backoff_min_ms: 20,
-        backoff_max_ms: 200,
+        backoff_max_ms: Some(200),
         ..spec("t", v1::SubscriptionMode::Shared)
     };
     subscribe(&client, "s", wanted).await.unwrap();
@@ -103,7 +104,7 @@ async fn every_message_is_acked_or_a_dead_letter_once_while_leaders_are_killed()
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(read_all(&client, "dead", 2).await.len(), bad.len());
     assert_eq!(dead.iter().map(number).collect::<BTreeSet<_>>(), bad);
-    let header = |m: &Message, name: &str| m.record.headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.clone());
+    let header = |m: &Message, name: &str| m.record.header(name).cloned();
     for message in &dead {
         assert_eq!(header(message, "weir-dead-subscription").unwrap(), "default/s");
         assert_eq!(header(message, "weir-dead-deliveries").unwrap(), "3");
@@ -173,8 +174,8 @@ async fn filters_choose_and_rates_hold_back() {
         subscribe(&client, &format!("even-{}", mode as i32), even).await.unwrap();
     }
     let slow = v1::SubscriptionSpec {
-        messages_per_second: 200,
-        burst_messages: 20,
+        messages_per_second: Some(200),
+        burst_messages: Some(20),
         ..spec("t", v1::SubscriptionMode::Shared)
     };
     subscribe(&client, "slow", slow).await.unwrap();
@@ -251,7 +252,10 @@ async fn answers_reach_their_asker_at_whatever_broker_it_is() {
     assert!(!task.is_finished(), "an asker that is gone is no failure of the worker");
     task.abort();
     let gone = Record {
-        headers: vec![("weir-reply-to".into(), "1/nobody".into()), ("weir-correlation-id".into(), "x".into())],
+        headers: vec![
+            ("weir-reply-to".into(), Some("1/nobody".into())),
+            ("weir-correlation-id".into(), Some("x".into())),
+        ],
         ..Default::default()
     };
     let Err(Error::Refused { reason, .. }) = reply(&client, &gone, Record::default()).await else {

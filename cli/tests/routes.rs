@@ -14,7 +14,7 @@ use weir_client::{Client, Error, Record};
 use weir_proto::v1;
 
 fn record(value: &str, headers: &[(&str, &str)]) -> Record {
-    let headers = headers.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned().into())).collect();
+    let headers = headers.iter().map(|(n, v)| ((*n).to_owned(), Some((*v).to_owned().into()))).collect();
     Record { value: Some(value.to_owned().into()), headers, ..Default::default() }
 }
 
@@ -58,7 +58,11 @@ async fn a_subscription_starts_at_the_time_it_declares() {
     tokio::time::sleep(Duration::from_millis(300)).await;
     publish(&client, "t", (0..20).map(|n| record(&format!("after {n}"), &[])).collect()).await;
     let start_ms = time.duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64;
-    let timed = v1::SubscriptionSpec { start_ms, from_earliest: false, ..spec("t", v1::SubscriptionMode::Shared) };
+    let timed = v1::SubscriptionSpec {
+        start_ms: Some(start_ms),
+        from_earliest: false,
+        ..spec("t", v1::SubscriptionMode::Shared)
+    };
     subscribe(&client, "timed", timed).await.unwrap();
     let mut reader = Subscriber::open(&client, "timed", Default::default()).await.unwrap();
     let mut found = BTreeSet::new();
@@ -129,8 +133,11 @@ async fn urgent_messages_overtake_and_one_member_holds_no_more_than_it_may() {
     let cluster = Cluster::start(3);
     let client = Client::new(&cluster.servers).unwrap();
     make_topic(&client, "t", 1, 3).await;
-    let wanted =
-        v1::SubscriptionSpec { priorities: true, in_flight_member_max: 1, ..spec("t", v1::SubscriptionMode::Shared) };
+    let wanted = v1::SubscriptionSpec {
+        priorities: true,
+        in_flight_member_max: Some(1),
+        ..spec("t", v1::SubscriptionMode::Shared)
+    };
     subscribe(&client, "s", wanted.clone()).await.unwrap();
     let message = |at: usize| record(&at.to_string(), &[("weir-priority", if at >= 95 { "9" } else { "1" })]);
     publish(&client, "t", (0..100).map(message).collect()).await;
@@ -207,8 +214,8 @@ async fn messages_are_pushed_until_taken_over_a_killed_leader_and_what_is_refuse
     })
     .await;
     let wanted = v1::SubscriptionSpec {
-        push: Some(v1::Push { endpoint, concurrency: 4, timeout_ms: 2_000 }),
-        deliveries_max: 3,
+        push: Some(v1::Push { endpoint, concurrency: Some(4), timeout_ms: Some(2_000) }),
+        deliveries_max: Some(3),
         dead_letter_topic: "dead".into(),
         ..spec("t", v1::SubscriptionMode::Shared)
     };
@@ -292,7 +299,7 @@ async fn a_result_is_published_once_with_its_ack_while_leaders_are_killed() {
     let client = Client::new(&cluster.servers).unwrap();
     make_topic(&client, "work", 2, 3).await;
     make_topic(&client, "results", 2, 3).await;
-    let quick = v1::SubscriptionSpec { ack_deadline_ms: 2_000, ..spec("work", v1::SubscriptionMode::Shared) };
+    let quick = v1::SubscriptionSpec { ack_deadline_ms: Some(2_000), ..spec("work", v1::SubscriptionMode::Shared) };
     subscribe(&client, "s", quick).await.unwrap();
     let mut subscriber = Subscriber::open(&client, "s", Default::default()).await.unwrap();
     publish(&client, "work", (0..COUNT).map(|at| record(&at.to_string(), &[])).collect()).await;

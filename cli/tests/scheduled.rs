@@ -112,29 +112,30 @@ async fn a_call_that_is_repeated_is_stored_once() {
     let request = |sequence, deliver_at_ms| v1::PublishRequest {
         topic: "t".into(),
         partition: Some(0),
-        messages: vec![v1::Message { value: "v".into(), deliver_at_ms, ..Default::default() }],
+        messages: vec![v1::Message { value: Some("v".into()), deliver_at_ms, ..Default::default() }],
         producer: Some(v1::ProducerStamp { id, sequence }),
+        ..Default::default()
     };
     for sequence in [0, 1] {
-        let first = publisher.publish(request(sequence, 0)).await.unwrap().into_inner();
-        let again = publisher.publish(request(sequence, 0)).await.unwrap().into_inner();
+        let first = publisher.publish(request(sequence, None)).await.unwrap().into_inner();
+        let again = publisher.publish(request(sequence, None)).await.unwrap().into_inner();
         assert_eq!((first.base_offset, &again), (sequence as u64, &first));
     }
     // what is scheduled counts for itself
     let at = ms(SystemTime::now() + Duration::from_secs(1));
-    let first = publisher.publish(request(0, at)).await.unwrap().into_inner();
-    assert_eq!(publisher.publish(request(0, at)).await.unwrap().into_inner(), first);
+    let first = publisher.publish(request(0, Some(at))).await.unwrap().into_inner();
+    assert_eq!(publisher.publish(request(0, Some(at))).await.unwrap().into_inner(), first);
     let refused = |request| {
         let mut publisher = publisher.clone();
         async move { publisher.publish(request).await.unwrap_err().code() }
     };
-    let gap = refused(request(7, 0)).await;
-    let nowhere = refused(v1::PublishRequest { partition: None, ..request(2, 0) }).await;
-    let nobody = refused(v1::PublishRequest { producer: Some(v1::ProducerStamp::default()), ..request(2, 0) }).await;
+    let gap = refused(request(7, None)).await;
+    let nowhere = refused(v1::PublishRequest { partition: None, ..request(2, None) }).await;
+    let nobody = refused(v1::PublishRequest { producer: Some(v1::ProducerStamp::default()), ..request(2, None) }).await;
     let own = v1::ProducerStamp { id: 1 << 62, sequence: 0 };
-    let own = refused(v1::PublishRequest { producer: Some(own), ..request(2, 0) }).await;
-    use tonic::Code::InvalidArgument;
-    assert_eq!([nowhere, nobody, own], [InvalidArgument; 3]);
+    let own = refused(v1::PublishRequest { producer: Some(own), ..request(2, None) }).await;
+    use tonic::Code::{InvalidArgument, PermissionDenied};
+    assert_eq!([nowhere, nobody, own], [InvalidArgument, InvalidArgument, PermissionDenied]);
     assert_ne!(gap, tonic::Code::Ok);
     tokio::time::sleep(Duration::from_millis(2_500)).await;
     assert_eq!(read_all(&client, "t", 1).await.len(), 3, "two at once, and the one that was due");

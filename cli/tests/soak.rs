@@ -7,7 +7,7 @@ mod cluster;
 
 use cluster::power::Power;
 use cluster::writer::{Writer, check};
-use cluster::{Cluster, Down, in_sync, pid_of, spec, subscribe, until};
+use cluster::{Cluster, Down, disk_bytes, in_sync, pid_of, spec, subscribe, until};
 use fastrand::Rng;
 use plotters::prelude::*;
 use std::fmt::Write as _;
@@ -46,18 +46,8 @@ fn sample(folder: &Path, seconds: f64) -> Sample {
         seconds,
         rss_mib: kib.unwrap_or(0.0) / 1024.0,
         files: files as f64,
-        disk_mib: disk_bytes(folder) / f64::from(1 << 20),
+        disk_mib: disk_bytes(folder) as f64 / f64::from(1 << 20),
     }
-}
-
-fn disk_bytes(folder: &Path) -> f64 {
-    let Ok(list) = std::fs::read_dir(folder) else { return 0.0 };
-    let size = |entry: std::fs::DirEntry| match entry.metadata() {
-        Ok(data) if data.is_dir() => disk_bytes(&entry.path()),
-        Ok(data) => data.len() as f64,
-        Err(_) => 0.0,
-    };
-    list.flatten().map(size).sum()
 }
 
 /// What is sampled, twice a second, while a cluster is there.
@@ -194,7 +184,7 @@ async fn soak() {
     while begun.elapsed().as_secs_f64() < minutes * 60.0 {
         let cluster = down.start(|serve| power.preload(serve, &folder));
         let client = Client::new(&cluster.servers).unwrap();
-        let spec = v1::TopicSpec { partitions: 3, replicas: 3, retention_bytes: KEPT, ..Default::default() };
+        let spec = v1::TopicSpec { partitions: 3, replicas: 3, retention_bytes: Some(KEPT), ..Default::default() };
         cluster::make_topic_of(&client, "standing", spec).await;
         let standing = Writer::start_paced(&client, "standing", Duration::from_millis(60)).await;
         let stop = Arc::new(AtomicBool::new(false));

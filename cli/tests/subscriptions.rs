@@ -2,7 +2,7 @@
 
 mod cluster;
 
-use cluster::{Cluster, make_subscription, make_topic};
+use cluster::{Cluster, WEIR, make_subscription, make_topic, start, weir};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -216,7 +216,7 @@ async fn messages_are_taken_refused_extended_and_acknowledged_one_call_at_a_time
     let mut subscriber = v1::subscriber_client::SubscriberClient::new(client.channel(&cluster.servers).unwrap());
     let pull = |max: u32, wait_ms: u32| v1::PullMessagesRequest {
         subscription: "s".into(),
-        messages_max: max,
+        messages_max: Some(max),
         wait_ms,
         ..Default::default()
     };
@@ -224,7 +224,7 @@ async fn messages_are_taken_refused_extended_and_acknowledged_one_call_at_a_time
         r.into_inner().messages.iter().map(|m| (m.offset, m.delivery)).collect()
     };
     assert_eq!(offsets(subscriber.pull(pull(3, 2_000)).await.unwrap()), [(0, 1), (1, 1), (2, 1)]);
-    let nacked = v1::Nacked { start: 1, end: 2, delay_ms: Some(300) };
+    let nacked = v1::Nacked { start: 1, end: 2, delay_ms: Some(300), uncounted: false };
     let nack = v1::NackRequest { subscription: "s".into(), partition: 0, offsets: vec![nacked], ..Default::default() };
     subscriber.nack(nack).await.unwrap();
     let acknowledge = |start, end| v1::AcknowledgeRequest {
@@ -316,4 +316,41 @@ async fn a_seek_back_brings_everything_again_though_a_member_goes_on_acking() {
             }
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_seek_without_a_place_is_refused_and_the_first_moment_of_all_is_a_place() {
+    use v1::seek_request::To;
+    let (cluster, client) = start(1).await;
+    make_subscription(&client, "s", "t", SubscriptionMode::Shared).await;
+    publish(&client, "t", 1, 5).await;
+    let mut subscriber = v1::subscriber_client::SubscriberClient::new(client.channel(&cluster.servers).unwrap());
+    let position = async || {
+        let statuses = client.describe(&["t".to_owned()]).await.unwrap();
+        statuses[0].subscriptions.iter().find(|s| s.subscription == "default/s").unwrap().position
+    };
+    let seek = |to| v1::SeekRequest { subscription: "s".into(), to, ..Default::default() };
+    assert_eq!(subscriber.seek(seek(Some(To::Offset(3)))).await.unwrap().into_inner().offset, Some(3));
+    for nowhere in [None, Some(To::Earliest(false)), Some(To::Latest(false))] {
+        let refused = subscriber.seek(seek(nowhere.clone())).await.expect_err("nobody said where to");
+        assert_eq!(refused.code(), tonic::Code::InvalidArgument, "{nowhere:?}");
+        assert!(refused.message().starts_with("to must say where"), "{nowhere:?}: {}", refused.message());
+    }
+    assert_eq!(position().await, 3, "a seek that was refused moves nothing");
+    assert_eq!(subscriber.seek(seek(Some(To::TimeMs(0)))).await.unwrap().into_inner().offset, Some(0));
+    subscriber.seek(seek(Some(To::Latest(true)))).await.unwrap();
+    const FIRST: &str = "1970-01-01T00:00:00Z";
+    weir(&cluster, &["subscription", "seek", "s", "--to", FIRST]);
+    assert_eq!(position().await, 0);
+    // one that began at the end would print what is published while it runs
+    let mut consume = std::process::Command::new(WEIR);
+    consume.args(["consume", "--topic", "t", "--from", FIRST, "--max", "1", "-o", "json"]);
+    let consume = consume.env("WEIR_SERVER", &cluster.servers).stdout(std::process::Stdio::piped());
+    let mut consume = consume.spawn().unwrap();
+    while consume.try_wait().unwrap().is_none() {
+        publish(&client, "t", 1, 1).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let printed: serde_json::Value = serde_json::from_slice(&consume.wait_with_output().unwrap().stdout).unwrap();
+    assert_eq!(printed["offset"], 0, "{printed}");
 }

@@ -44,6 +44,7 @@ fn config(data: &Path) -> Config {
         client_listen: any,
         client_socket: None,
         inproc: true,
+        deadlines: Default::default(),
         peer_listen: any,
         admin_listen: any,
         metrics_listen: any,
@@ -51,6 +52,7 @@ fn config(data: &Path) -> Config {
         peers: Vec::new(),
         cluster_id: String::new(),
         connections_max: 100,
+        accept_loss: None,
         rack: String::new(),
     }
 }

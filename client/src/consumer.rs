@@ -10,12 +10,16 @@ use weir_proto::v1;
 
 /// What the broker reads for one answer. Buffers of more are given back to the system and taken anew each time.
 const ANSWER_BYTES: u32 = 1 << 20;
+/// How often a subscription is opened again whose topic or which itself was re-created.
+const RECREATED_TRIES: u32 = 10;
 
 /// A record that was read.
 #[derive(Clone, Debug)]
 pub struct Message {
     /// Full name of its topic.
     pub topic: Arc<str>,
+    /// Id of its topic: with it, an offset that is kept says which topic it is of ([`From::OffsetOf`]).
+    pub topic_id: u64,
     /// Partition.
     pub partition: u32,
     /// Offset.
@@ -37,70 +41,116 @@ pub enum From {
     Latest,
     /// At an offset.
     Offset(u64),
+    /// At an offset that was read earlier, of the topic that had this id then: refused if the topic was re-created meanwhile.
+    OffsetOf { topic_id: u64, offset: u64 },
     /// At the first record appended at or after this time, ms since the epoch.
     Time(u64),
 }
 
-/// A plain message as a record.
-pub(crate) fn record_of(message: v1::Message) -> Record {
-    let v1::Message { key, value, headers, timestamp_ms, .. } = message;
-    let key = (!key.is_empty()).then_some(key);
-    Record { key, value: Some(value), headers: headers.into_iter().collect(), timestamp_ms }
+/// A message as it came one by one.
+fn received(topic: &Arc<str>, topic_id: u64, m: v1::ReceivedMessage) -> Message {
+    let record = m.message.unwrap_or_default().into();
+    let v1::ReceivedMessage { partition, offset, append_time_ms, delivery, .. } = m;
+    Message { topic: topic.clone(), topic_id, partition, offset, append_time_ms, delivery, record }
 }
 
-/// A record as a plain message.
-pub(crate) fn message_of(record: Record) -> v1::Message {
-    v1::Message {
-        key: record.key.unwrap_or_default(),
-        value: record.value.unwrap_or_default(),
-        headers: record.headers.into_iter().collect(),
-        timestamp_ms: record.timestamp_ms,
-        ..Default::default()
+/// A batch whose records cannot be decoded: every reader passes over it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PassedOver {
+    /// Full name of its topic.
+    pub topic: Arc<str>,
+    /// Partition.
+    pub partition: u32,
+    /// Its first offset, or the one that reading started from inside it.
+    pub first: u64,
+    /// One past its last offset.
+    pub next: u64,
+    /// What is wrong with it.
+    pub why: String,
+}
+
+impl PassedOver {
+    fn log(&self) {
+        let Self { topic, partition, first, next, why } = self;
+        tracing::warn!(%topic, partition, first, next, why, "records cannot be decoded: their batch is passed over");
     }
 }
 
-/// A message as it came one by one.
-fn received(topic: &Arc<str>, m: v1::ReceivedMessage) -> Message {
-    let record = record_of(m.message.unwrap_or_default());
-    let (partition, offset) = (m.partition, m.offset);
-    Message { topic: topic.clone(), partition, offset, append_time_ms: m.append_time_ms, delivery: m.delivery, record }
+/// What comes of reading a partition by offset.
+#[derive(Clone, Debug)]
+pub enum Read {
+    /// The messages of a batch.
+    Messages(Vec<Message>),
+    /// No messages of a batch.
+    PassedOver(PassedOver),
 }
 
-fn unpack(topic: &Arc<str>, partition: u32, batch: &v1::Batch, from: u64) -> Result<Vec<Message>, Error> {
-    let bad = |what: String| Error::Refused { code: tonic::Code::DataLoss, reason: "BATCH".into(), message: what };
+/// The messages of a batch from an offset on.
+fn unpack(
+    (topic, topic_id): (&Arc<str>, u64),
+    partition: u32,
+    batch: &v1::Batch,
+    from: u64,
+) -> Result<Vec<Message>, PassedOver> {
     let message = |at, record| Message {
         topic: topic.clone(),
+        topic_id,
         partition,
         offset: batch.base_offset + at as u64,
         append_time_ms: batch.append_time_ms,
         delivery: 1,
         record,
     };
-    let mut messages = records::decode_as(&batch.batch, message).map_err(bad)?;
-    if from > batch.base_offset {
-        messages.retain(|m| m.offset >= from);
+    match records::decode_as(&batch.batch, message) {
+        Ok(mut messages) => {
+            if from > batch.base_offset {
+                messages.retain(|m| m.offset >= from);
+            }
+            Ok(messages)
+        }
+        Err(why) => {
+            let (first, next) = (batch.base_offset.max(from), end_of(batch));
+            Err(PassedOver { topic: topic.clone(), partition, first, next, why: why.to_string() })
+        }
     }
-    Ok(messages)
 }
 
-/// Where a position stands in a partition's log.
+/// One past the last offset of a batch.
+fn end_of(batch: &v1::Batch) -> u64 {
+    batch.base_offset.saturating_add(batch.count.into())
+}
+
+/// Both ends of a partition's log, and the offset at a time, ms since the epoch.
 pub async fn offsets(
     client: &Client,
     topic: &str,
     partition: u32,
-    time_ms: u64,
+    time_ms: Option<u64>,
+) -> Result<v1::ListOffsetsResponse, Error> {
+    offsets_of(client, topic, 0, partition, time_ms).await
+}
+
+/// As [`offsets`], of the topic with this id only; 0 stands for any.
+async fn offsets_of(
+    client: &Client,
+    topic: &str,
+    topic_id: u64,
+    partition: u32,
+    time_ms: Option<u64>,
 ) -> Result<v1::ListOffsetsResponse, Error> {
     client
         .at_leader(topic, partition, Duration::from_secs(10), |address| async move {
             let channel = client.channel(&address).map_err(|e| tonic::Status::internal(e.to_string()))?;
-            let request = v1::ListOffsetsRequest { topic: topic.to_owned(), partition, time_ms };
+            let request = v1::ListOffsetsRequest { topic: topic.to_owned(), partition, time_ms, topic_id };
             Ok(v1::log_client::LogClient::new(channel).list_offsets(request).await?.into_inner())
         })
         .await
 }
 
 /// Reads one partition from a place on and sends whole batches' messages; follows the leader; ends when the receiver is dropped,
-/// or, with `until_end`, at the high watermark as it is met.
+/// or, with `until_end`, at the high watermark as it is met. A topic that is deleted and re-created meanwhile ends it with an error of
+/// the reason `TOPIC_RECREATED`: its offsets are of the topic before. Batches that cannot be decoded are logged and passed over;
+/// [`read_partition_and_say`] sends which they are.
 pub async fn read_partition(
     client: Client,
     topic: String,
@@ -109,25 +159,50 @@ pub async fn read_partition(
     until_end: bool,
     out: mpsc::Sender<Result<Vec<Message>, Error>>,
 ) {
-    if let Err(error) = read(&client, &topic, partition, from, until_end, &out).await {
+    let messages = |read| match read {
+        Read::Messages(messages) => messages,
+        Read::PassedOver(batch) => {
+            batch.log();
+            Vec::new()
+        }
+    };
+    if let Err(error) = read(&client, &topic, partition, from, until_end, &out, messages).await {
         let _ = out.send(Err(error)).await;
     }
 }
 
-async fn read(
+/// As [`read_partition`]; also sends which batches were passed over, in their place between the messages.
+pub async fn read_partition_and_say(
+    client: Client,
+    topic: String,
+    partition: u32,
+    from: From,
+    until_end: bool,
+    out: mpsc::Sender<Result<Read, Error>>,
+) {
+    if let Err(error) = read(&client, &topic, partition, from, until_end, &out, |read| read).await {
+        let _ = out.send(Err(error)).await;
+    }
+}
+
+async fn read<T>(
     client: &Client,
     topic: &str,
     partition: u32,
     from: From,
     until_end: bool,
-    out: &mpsc::Sender<Result<Vec<Message>, Error>>,
+    out: &mpsc::Sender<Result<T, Error>>,
+    item: impl Fn(Read) -> T,
 ) -> Result<(), Error> {
-    let time = if let From::Time(time) = from { time } else { 0 };
-    let ends = offsets(client, topic, partition, time).await?;
+    let time = if let From::Time(time) = from { Some(time) } else { None };
+    let known_id = if let From::OffsetOf { topic_id, .. } = from { topic_id } else { 0 };
+    let ends = offsets_of(client, topic, known_id, partition, time).await?;
+    // offsets are of this topic, not of one that is re-created under its name while it is read
+    let topic_id = ends.topic_id;
     let mut offset = match from {
         From::Earliest => ends.start_offset,
         From::Latest => ends.high_watermark,
-        From::Offset(offset) => offset,
+        From::Offset(offset) | From::OffsetOf { offset, .. } => offset,
         From::Time(_) => ends.offset,
     };
     if until_end && offset >= ends.high_watermark {
@@ -136,8 +211,14 @@ async fn read(
     let mut waits = waits();
     let name = Arc::from(crate::full_name(topic));
     loop {
-        let request =
-            v1::FetchRequest { topic: topic.to_owned(), partition, offset, bytes_max: ANSWER_BYTES, wait_ms: 1_000 };
+        let request = v1::FetchRequest {
+            topic: topic.to_owned(),
+            partition,
+            offset,
+            bytes_max: Some(ANSWER_BYTES),
+            wait_ms: 1_000,
+            topic_id,
+        };
         let mut responses = client
             .at_leader(topic, partition, Duration::from_secs(30), |address| {
                 let request = request.clone();
@@ -157,9 +238,9 @@ async fn read(
                 Err(status) => return Err(status.into()),
             };
             for batch in &response.batches {
-                let messages = unpack(&name, partition, batch, offset)?;
-                offset = batch.base_offset + u64::from(batch.count);
-                if out.send(Ok(messages)).await.is_err() {
+                let read = unpack((&name, topic_id), partition, batch, offset);
+                offset = end_of(batch);
+                if out.send(Ok(item(read.map_or_else(Read::PassedOver, Read::Messages)))).await.is_err() {
                     return Ok(());
                 }
             }
@@ -175,11 +256,25 @@ async fn read(
     }
 }
 
+/// Offsets, in order, as ranges.
+fn runs(offsets: &[u64]) -> Vec<v1::OffsetRange> {
+    let mut out: Vec<v1::OffsetRange> = Vec::new();
+    for &offset in offsets {
+        match out.last_mut().filter(|last| last.end == offset) {
+            Some(last) => last.end += 1,
+            None => out.push(v1::OffsetRange { start: offset, end: offset + 1 }),
+        }
+    }
+    out
+}
+
 /// One partition of a subscription, of any mode.
 pub struct Pull {
     requests: mpsc::Sender<v1::PullRequest>,
     responses: tonic::Streaming<v1::PullResponse>,
     topic: Arc<str>,
+    topic_id: u64,
+    subscription_id: u64,
     partition: u32,
 }
 
@@ -193,34 +288,77 @@ impl Pull {
         member: &str,
         credit: u32,
     ) -> Result<Self, Error> {
-        client
-            .at_leader(topic, partition, Duration::from_secs(10), |address| async move {
+        let open = || {
+            let cluster = client.cluster();
+            v1::PullOpen {
+                subscription: subscription.to_owned(),
+                topic: topic.to_owned(),
+                partition,
+                member: member.to_owned(),
+                messages: false,
+                topic_id: cluster.topic(topic).map_or(0, |t| t.id),
+                subscription_id: cluster.subscription(subscription).map_or(0, |s| s.id),
+            }
+        };
+        let mut tries = 0;
+        loop {
+            match Self::open_as(client, open(), credit).await {
+                Err(Error::Refused { reason, .. }) if reason.ends_with("_RECREATED") && tries < RECREATED_TRIES => {
+                    // what this client knew is old, or what the broker knows is older still
+                    tokio::time::sleep(Duration::from_millis(50) * tries).await;
+                    tries += 1;
+                    client.refresh().await?;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    async fn open_as(client: &Client, open: v1::PullOpen, credit: u32) -> Result<Self, Error> {
+        let (name, topic_id, partition) = (open.topic.clone(), open.topic_id, open.partition);
+        let subscription_id = open.subscription_id;
+        let call = |address: String| {
+            let (open, topic) = (open.clone(), name.as_str().into());
+            async move {
                 let channel = client.channel(&address).map_err(|e| tonic::Status::internal(e.to_string()))?;
                 let (requests, receiver) = mpsc::channel(16);
-                let (subscription, member) = (subscription.to_owned(), member.to_owned());
-                let open = v1::PullOpen { subscription, topic: topic.to_owned(), partition, member, messages: false };
                 let first = v1::PullRequest { open: Some(open), credit_messages: credit, ..Default::default() };
                 let _ = requests.try_send(first);
                 let client = v1::subscriber_client::SubscriberClient::new(channel);
                 let mut client = client.max_decoding_message_size(weir_proto::MESSAGE_BYTES_MAX);
                 let responses = client.streaming_pull(ReceiverStream::new(receiver)).await?.into_inner();
-                Ok(Self { requests, responses, topic: topic.into(), partition })
-            })
-            .await
+                Ok(Self { requests, responses, topic, topic_id, subscription_id, partition })
+            }
+        };
+        client.at_leader(&name, partition, Duration::from_secs(10), call).await
+    }
+
+    /// Id of the subscription that delivers; 0 where the client had not heard of it.
+    pub(crate) fn subscription_id(&self) -> u64 {
+        self.subscription_id
     }
 
     /// The next messages, in order; `None` where the stream ended and is to be opened again.
     pub async fn next(&mut self) -> Result<Option<Vec<Message>>, Error> {
         match self.responses.message().await {
             Ok(Some(response)) => {
-                let mut out: Vec<Message> = response.messages.into_iter().map(|m| received(&self.topic, m)).collect();
+                let mut out: Vec<Message> =
+                    response.messages.into_iter().map(|m| received(&self.topic, self.topic_id, m)).collect();
+                let mut unreadable = Vec::new();
                 for batch in &response.batches {
-                    let messages = unpack(&self.topic, self.partition, batch, response.from_offset)?;
-                    out.extend(messages.into_iter().filter(|m| m.offset < response.until_offset));
+                    match unpack((&self.topic, self.topic_id), self.partition, batch, response.from_offset) {
+                        Ok(messages) => out.extend(messages.into_iter().filter(|m| m.offset < response.until_offset)),
+                        Err(passed) => {
+                            passed.log();
+                            let end = passed.next.min(response.until_offset);
+                            unreadable.push(v1::OffsetRange { start: passed.first, end });
+                        }
+                    }
                 }
                 for again in &response.redelivered {
                     out.iter_mut().filter(|m| m.offset == again.offset).for_each(|m| m.delivery = again.delivery);
                 }
+                self.report(unreadable);
                 Ok(Some(out))
             }
             Ok(None) => Ok(None),
@@ -229,7 +367,21 @@ impl Pull {
         }
     }
 
-    /// Ends the stream once the broker has heard all that was said on it, or after a second.
+    /// Names batches that cannot be decoded: the broker passes over them, and they take no credit.
+    fn report(&self, unreadable: Vec<v1::OffsetRange>) {
+        if unreadable.is_empty() {
+            return;
+        }
+        let count: u64 = unreadable.iter().map(|range| range.end.saturating_sub(range.start)).sum();
+        let credit_messages = u32::try_from(count).unwrap_or(u32::MAX);
+        let request = v1::PullRequest { unreadable, credit_messages, ..Default::default() };
+        let requests = self.requests.clone();
+        // in a task of its own, so that `next` may be cancelled; a stream that has ended delivers the batch again
+        tokio::spawn(async move { requests.send(request).await });
+    }
+
+    /// Leaves: ends the stream once the broker has taken all that was sent on it, or after a second. What was not answered is for
+    /// others at once, and does not count as failed.
     pub async fn close(self) {
         let Self { requests, mut responses, .. } = self;
         drop(requests);
@@ -240,12 +392,20 @@ impl Pull {
     /// Acks these messages, and gives credit for as many more.
     pub async fn ack_all(&self, messages: &[Message]) -> Result<(), Error> {
         let offsets: Vec<u64> = messages.iter().map(|m| m.offset).collect();
-        self.answer(&offsets, &[], &[], 0).await
+        self.answer(&offsets, &[], &[], offsets.len() as u32).await
     }
 
-    /// Gives a message back: it comes again after `delay`, or by the subscription's back-off.
+    /// Gives a message back: it comes again after `delay`, or by the subscription's back-off. Gives credit for another.
     pub async fn nack(&self, offset: u64, delay: Option<Duration>) -> Result<(), Error> {
-        self.answer(&[], &[(offset, delay)], &[], 0).await
+        self.answer(&[], &[(offset, delay)], &[], 1).await
+    }
+
+    /// Returns messages that nobody saw: they are for others at once, and no failed delivery is counted.
+    pub async fn release(&self, offsets: &[u64]) -> Result<(), Error> {
+        let released = |r: v1::OffsetRange| v1::Nacked { start: r.start, end: r.end, delay_ms: None, uncounted: true };
+        let nacks = runs(offsets).into_iter().map(released).collect();
+        let request = v1::PullRequest { nacks, ..Default::default() };
+        self.requests.send(request).await.map_err(|_| Error::Closed)
     }
 
     /// Keeps a message for longer, from now.
@@ -253,8 +413,7 @@ impl Pull {
         self.answer(&[], &[], &[(offset, deadline)], 0).await
     }
 
-    /// Acks, gives back and keeps for longer in one request; what was acked or given back is credit for as many more, and `credit`
-    /// for so many beside.
+    /// Acks, gives back and keeps for longer in one request, with credit for so many more.
     pub async fn answer(
         &self,
         acks: &[u64],
@@ -262,19 +421,13 @@ impl Pull {
         extensions: &[(u64, Duration)],
         credit: u32,
     ) -> Result<(), Error> {
-        let mut request =
-            v1::PullRequest { credit_messages: (acks.len() + nacks.len()) as u32 + credit, ..Default::default() };
-        for &offset in acks {
-            match request.acks.last_mut().filter(|last| last.end == offset) {
-                Some(last) => last.end += 1,
-                None => request.acks.push(v1::OffsetRange { start: offset, end: offset + 1 }),
-            }
-        }
+        let mut request = v1::PullRequest { credit_messages: credit, acks: runs(acks), ..Default::default() };
         let ms = |d: Duration| d.as_millis() as u64;
         let nacked = |(offset, delay): &(u64, Option<Duration>)| v1::Nacked {
             start: *offset,
             end: offset + 1,
             delay_ms: delay.map(ms),
+            uncounted: false,
         };
         request.nacks = nacks.iter().map(nacked).collect();
         let extended = |(offset, deadline): &(u64, Duration)| v1::Extension {

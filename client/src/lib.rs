@@ -18,12 +18,16 @@ use transport::{Scheme, Transport};
 pub use weir_proto::records::{Compression, Record};
 /// The wire contract, for what this client has no method of its own for.
 pub use weir_proto::v1 as proto;
-use weir_proto::v1;
+use weir_proto::{pages, v1};
 
 /// The next broker is asked for metadata when the one before has not answered by then.
 const ASK_NEXT_AFTER: Duration = Duration::from_millis(20);
 /// A broker that has not answered by then is taken for gone.
 const ANSWER_WITHIN: Duration = Duration::from_millis(700);
+/// The same for a page of what it says of partitions, for which it reads.
+const DESCRIBE_WITHIN: Duration = Duration::from_secs(1);
+/// Topics of one request: even the longest names take less than the 4 MiB that a broker takes.
+const TOPICS_OF_REQUEST_MAX: usize = 5_000;
 
 /// Why an operation failed.
 #[derive(Debug, Error, Clone)]
@@ -45,6 +49,20 @@ pub enum Error {
 }
 
 impl Error {
+    /// The cluster has no topic of this name.
+    pub fn no_topic(name: &str) -> Self {
+        Self::missing("NO_TOPIC", format!("topic {name} does not exist"))
+    }
+
+    /// The cluster has no subscription of this name.
+    pub fn no_subscription(name: &str) -> Self {
+        Self::missing("NO_SUBSCRIPTION", format!("subscription {name} does not exist"))
+    }
+
+    fn missing(reason: &str, message: String) -> Self {
+        Self::Refused { code: tonic::Code::NotFound, reason: reason.to_owned(), message }
+    }
+
     /// Whether a broker said that it cannot do it just now.
     pub fn is_unavailable(&self) -> bool {
         matches!(self, Self::Refused { code: tonic::Code::Unavailable, .. })
@@ -215,36 +233,31 @@ impl Client {
         for (at, address) in addresses.into_iter().enumerate() {
             // one that is not there (yet) is none of the others' concern
             let Ok(channel) = self.channel(&address) else { continue };
-            let mut client = v1::metadata_client::MetadataClient::new(channel);
+            let client = v1::metadata_client::MetadataClient::new(channel);
             asked.push(async move {
                 tokio::time::sleep(ASK_NEXT_AFTER * at as u32).await;
-                let answer = tokio::time::timeout(ANSWER_WITHIN, client.get(v1::GetMetadataRequest::default())).await;
-                (address, answer)
+                let page = |request| {
+                    let mut client = client.clone();
+                    async move { page_of(client.get(request), ANSWER_WITHIN).await }
+                };
+                (address, pages::metadata(Default::default(), page).await)
             });
         }
         let mut last = "no broker is there".to_owned();
         while let Some((address, answer)) = asked.next().await {
             match answer {
                 // a broker that has just joined, or was away, knows less than we do
-                Ok(Ok(answer)) if answer.get_ref().brokers.is_empty() => {
-                    last = format!("{address}: it is still joining")
-                }
-                Ok(Ok(answer)) if is_older(answer.get_ref(), &known.metadata) => {
-                    last = format!("{address}: it is behind")
-                }
-                Ok(Ok(answer)) => {
-                    let cluster = Arc::new(Cluster { metadata: answer.into_inner() });
+                Ok(answer) if answer.brokers.is_empty() => last = format!("{address}: it is still joining"),
+                Ok(answer) if is_older(&answer, &known.metadata) => last = format!("{address}: it is behind"),
+                Ok(metadata) => {
+                    let cluster = Arc::new(Cluster { metadata });
                     self.prefer(&address, &cluster);
                     *self.0.cluster.lock().unwrap_or_else(PoisonError::into_inner) = cluster.clone();
                     return Ok(cluster);
                 }
-                Ok(Err(status)) => {
+                Err(status) => {
                     self.give_up(&address);
                     last = format!("{address}: {}", status.message());
-                }
-                Err(_) => {
-                    self.give_up(&address);
-                    last = format!("{address}: no answer");
                 }
             }
         }
@@ -281,20 +294,27 @@ impl Client {
     }
 
     /// How the partitions stand (all, where `topics` is empty), gathered from their leaders. A broker that does not
-    /// answer within a second is left out, and its partitions with it.
+    /// answer a call within a second is left out, and its partitions with it.
     pub async fn describe(&self, topics: &[String]) -> Result<Vec<v1::PartitionStatus>, Error> {
         let cluster = self.connect(Duration::from_secs(5)).await?;
         let mut asked = Vec::new();
         for broker in cluster.metadata.brokers.iter().filter(|b| !b.client_address.is_empty()) {
-            let mut client = v1::metadata_client::MetadataClient::new(self.channel(&broker.client_address)?)
-                .max_decoding_message_size(weir_proto::MESSAGE_BYTES_MAX);
-            let request = v1::DescribeRequest { topics: topics.to_vec() };
+            let client = v1::metadata_client::MetadataClient::new(self.channel(&broker.client_address)?);
             asked.push(async move {
-                tokio::time::timeout(Duration::from_secs(1), client.describe(request)).await.ok()?.ok()
+                let page = |request| {
+                    let mut client = client.clone();
+                    async move { page_of(client.describe(request), DESCRIBE_WITHIN).await }
+                };
+                let mut partitions = Vec::new();
+                for topics in requested(topics) {
+                    let request = v1::DescribeRequest { topics: topics.to_vec(), ..Default::default() };
+                    partitions.extend(pages::describe(request, page).await.ok()?.partitions);
+                }
+                Some(partitions)
             });
         }
         let answers = futures::future::join_all(asked).await.into_iter().flatten();
-        let mut out: Vec<_> = answers.flat_map(|a| a.into_inner().partitions).collect();
+        let mut out: Vec<_> = answers.flatten().collect();
         // while leadership moves two may claim one: the later term is right
         out.sort_by(|a, b| (&a.topic, a.partition, b.term).cmp(&(&b.topic, b.partition, a.term)));
         out.dedup_by_key(|p| p.group);
@@ -374,10 +394,25 @@ impl Client {
                 && cluster.topic(topic).is_none_or(|t| t.partitions.len() <= partition as usize)
             {
                 let message = format!("topic {topic} has no partition {partition}");
-                return Err(Error::Refused { code: tonic::Code::NotFound, reason: "NO_TOPIC".into(), message });
+                return Err(Error::missing("NO_TOPIC", message));
             }
         }
     }
+}
+
+/// A list of topics in parts that fit into requests; an empty one, which stands for all topics, is one part.
+fn requested(topics: &[String]) -> impl Iterator<Item = &[String]> {
+    let all = topics.is_empty().then_some(topics);
+    all.into_iter().chain(topics.chunks(TOPICS_OF_REQUEST_MAX))
+}
+
+/// One page, or `DEADLINE_EXCEEDED` where it does not come in time.
+async fn page_of<T>(
+    call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+    within: Duration,
+) -> Result<T, tonic::Status> {
+    let late = |_| Err(tonic::Status::deadline_exceeded("no answer"));
+    tokio::time::timeout(within, call).await.unwrap_or_else(late).map(tonic::Response::into_inner)
 }
 
 fn is_older(answer: &v1::GetMetadataResponse, known: &v1::GetMetadataResponse) -> bool {
@@ -393,4 +428,18 @@ pub(crate) fn waits() -> impl Iterator<Item = Duration> {
         .with_jitter()
         .without_max_times()
         .build()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_of_topics_fits_into_requests_and_an_empty_one_is_a_request_for_all() {
+        let names = |count: usize| vec![format!("{}/{}", "n".repeat(253), "t".repeat(253)); count];
+        let parts = |count: usize| requested(&names(count)).map(<[String]>::len).collect::<Vec<_>>();
+        assert_eq!((parts(0), parts(1), parts(12_001)), (vec![0], vec![1], vec![5_000, 5_000, 2_001]));
+        let bytes: usize = names(TOPICS_OF_REQUEST_MAX).iter().map(|name| name.len() + 3).sum();
+        assert!(bytes < 4 << 20, "more than a broker takes: {bytes}");
+    }
 }

@@ -339,9 +339,6 @@ impl Producer {
             let (code, reason) = (tonic::Code::InvalidArgument, reason.to_owned());
             Err(Error::Refused { code, reason, message })
         };
-        if let Some(name) = records::repeated_header(&record) {
-            return refused("RECORDS", format!("header {name} stands twice in a record"));
-        }
         let bytes = size(&record);
         if bytes > weir_proto::MESSAGE_BYTES_MAX {
             let most = weir_proto::MESSAGE_BYTES_MAX;
@@ -373,6 +370,8 @@ impl Producer {
             partition,
             ids: self.0.ids.clone(),
             producer_id: None,
+            topic_id: 0,
+            stored: false,
             next_sequence: 0,
             in_flight: VecDeque::new(),
             next_id: 1,
@@ -398,8 +397,9 @@ async fn follow_growth(producer: Weak<Inner>) {
 }
 
 fn size(record: &Record) -> usize {
-    let headers: usize = record.headers.iter().map(|(n, v)| n.len() + v.len()).sum();
-    record.key.as_ref().map_or(0, Bytes::len) + record.value.as_ref().map_or(0, Bytes::len) + headers + 24
+    let length = |b: &Option<Bytes>| b.as_ref().map_or(0, Bytes::len);
+    let headers: usize = record.headers.iter().map(|(n, v)| n.len() + length(v)).sum();
+    length(&record.key) + length(&record.value) + headers + 24
 }
 
 /// A batch under way.
@@ -417,6 +417,10 @@ struct Task {
     partition: u32,
     ids: Arc<Ids>,
     producer_id: Option<i64>,
+    /// of the topic that the producer's sequences are of; 0 where it is not known
+    topic_id: u64,
+    /// something was stored under the producer's id
+    stored: bool,
     next_sequence: i32,
     in_flight: VecDeque<Batch>,
     next_id: u64,
@@ -529,6 +533,7 @@ impl Task {
         }
         let id = self.ids.next(&self.client, address).await?;
         self.producer_id = Some(id);
+        self.stored = false;
         self.next_sequence = 0;
         Ok(id)
     }
@@ -542,6 +547,9 @@ impl Task {
         tokio::select! {
             id = self.producer_id(&address) => { id?; }
             why = silence => return Ok(Left::Again(why)),
+        }
+        if !self.stored {
+            self.topic_id = self.client.cluster().topic(&self.topic).map_or(0, |t| t.id);
         }
         let mut client = v1::publisher_client::PublisherClient::new(self.client.channel(&address)?)
             .max_encoding_message_size(weir_proto::MESSAGE_BYTES_MAX);
@@ -612,6 +620,7 @@ impl Task {
             topic: self.topic.clone(),
             partition: self.partition,
             batch: batch.bytes.clone(),
+            topic_id: self.topic_id,
         }
     }
 
@@ -622,9 +631,11 @@ impl Task {
         match ack.outcome? {
             Outcome::BaseOffset(base) => {
                 let batch = self.in_flight.remove(at).expect("just found");
+                self.stored = true;
                 batch.waiting.tell(Ok((self.partition, base)));
                 None
             }
+            Outcome::Error(error) if error.reason == "TOPIC_RECREATED" => Some(self.begin_in_new_topic(error)),
             Outcome::Error(error) => {
                 let transient = error.code == tonic::Code::Unavailable as i32
                     || matches!(error.reason.as_str(), "NOT_LEADER" | "LEADERSHIP_LOST" | "OVERLOADED" | "SEQUENCE");
@@ -641,6 +652,22 @@ impl Task {
                 Some(error.message)
             }
         }
+    }
+
+    /// The topic was re-created, which knows nothing of this producer. Where nothing was stored under its id the batches are a beginning,
+    /// and go to the new topic as they are. Otherwise their sequences continue those of the topic before: their senders decide.
+    fn begin_in_new_topic(&mut self, error: v1::Error) -> String {
+        if !self.stored {
+            return error.message; // the next stream asks for the new topic's id
+        }
+        self.producer_id = None;
+        let v1::Error { code, message, reason, .. } = error;
+        let code = tonic::Code::from_i32(code);
+        for batch in std::mem::take(&mut self.in_flight) {
+            let (reason, message) = (reason.clone(), message.clone());
+            batch.waiting.tell(Err(Error::Refused { code, reason, message }));
+        }
+        message
     }
 
     /// After a refused batch: those behind it were refused too (their sequences do not follow); they go out again under a new id.
@@ -746,6 +773,8 @@ mod tests {
             partition: 0,
             ids: Arc::new(Ids { ahead: 1, left: Default::default() }),
             producer_id: None,
+            topic_id: 0,
+            stored: false,
             next_sequence: 0,
             in_flight: VecDeque::new(),
             next_id: 1,

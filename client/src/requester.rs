@@ -17,10 +17,6 @@ pub const CORRELATION_ID: &str = "weir-correlation-id";
 
 type Pending = Arc<Mutex<HashMap<Bytes, oneshot::Sender<Record>>>>;
 
-fn header<'a>(record: &'a Record, name: &str) -> Option<&'a Bytes> {
-    record.headers.iter().find(|(n, _)| n == name).map(|(_, value)| value)
-}
-
 /// Asks and waits for answers. One serves any number of requests at a time.
 pub struct Requester {
     client: Client,
@@ -58,9 +54,8 @@ impl Requester {
         let mut address = self.address.clone();
         let address = address.wait_for(|a| !a.is_empty()).await.map_err(|_| Error::Closed)?.clone();
         let id = Bytes::from(format!("{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..)));
-        question.headers.retain(|(name, _)| name != REPLY_TO && name != CORRELATION_ID);
-        question.headers.push((REPLY_TO.to_owned(), address.into()));
-        question.headers.push((CORRELATION_ID.to_owned(), id.clone()));
+        question.set_header(REPLY_TO, address);
+        question.set_header(CORRELATION_ID, id.clone());
         let (answered, answer) = oneshot::channel();
         self.pending.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone(), answered);
         // also when this is dropped because time is up
@@ -115,8 +110,9 @@ async fn read_inbox(client: &Client, pending: &Pending, told: &watch::Sender<Str
             told.send_replace(answer.address);
             continue;
         };
-        let record = crate::consumer::record_of(message);
-        let waiting = header(&record, CORRELATION_ID)
+        let record = Record::from(message);
+        let waiting = record
+            .header(CORRELATION_ID)
             .and_then(|id| pending.lock().unwrap_or_else(PoisonError::into_inner).remove(id));
         if let Some(waiting) = waiting {
             let _ = waiting.send(record);
@@ -127,7 +123,7 @@ async fn read_inbox(client: &Client, pending: &Pending, told: &watch::Sender<Str
 
 /// Whether a message asks for an answer.
 pub fn is_request(message: &Record) -> bool {
-    header(message, REPLY_TO).is_some()
+    message.header(REPLY_TO).is_some()
 }
 
 /// Answers a request. Refused with NOT_FOUND where the asker is gone: it gave up, or was restarted.
@@ -137,16 +133,11 @@ pub async fn reply(client: &Client, request: &Record, mut answer: Record) -> Res
         reason: "NO_REPLY_TO".to_owned(),
         message: format!("the message has no header {name}: it asks for no answer"),
     };
-    let address = header(request, REPLY_TO).ok_or_else(|| missing(REPLY_TO))?;
-    let id = header(request, CORRELATION_ID).ok_or_else(|| missing(CORRELATION_ID))?.clone();
-    answer.headers.retain(|(name, _)| name != CORRELATION_ID);
-    answer.headers.push((CORRELATION_ID.to_owned(), id));
-    let message = crate::consumer::message_of(answer);
-    let request = v1::ReplyRequest {
-        address: String::from_utf8_lossy(address).into_owned(),
-        message: Some(message),
-        ..Default::default()
-    };
+    let address = request.header(REPLY_TO).ok_or_else(|| missing(REPLY_TO))?;
+    let id = request.header(CORRELATION_ID).ok_or_else(|| missing(CORRELATION_ID))?.clone();
+    answer.set_header(CORRELATION_ID, id);
+    let request =
+        v1::ReplyRequest { address: String::from_utf8_lossy(address).into_owned(), message: Some(answer.into()) };
     client
         .anywhere(|address| {
             let request = request.clone();

@@ -1,9 +1,9 @@
 //! Reading a subscription: all partitions of all its topics at once, opened again after failovers, new ones as they appear.
 
-use crate::consumer::message_of;
 use crate::consumer::{From, Message, Pull};
 use crate::{Client, Error, Record, full_name, waits};
 use std::collections::{HashSet, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -23,11 +23,13 @@ pub struct Options {
     pub member: String,
     /// Messages of one partition that are under way or unanswered; more are sent as these are acked or given back.
     pub credit: u32,
+    /// Messages that [`Subscriber::next`] will be asked for at most: no partition is asked for more. `None` for no end.
+    pub max: Option<u64>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { member: format!("weir-{}-{:08x}", std::process::id(), fastrand::u32(..)), credit: 1_000 }
+        Self { member: format!("weir-{}-{:08x}", std::process::id(), fastrand::u32(..)), credit: 1_000, max: None }
     }
 }
 
@@ -54,6 +56,7 @@ pub struct Delivered {
 struct Source {
     client: Client,
     subscription: String,
+    subscription_id: u64,
 }
 
 impl Drop for Delivered {
@@ -74,15 +77,28 @@ impl Delivered {
     /// It is done with, and this came of it: the records are published to `topic` (all to the partition of the first one's key) and the
     /// message is acked, in one step. Says where they lie; `None` where the message was acked before. An error leaves the message
     /// delivered as it was: it comes again after its deadline, and its result is published once, however often this is called.
-    pub async fn ack_with_publish(mut self, topic: &str, records: Vec<Record>) -> Result<Option<(u32, u64)>, Error> {
+    pub async fn ack_with_publish(self, topic: &str, records: Vec<Record>) -> Result<Option<(u32, u64)>, Error> {
+        let messages = records.into_iter().map(v1::Message::from).collect();
+        let result = v1::AcknowledgeWithPublishRequest { to: topic.to_owned(), messages, ..Default::default() };
+        self.ack_publishing(result).await
+    }
+
+    /// It is a dead letter: the broker publishes it again, as it was, to the topic it came from, for the subscription that failed at it,
+    /// and acks it here in one step. Returns its new place; `None` where that was done before. After an error it stays a dead letter.
+    pub async fn give_back(self) -> Result<Option<(u32, u64)>, Error> {
+        self.ack_publishing(v1::AcknowledgeWithPublishRequest { give_back: true, ..Default::default() }).await
+    }
+
+    async fn ack_publishing(mut self, what: v1::AcknowledgeWithPublishRequest) -> Result<Option<(u32, u64)>, Error> {
         let (client, message) = (&self.from.client, &self.message);
         let request = v1::AcknowledgeWithPublishRequest {
             subscription: self.from.subscription.clone(),
+            subscription_id: self.from.subscription_id,
             topic: message.topic.to_string(),
+            topic_id: message.topic_id,
             partition: message.partition,
             offset: message.offset,
-            to: topic.to_owned(),
-            messages: records.into_iter().map(message_of).collect(),
+            ..what
         };
         let call = |address: String| {
             let request = request.clone();
@@ -113,10 +129,14 @@ impl Delivered {
 
 type Lists = mpsc::Sender<Result<Vec<Delivered>, Error>>;
 
-/// A member of a subscription. Dropped, it goes as if it had been killed; [`Subscriber::close`] tells the brokers first what was acked.
+/// A member of a subscription. Closed or dropped it leaves: what was acked is sent first, and what was not, prefetched messages
+/// included, is for others at once without being counted as failed. [`Subscriber::close`] waits for that; a process that
+/// ends before loses its connection, and then what was handed out to it counts as one failed delivery.
 pub struct Subscriber {
     lists: mpsc::Receiver<Result<Vec<Delivered>, Error>>,
     here: VecDeque<Delivered>,
+    /// messages given to the caller
+    seen: Arc<AtomicU64>,
     /// ends when all partitions' tasks have
     tasks: mpsc::Receiver<()>,
 }
@@ -126,22 +146,15 @@ impl Subscriber {
     pub async fn open(client: &Client, subscription: &str, options: Options) -> Result<Self, Error> {
         let cluster = client.connect(Duration::from_secs(10)).await?;
         let full = full_name(subscription);
-        let refused = |reason: &str, message: String| Error::Refused {
-            code: tonic::Code::NotFound,
-            reason: reason.into(),
-            message,
-        };
-        let found = cluster
-            .subscription(&full)
-            .ok_or_else(|| refused("NO_SUBSCRIPTION", format!("subscription {full} does not exist")))?;
+        let found = cluster.subscription(&full).ok_or_else(|| Error::no_subscription(&full))?;
         let wanted = found.spec.as_ref().map(|s| s.topic.clone()).unwrap_or_default();
         let many = weir_proto::is_pattern(&wanted);
         if !many && found.topics.is_empty() {
-            return Err(refused("NO_TOPIC", format!("topic {wanted} does not exist")));
+            return Err(Error::no_topic(&wanted));
         }
         let (lists, receiver) = mpsc::channel(LISTS_MAX);
         let (task, tasks) = mpsc::channel(1);
-        let open = Open::default();
+        let (open, seen) = (Open::default(), Arc::new(AtomicU64::new(0)));
         let partition = |topic: &str, partition| Partition {
             client: client.clone(),
             subscription: full.clone(),
@@ -151,6 +164,7 @@ impl Subscriber {
             options: options.clone(),
             lists: lists.clone(),
             open: open.clone(),
+            seen: seen.clone(),
             _task: task.clone(),
         };
         // one after the other: two that open an exclusive subscription at once do not share it between them
@@ -166,12 +180,12 @@ impl Subscriber {
             partition.spawn(pull);
         }
         tokio::spawn(follow_growth(partition("", 0)));
-        Ok(Self { lists: receiver, here: VecDeque::new(), tasks })
+        Ok(Self { lists: receiver, here: VecDeque::new(), seen, tasks })
     }
 
     /// Leaves the subscription once the brokers know what was acked; what was not comes to others at once.
     pub async fn close(self) {
-        let Self { lists, here, mut tasks } = self;
+        let Self { lists, here, mut tasks, .. } = self;
         drop((lists, here));
         while tasks.recv().await.is_some() {}
     }
@@ -180,6 +194,7 @@ impl Subscriber {
     pub async fn next(&mut self) -> Option<Result<Delivered, Error>> {
         loop {
             if let Some(next) = self.here.pop_front() {
+                self.seen.fetch_add(1, Ordering::Relaxed);
                 return Some(Ok(next));
             }
             match self.lists.recv().await? {
@@ -194,34 +209,33 @@ impl Subscriber {
 /// behind the new position.
 pub async fn seek(client: &Client, subscription: &str, to: From) -> Result<(), Error> {
     use v1::seek_request::To;
+    let topic_id = if let From::OffsetOf { topic_id, .. } = to { topic_id } else { 0 };
     let to = match to {
         From::Earliest => To::Earliest(true),
         From::Latest => To::Latest(true),
-        From::Offset(offset) => To::Offset(offset),
+        From::Offset(offset) | From::OffsetOf { offset, .. } => To::Offset(offset),
         From::Time(time) => To::TimeMs(time),
     };
-    seek_all(client, subscription, to).await
+    seek_all(client, subscription, to, topic_id).await
 }
 
 /// Moves a subscription back to a snapshot of it, in all partitions: what was not acked then comes again.
 pub async fn seek_to_snapshot(client: &Client, subscription: &str, snapshot: &str) -> Result<(), Error> {
-    seek_all(client, subscription, v1::seek_request::To::Snapshot(snapshot.to_owned())).await
+    seek_all(client, subscription, v1::seek_request::To::Snapshot(snapshot.to_owned()), 0).await
 }
 
-async fn seek_all(client: &Client, subscription: &str, to: v1::seek_request::To) -> Result<(), Error> {
+async fn seek_all(client: &Client, subscription: &str, to: v1::seek_request::To, topic_id: u64) -> Result<(), Error> {
     let cluster = client.connect(Duration::from_secs(10)).await?;
     let full = full_name(subscription);
-    let missing = || Error::Refused {
-        code: tonic::Code::NotFound,
-        reason: "NO_SUBSCRIPTION".into(),
-        message: format!("subscription {full} does not exist"),
-    };
-    let topics = cluster.subscription(&full).map(|s| s.topics.clone()).ok_or_else(missing)?;
+    let topics = cluster.subscription(&full).map(|s| s.topics.clone());
+    let topics = topics.ok_or_else(|| Error::no_subscription(&full))?;
     for topic in &topics {
         let count = cluster.topic(topic).map_or(0, |t| t.partitions.len() as u32);
         for partition in 0..count {
             let (subscription, topic_name, to) = (full.clone(), topic.clone(), Some(to.clone()));
-            let request = v1::SeekRequest { subscription, topic: topic_name, partition, to };
+            // a seek is of whatever has the name now
+            let request =
+                v1::SeekRequest { subscription, topic: topic_name, partition, to, topic_id, subscription_id: 0 };
             let call = |address: String| {
                 let request = request.clone();
                 async move {
@@ -287,13 +301,22 @@ struct Partition {
     options: Options,
     lists: Lists,
     open: Open,
+    seen: Arc<AtomicU64>,
     _task: mpsc::Sender<()>,
 }
 
 impl Partition {
-    async fn open(&self) -> Result<Pull, Error> {
-        let Options { member, credit } = &self.options;
-        Pull::open(&self.client, &self.subscription, &self.topic, self.partition, member, *credit).await
+    /// Messages that are wanted still.
+    fn wanted(&self) -> u64 {
+        self.options.max.map_or(u64::MAX, |max| max.saturating_sub(self.seen.load(Ordering::Relaxed)))
+    }
+
+    /// Opens the partition. Also says for how many messages it was given credit.
+    async fn open(&self) -> Result<(Pull, u64), Error> {
+        let Options { member, credit, .. } = &self.options;
+        let credit = u64::from(*credit).min(self.wanted()) as u32;
+        let pull = Pull::open(&self.client, &self.subscription, &self.topic, self.partition, member, credit).await?;
+        Ok((pull, credit.into()))
     }
 
     fn all_open(&self) -> MutexGuard<'_, HashSet<(String, u32)>> {
@@ -305,7 +328,7 @@ impl Partition {
     }
 
     /// Reads it in a task of its own.
-    fn spawn(self, pull: Pull) {
+    fn spawn(self, pull: (Pull, u64)) {
         let key = (self.topic.clone(), self.partition);
         self.all_open().insert(key.clone());
         let open = self.open.clone();
@@ -322,12 +345,12 @@ impl Partition {
     }
 
     /// Delivers and answers until the subscriber is dropped; opens again after a failover.
-    async fn run(self, mut pull: Pull) {
+    async fn run(self, (mut pull, mut asked): (Pull, u64)) {
         let mut waits = waits();
         loop {
             // answers to messages of a stream that ended say nothing to the next: those come again
             let (actions, receiver) = mpsc::unbounded_channel();
-            let ended = self.serve(&mut pull, actions, receiver).await;
+            let ended = self.serve(&mut pull, asked, actions, receiver).await;
             if self.lists.is_closed() {
                 return pull.close().await;
             }
@@ -340,7 +363,7 @@ impl Partition {
             tokio::time::sleep(waits.next().unwrap_or(Duration::from_millis(200))).await;
             let _ = self.client.refresh().await;
             match self.open().await {
-                Ok(again) => pull = again,
+                Ok(again) => (pull, asked) = again,
                 // for as long as it takes: a cluster may be away for minutes
                 Err(Error::Deadline { last, .. }) => tracing::warn!(partition = self.partition, last, "opening again"),
                 Err(error) if self.is_gone(&error) => return,
@@ -353,26 +376,30 @@ impl Partition {
     async fn serve(
         &self,
         pull: &mut Pull,
+        mut asked: u64,
         actions: mpsc::UnboundedSender<Action>,
         mut receiver: mpsc::UnboundedReceiver<Action>,
     ) -> Ended {
         let mut served = false;
+        let wanted = self.wanted();
         let mut waiting: VecDeque<Vec<Message>> = VecDeque::new();
-        let from = Arc::new(Source { client: self.client.clone(), subscription: self.subscription.clone() });
+        let (client, subscription) = (self.client.clone(), self.subscription.clone());
+        let from = Arc::new(Source { client, subscription, subscription_id: pull.subscription_id() });
         loop {
             tokio::select! {
                 biased;
                 () = self.lists.closed() => {
                     // what was answered already is still told
                     while let Ok(action) = receiver.try_recv() {
-                        let _ = self.answer(pull, action, &mut receiver).await;
+                        let _ = self.answer(pull, action, 0, &mut receiver).await;
                     }
                     return Ended::Again { served };
                 }
                 action = receiver.recv() => {
                     let Some(action) = action else { return Ended::Again { served } };
-                    if self.answer(pull, action, &mut receiver).await.is_err() {
-                        return Ended::Again { served };
+                    match self.answer(pull, action, wanted.saturating_sub(asked), &mut receiver).await {
+                        Ok(credit) => asked += credit,
+                        Err(_) => return Ended::Again { served },
                     }
                 }
                 next = pull.next() => match next {
@@ -398,13 +425,15 @@ impl Partition {
         }
     }
 
-    /// Sends what has been answered since, in one request, acks as ranges.
+    /// Sends what has been answered since, in one request, acks as ranges. What is done with is credit for as many more, at most
+    /// `credit_max`; gives that.
     async fn answer(
         &self,
         pull: &Pull,
         first: Action,
+        credit_max: u64,
         receiver: &mut mpsc::UnboundedReceiver<Action>,
-    ) -> Result<(), Error> {
+    ) -> Result<u64, Error> {
         let (mut acks, mut nacks, mut extensions) = (Vec::new(), Vec::new(), Vec::new());
         let mut dropped = 0;
         let mut action = Some(first);
@@ -418,6 +447,8 @@ impl Partition {
             action = (acks.len() + dropped < self.options.credit as usize).then(|| receiver.try_recv().ok()).flatten();
         }
         acks.sort_unstable();
-        pull.answer(&acks, &nacks, &extensions, dropped as u32).await
+        let credit = ((acks.len() + nacks.len() + dropped) as u64).min(credit_max);
+        pull.answer(&acks, &nacks, &extensions, credit as u32).await?;
+        Ok(credit)
     }
 }

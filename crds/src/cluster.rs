@@ -1,12 +1,14 @@
 //! StreamCluster: the brokers.
 
 use crate::{DeletionPolicy, Retention, SIZE_PATTERN};
-use k8s_openapi::api::core::v1::{ResourceRequirements, Toleration};
+use k8s_openapi::api::core::v1::{LocalObjectReference, ResourceRequirements, Toleration};
+use k8s_openapi::api::networking::v1::NetworkPolicyPeer;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use weir_proto::limits;
 
 /// A cluster of brokers.
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
@@ -44,6 +46,9 @@ pub struct StreamClusterSpec {
     /// When the image is pulled: `Always`, `IfNotPresent` or `Never`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image_pull_policy: Option<String>,
+    /// Secrets of the cluster's namespace with which the image is pulled from a private registry.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub image_pull_secrets: Vec<LocalObjectReference>,
     /// Each broker's volume.
     #[serde(default)]
     pub storage: Storage,
@@ -56,6 +61,9 @@ pub struct StreamClusterSpec {
     /// Namespaces, besides its own, whose Topics and Subscriptions may use this cluster; `*` for all.
     #[serde(default)]
     pub allowed_namespaces: Vec<String>,
+    /// Which pods may reach the brokers' ports.
+    #[serde(default)]
+    pub network_policy: NetworkPolicy,
     /// What Topics get that do not say it themselves.
     #[serde(default)]
     pub topic_defaults: TopicDefaults,
@@ -76,10 +84,12 @@ pub struct StreamClusterSpec {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[x_kube(validation = Rule::new("has(self.className) == has(oldSelf.className) && (!has(self.className) || self.className == oldSelf.className)").message("className cannot change: volumes cannot move between classes"))]
 pub struct Storage {
-    /// Its size. May grow where the storage class allows it, never shrink.
+    /// Its size, `1Gi` at least: what the file system takes for itself comes off it, and a broker does not start on less than 512 MiB.
+    /// May grow where the storage class allows it, never shrink.
     #[schemars(regex(pattern = SIZE_PATTERN))]
     #[serde(default = "ten_gi")]
     #[x_kube(validation = Rule::new("quantity(self).compareTo(quantity(oldSelf)) >= 0").message("storage can grow, never shrink"))]
+    #[x_kube(validation = Rule::new("quantity(self).compareTo(quantity('1Gi')) >= 0").message("storage is 1Gi at least"))]
     pub size: String,
     /// Its storage class. Absent: the cluster's default class. Cannot change.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -107,13 +117,32 @@ pub struct Placement {
     pub zone_label: Option<String>,
 }
 
+/// Which pods may reach the brokers' ports, where the network plugin carries out NetworkPolicies. The port of brokers among each other
+/// is open to them alone, and the administrators' port to them and to the operator in its namespace.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct NetworkPolicy {
+    /// Make a NetworkPolicy. Where this is false, write one of your own: whoever reaches the administrators' port may delete topics.
+    #[serde(default = "yes")]
+    pub enabled: bool,
+    /// Who may reach the clients' port, as in a NetworkPolicy's `from`. Absent or empty: anybody.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub from: Vec<NetworkPolicyPeer>,
+}
+
+impl Default for NetworkPolicy {
+    fn default() -> Self {
+        Self { enabled: true, from: Vec::new() }
+    }
+}
+
 /// Defaults for Topics.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct TopicDefaults {
     /// Copies of each partition: 1, 3, 5 or 7.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1, max = 7))]
+    #[schemars(range(min = limits::REPLICAS.min, max = limits::REPLICAS.max))]
     #[x_kube(validation = Rule::new("self % 2 == 1").message("use 1, 3, 5 or 7 replicas: an even number survives no more failures than one less"))]
     pub replicas: Option<u32>,
     /// How long records are kept.
@@ -125,10 +154,11 @@ pub struct TopicDefaults {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct StreamClusterStatus {
-    /// The generation of the spec that was applied.
+    /// The generation of the spec that was seen last; also where `spec.paused` holds back what it asks for.
     pub observed_generation: Option<i64>,
     /// `Ready`: it serves. `Progressing`: brokers are added, drained or rolled. `Degraded`: a partition lacks a leader or a replica.
     #[serde(default)]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
     /// Id of the cluster, given when it formed.
     pub cluster_id: Option<String>,
@@ -182,6 +212,10 @@ pub struct Member {
     pub leads: i32,
     /// Replicas it holds.
     pub replicas: i32,
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn three() -> i32 {

@@ -5,6 +5,7 @@
 #![allow(clippy::duplicated_attributes)] // printer columns are alike
 
 pub mod cluster;
+pub mod duration;
 pub mod manifest;
 pub mod quantity;
 mod yaml;
@@ -12,17 +13,24 @@ mod yaml;
 pub use cluster::{StreamCluster, StreamClusterSpec, StreamClusterStatus};
 pub use yaml::crd_files;
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use weir_proto::limits::{self, Limit, OutOfBounds};
+use weir_proto::{names, v1};
 
-/// Durations as people write them: `90s`, `12h`, `7d`.
+/// Durations as users write them, zero included: `90s`, `12h`, `7d`.
 pub const DURATION_PATTERN: &str = "^([0-9]+(ms|s|m|h|d|w))+$";
+/// The same, longer than nothing.
+pub const DURATION_SET_PATTERN: &str =
+    "^([0-9]+(ms|s|m|h|d|w))*[0-9]*[1-9][0-9]*(ms|s|m|h|d|w)([0-9]+(ms|s|m|h|d|w))*$";
 /// Times in UTC: `2026-01-31T08:00:00Z`.
 pub const TIME_PATTERN: &str = "^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\\.[0-9]+)?Z$";
 /// Sizes as people write them: `512Mi`, `10Gi`.
 pub const SIZE_PATTERN: &str = "^[0-9]+(Ki|Mi|Gi|Ti|k|M|G|T)?$";
+/// Characters of a duration, time or size.
+const WRITTEN_MAX: usize = 64;
 /// Replicas where neither the topic nor its cluster says how many.
 pub const REPLICAS_DEFAULT: u32 = 3;
 
@@ -48,16 +56,17 @@ pub enum DeletionPolicy {
 }
 
 /// How long records are kept. Records that a subscription has not acknowledged are kept in any case.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Retention {
-    /// Records older than this may go, such as `7d` or `12h`. Absent: no limit by time.
-    #[schemars(regex(pattern = DURATION_PATTERN))]
+    /// Records older than this may go, such as `7d` or `12h`; `1s` to `36500d`. Absent: no limit by time.
+    #[schemars(length(max = WRITTEN_MAX), regex(pattern = DURATION_SET_PATTERN))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub time: Option<String>,
-    /// A partition larger than this loses its oldest records, such as `10Gi`. Absent: no limit by size.
-    #[schemars(regex(pattern = SIZE_PATTERN))]
+    /// A partition larger than this loses its oldest records, such as `10Gi`; `1024Ti` at most. Absent: no limit by size.
+    #[schemars(length(max = WRITTEN_MAX), regex(pattern = SIZE_PATTERN))]
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new("quantity(self).compareTo(quantity('0')) > 0 && quantity(self).compareTo(quantity('1024Ti')) <= 0").message("retention.bytes is 1 to 1024Ti; leave it out for no limit"))]
     pub bytes: Option<String>,
 }
 
@@ -98,13 +107,13 @@ pub struct ClusterRef {
 pub struct TopicSpec {
     /// Number of partitions, 1 to 10000. May grow, never shrink; a key's records keep their order within one number of partitions.
     #[serde(default = "one")]
-    #[schemars(range(min = 1, max = 10_000))]
+    #[schemars(range(min = limits::PARTITIONS.min, max = limits::PARTITIONS.max))]
     #[x_kube(validation = Rule::new("self >= oldSelf").message("partitions can grow, never shrink: records would lose their place"))]
     pub partitions: u32,
     /// Copies of each partition, on different brokers: 1, 3, 5 or 7. With three, one broker may fail and nothing stops.
     /// Absent: what the cluster says in `topicDefaults`, else 3.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1, max = 7))]
+    #[schemars(range(min = limits::REPLICAS.min, max = limits::REPLICAS.max))]
     #[x_kube(validation = Rule::new("self % 2 == 1").message("use 1, 3, 5 or 7 replicas: an even number survives no more failures than one less"))]
     pub replicas: Option<u32>,
     /// How long records are kept. Absent: what the cluster says in `topicDefaults`, else for ever.
@@ -114,16 +123,17 @@ pub struct TopicSpec {
     /// `quorumMemory`, once a majority has it in memory: faster, and lost where a majority loses power at once.
     #[serde(default)]
     pub durability: Durability,
-    /// Largest record batch taken, such as `1Mi` (the default); `32Mi` at most.
+    /// Largest record batch taken, such as `1Mi` (the default); `64` to `32Mi`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(regex(pattern = SIZE_PATTERN))]
-    #[x_kube(validation = Rule::new("quantity(self).compareTo(quantity('32Mi')) <= 0").message("maxMessageBytes is 32Mi at most"))]
+    #[schemars(length(max = WRITTEN_MAX), regex(pattern = SIZE_PATTERN))]
+    #[x_kube(validation = Rule::new("quantity(self).compareTo(quantity('32Mi')) <= 0 && quantity(self).compareTo(quantity('64')) >= 0").message("maxMessageBytes is 64 to 32Mi"))]
     pub max_message_bytes: Option<String>,
     /// The StreamCluster that holds it. Absent: the one called `default` in the topic's namespace. Cannot change.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster_ref: Option<ClusterRef>,
     /// What becomes of the records when the Topic is deleted: with `Retain` (the default) they stay, and a Topic of the same name
-    /// takes them over; with `Delete` they go.
+    /// takes them over; with `Delete` they go, and with them the positions of its Subscriptions: on a Topic made again under the
+    /// name they begin as new ones.
     #[serde(default)]
     pub deletion_policy: DeletionPolicy,
 }
@@ -136,6 +146,7 @@ pub struct TopicStatus {
     pub observed_generation: Option<i64>,
     /// `Ready`: it takes records. `Degraded`: some partition lacks a leader or a replica.
     #[serde(default)]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
     /// Copies of each partition, as applied.
     pub replicas: Option<u32>,
@@ -143,8 +154,10 @@ pub struct TopicStatus {
     pub leaderless: Option<u32>,
     /// Partitions with fewer replicas in sync than wanted.
     pub under_replicated: Option<u32>,
-    /// Bytes of log kept in all partitions, on each replica, for people.
+    /// Bytes of log kept in all partitions, on each replica, for people. Measured at `measuredAt`: metrics are newer.
     pub size: Option<String>,
+    /// When `size` was measured: every five minutes, and whenever something else in the status changes.
+    pub measured_at: Option<Time>,
     /// The first hundred partitions.
     #[serde(default)]
     pub partitions: Vec<TopicPartitionStatus>,
@@ -192,12 +205,12 @@ pub enum Mode {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Redelivery {
-    /// Wait before the first redelivery, such as `1s`; it doubles with each. Absent: none.
-    #[schemars(regex(pattern = DURATION_PATTERN))]
+    /// Wait before the first redelivery, such as `1s`; it doubles with each; `1d` at most. Absent: none.
+    #[schemars(length(max = WRITTEN_MAX), regex(pattern = DURATION_PATTERN))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub min_backoff: Option<String>,
-    /// Longest wait, such as `5m`. Absent: `1m`.
-    #[schemars(regex(pattern = DURATION_PATTERN))]
+    /// Longest wait, such as `5m`, not below `minBackoff`; `1d` at most. Absent: `1m`, or `minBackoff` where that is longer.
+    #[schemars(length(max = WRITTEN_MAX), regex(pattern = DURATION_SET_PATTERN))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_backoff: Option<String>,
 }
@@ -239,22 +252,22 @@ pub struct SubscriptionSpec {
     pub start: StartPosition,
     /// It starts with the first message appended at or after this time, such as `2026-01-31T08:00:00Z`, whatever `start` says.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(regex(pattern = TIME_PATTERN))]
+    #[schemars(length(max = WRITTEN_MAX), regex(pattern = TIME_PATTERN))]
     pub start_time: Option<String>,
-    /// How long a consumer may hold a message unacknowledged, such as `30s` (the default).
+    /// How long a consumer may hold a message unacknowledged, such as `30s` (the default); `1ms` to `1d`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(regex(pattern = DURATION_PATTERN))]
+    #[schemars(length(max = WRITTEN_MAX), regex(pattern = DURATION_SET_PATTERN))]
     pub ack_deadline: Option<String>,
     /// When a message comes again that was refused or not acknowledged in time.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub redelivery: Option<Redelivery>,
     /// Messages that consumers may hold unacknowledged at one time, in each partition. Absent: 100000.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1, max = 1_000_000))]
+    #[schemars(range(min = limits::IN_FLIGHT.min, max = limits::IN_FLIGHT.max))]
     pub max_in_flight: Option<u32>,
     /// The same for one consumer. Absent: any number.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1, max = 1_000_000))]
+    #[schemars(range(min = limits::IN_FLIGHT_MEMBER.min, max = limits::IN_FLIGHT_MEMBER.max))]
     pub max_in_flight_per_consumer: Option<u32>,
     /// Messages go out by their priority, the digit in their header `weir-priority`, 9 first; every eighth is the oldest, so that
     /// none waits for ever. Only with mode `shared`.
@@ -263,7 +276,7 @@ pub struct SubscriptionSpec {
     /// Only messages whose header `weir-routing-key` matches one of these patterns are delivered: words between dots, `*` for one word,
     /// `#` for any number. Absent: all messages.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 32))]
+    #[schemars(length(max = limits::ROUTING_KEYS.max))]
     pub routing_keys: Vec<String>,
     /// For a service without a client: messages are POSTed to it as CloudEvents, and an answer of 2xx acknowledges. Absent: consumers
     /// come for them.
@@ -273,7 +286,7 @@ pub struct SubscriptionSpec {
     /// map of strings), `timestamp` and `size` (bytes of the value), and is false where a header it asks for is missing:
     /// `headers.kind == "signup" && size < 10000`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 2048))]
+    #[schemars(length(min = limits::FILTER.min, max = limits::FILTER.max))]
     pub filter: Option<String>,
     /// How fast messages are delivered, over all partitions: what a peak brings beyond that waits. Absent: as fast as they are taken.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -295,33 +308,34 @@ pub struct SubscriptionSpec {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Push {
     /// URL that messages are POSTed to, such as `http://mail.shop.svc/events`.
-    #[schemars(length(max = 2048), regex(pattern = "^https?://[^/ ]+"))]
+    #[schemars(length(max = limits::ENDPOINT.max), regex(pattern = "^https?://[^/ ]+"))]
     pub endpoint: String,
     /// Requests under way at one time from each partition, 1 (the default) to 100; in the modes `exclusive` and `failover` always 1.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1, max = 100))]
+    #[schemars(range(min = limits::PUSH_CONCURRENCY.min, max = limits::PUSH_CONCURRENCY.max))]
     pub concurrency: Option<u32>,
-    /// How long an answer may take, such as `10s` (the default).
+    /// How long an answer may take, such as `10s` (the default); `1ms` to `10m`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(regex(pattern = DURATION_PATTERN))]
+    #[schemars(length(max = WRITTEN_MAX), regex(pattern = DURATION_SET_PATTERN))]
     pub timeout: Option<String>,
 }
 
 /// How fast messages are delivered.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Rate {
     /// Messages each second.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1, max = 1_000_000_000))]
+    #[schemars(range(min = limits::MESSAGE_RATE.min, max = limits::MESSAGE_RATE.max))]
     pub messages_per_second: Option<u64>,
-    /// Bytes of keys and values each second, such as `10Mi`.
+    /// Bytes of keys and values each second, such as `10Mi`; `1Ti` at most.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(regex(pattern = SIZE_PATTERN))]
+    #[schemars(length(max = WRITTEN_MAX), regex(pattern = SIZE_PATTERN))]
+    #[x_kube(validation = Rule::new("quantity(self).compareTo(quantity('0')) > 0 && quantity(self).compareTo(quantity('1Ti')) <= 0").message("rate.bytesPerSecond is 1 to 1Ti; leave it out for any number"))]
     pub bytes_per_second: Option<String>,
     /// Messages that may go out at once after a pause. Absent: a tenth of a second's.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1, max = 1_000_000_000))]
+    #[schemars(range(min = limits::BURST.min, max = limits::BURST.max))]
     pub burst: Option<u64>,
 }
 
@@ -330,7 +344,7 @@ pub struct Rate {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct DeadLetter {
     /// Deliveries that may fail (refused, not acknowledged in time, or the consumer went away).
-    #[schemars(range(min = 1, max = 1000))]
+    #[schemars(range(min = limits::DELIVERIES.min, max = limits::DELIVERIES.max))]
     pub max_deliveries: u32,
     /// The topic that takes it then, in the same namespace, or `namespace/name`, with its origin and the reason in headers. Absent: it
     /// is dropped. `weir subscription redrive` puts what lies there back.
@@ -347,13 +361,16 @@ pub struct SubscriptionStatus {
     pub observed_generation: Option<i64>,
     /// `Ready`: consumers can read it.
     #[serde(default)]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
-    /// Messages not acknowledged, over all partitions.
+    /// Messages not acknowledged, over all partitions. Measured at `measuredAt`, as the next two: metrics are newer.
     pub backlog: Option<i64>,
     /// About how much of the log they take, such as `1.5Mi`.
     pub backlog_size: Option<String>,
     /// Age of the oldest of them, seconds.
     pub oldest_unacked_seconds: Option<i64>,
+    /// When these figures were measured: every five minutes, and whenever something else in the status changes.
+    pub measured_at: Option<Time>,
 }
 
 fn one() -> u32 {
@@ -364,66 +381,24 @@ fn delete() -> DeletionPolicy {
     DeletionPolicy::Delete
 }
 
-/// A topic that was checked: plain numbers.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A topic that was checked.
+#[derive(Clone, Debug, PartialEq)]
 pub struct ValidatedTopic {
     /// `namespace/name`.
     pub name: String,
-    /// Partitions.
-    pub partitions: u32,
-    /// Replicas.
-    pub replicas: u32,
-    /// ms, 0 for no limit.
-    pub retention_ms: u64,
-    /// Bytes for each partition, 0 for no limit.
-    pub retention_bytes: u64,
-    /// Bytes, 0 for the default.
-    pub message_bytes_max: u32,
-    /// Acks wait for memory only.
-    pub quorum_memory: bool,
+    /// As brokers take it.
+    pub spec: v1::TopicSpec,
+    /// Whether the resource says how many replicas it wants; otherwise the spec has [`REPLICAS_DEFAULT`].
+    pub says_replicas: bool,
 }
 
 /// A subscription that was checked.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ValidatedSubscription {
     /// `namespace/name`.
     pub name: String,
-    /// The topic's `namespace/name`.
-    pub topic: String,
-    /// Starts with the oldest record.
-    pub from_earliest: bool,
-    /// Starts with the first record appended at or after this time, ms since the epoch; 0 for what `from_earliest` says.
-    pub start_ms: u64,
-    /// ms, 0 for the default.
-    pub ack_deadline_ms: u64,
-    /// How messages are shared.
-    pub mode: Mode,
-    /// ms before the first redelivery.
-    pub backoff_min_ms: u64,
-    /// ms at most, 0 for the default.
-    pub backoff_max_ms: u64,
-    /// Messages held at one time in each partition, 0 for the default.
-    pub in_flight_max: u32,
-    /// Failed deliveries after which a message is buried, 0 for never.
-    pub deliveries_max: u32,
-    /// `namespace/name` of the topic that takes what is buried, empty to drop it.
-    pub dead_letter_topic: String,
-    /// CEL, empty for all messages.
-    pub filter: String,
-    /// 0 for any number.
-    pub messages_per_second: u64,
-    /// 0 for any number.
-    pub bytes_per_second: u64,
-    /// 0 for the default.
-    pub burst_messages: u64,
-    /// Messages one consumer may hold in each partition, 0 for any number.
-    pub in_flight_member_max: u32,
-    /// Messages go out by priority.
-    pub priorities: bool,
-    /// Patterns of routing keys, none for all messages.
-    pub routing_keys: Vec<String>,
-    /// Endpoint, requests under way (0 for the default) and ms an answer may take (0 for the default), where messages are pushed.
-    pub push: Option<(String, u32, u64)>,
+    /// As brokers take it.
+    pub spec: v1::SubscriptionSpec,
 }
 
 /// A field that cannot be what it is.
@@ -436,60 +411,82 @@ pub struct Invalid {
     pub message: String,
 }
 
+impl From<OutOfBounds> for Invalid {
+    fn from(refused: OutOfBounds) -> Self {
+        invalid(refused.limit.path, refused.message)
+    }
+}
+
 fn invalid(field: &'static str, message: impl Into<String>) -> Invalid {
     Invalid { field, message: message.into() }
 }
 
-/// The bounds the schema has, for those that no API server checks.
-fn within(field: &'static str, value: Option<u64>, most: u64) -> Result<(), Invalid> {
-    match value {
-        Some(value) if !(1..=most).contains(&value) => Err(invalid(field, format!("must be 1 to {most}, not {value}"))),
-        _ => Ok(()),
+fn full_name(meta: &kube::core::ObjectMeta) -> Result<String, Invalid> {
+    let name = meta.name.as_deref().ok_or_else(|| invalid("metadata.name", "is missing"))?;
+    let namespace = meta.namespace.as_deref().unwrap_or(names::NAMESPACE_DEFAULT);
+    for (field, part) in [("metadata.name", name), ("metadata.namespace", namespace)] {
+        if !names::is_part(part) {
+            return Err(invalid(field, names::refusal(part)));
+        }
+    }
+    Ok(format!("{namespace}/{name}"))
+}
+
+/// A duration within its bounds, in ms. The refusal repeats what the user wrote.
+fn millis(limit: Limit, text: &Option<String>) -> Result<Option<u64>, Invalid> {
+    written(limit, text, duration::millis)
+}
+
+/// A size within its bounds, in bytes.
+fn bytes(limit: Limit, text: &Option<String>) -> Result<Option<u64>, Invalid> {
+    written(limit, text, quantity::bytes)
+}
+
+fn written(
+    limit: Limit,
+    text: &Option<String>,
+    read: impl Fn(&str) -> Result<u64, String>,
+) -> Result<Option<u64>, Invalid> {
+    let Some(text) = text else { return Ok(None) };
+    let value = read(text).map_err(|e| invalid(limit.path, e))?;
+    match limit.check(value) {
+        Ok(value) => Ok(Some(value)),
+        Err(_) => Err(invalid(limit.path, format!("must be {}, not {text}", limit.bounds()))),
     }
 }
 
-fn full_name(meta: &kube::core::ObjectMeta) -> Result<String, Invalid> {
-    let name = meta.name.as_deref().filter(|n| !n.is_empty()).ok_or_else(|| invalid("metadata.name", "is missing"))?;
-    let letter = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
-    let right = name.len() <= 253
-        && name.chars().all(|c| letter(c) || c == '-' || c == '.')
-        && name.starts_with(letter)
-        && name.ends_with(letter);
-    if !right {
-        let rule = "is a-z, 0-9, '-' and '.', begins and ends with a letter or digit, and has 253 characters at most";
-        return Err(invalid("metadata.name", rule));
+fn time_ms(limit: Limit, text: &Option<String>) -> Result<Option<u64>, Invalid> {
+    let Some(text) = text else { return Ok(None) };
+    let since_epoch = |time: std::time::SystemTime| time.duration_since(std::time::UNIX_EPOCH).ok();
+    let read = humantime::parse_rfc3339(text).ok().and_then(since_epoch);
+    match read.and_then(|d| u64::try_from(d.as_millis()).ok()) {
+        Some(ms) => Ok(Some(limit.check(ms)?)),
+        None => {
+            let rule = "is not a time in UTC from 1970 to 9999, such as 2026-01-31T08:00:00Z";
+            Err(invalid(limit.path, format!("'{text}' {rule}")))
+        }
     }
-    Ok(format!("{}/{name}", meta.namespace.as_deref().unwrap_or("default")))
 }
 
 impl Topic {
     /// Checks every field.
     pub fn validate(&self) -> Result<ValidatedTopic, Invalid> {
-        let spec = &self.spec;
-        if !(1..=10_000).contains(&spec.partitions) {
-            return Err(invalid("spec.partitions", format!("must be 1 to 10000, not {}", spec.partitions)));
+        let replicas = self.spec.replicas.unwrap_or(REPLICAS_DEFAULT);
+        if replicas.is_multiple_of(2) || replicas > 7 {
+            return Err(invalid(limits::REPLICAS.path, format!("must be 1, 3, 5 or 7, not {replicas}")));
         }
-        let replicas = spec.replicas.unwrap_or(REPLICAS_DEFAULT);
-        if !(1..=7).contains(&replicas) || replicas.is_multiple_of(2) {
-            return Err(invalid("spec.replicas", format!("must be 1, 3, 5 or 7, not {replicas}")));
-        }
-        let retention = spec.retention.clone().unwrap_or_default();
-        let bytes = |field, text: &Option<String>| {
-            text.as_deref().map_or(Ok(0), |t| quantity::bytes(t).map_err(|e| invalid(field, e)))
-        };
-        let largest = bytes("spec.maxMessageBytes", &spec.max_message_bytes)?;
-        if largest > 32 << 20 {
-            return Err(invalid("spec.maxMessageBytes", "must be 32Mi at most"));
-        }
-        Ok(ValidatedTopic {
-            name: full_name(&self.metadata)?,
-            partitions: spec.partitions,
+        let retention = self.spec.retention.clone().unwrap_or_default();
+        let largest = bytes(limits::BATCH_BYTES, &self.spec.max_message_bytes)?;
+        let spec = v1::TopicSpec {
+            partitions: self.spec.partitions,
             replicas,
-            retention_ms: millis("spec.retention.time", &retention.time)?,
-            retention_bytes: bytes("spec.retention.bytes", &retention.bytes)?,
-            message_bytes_max: largest as u32,
-            quorum_memory: spec.durability == Durability::QuorumMemory,
-        })
+            retention_ms: millis(limits::RETENTION, &retention.time)?,
+            retention_bytes: bytes(limits::RETENTION_BYTES, &retention.bytes)?,
+            message_bytes_max: largest.map(|bytes| bytes as u32), // its bounds fit
+            quorum_memory: self.spec.durability == Durability::QuorumMemory,
+        };
+        limits::check_topic(&spec)?;
+        Ok(ValidatedTopic { name: full_name(&self.metadata)?, spec, says_replicas: self.spec.replicas.is_some() })
     }
 }
 
@@ -497,77 +494,54 @@ impl Subscription {
     /// Checks every field.
     pub fn validate(&self) -> Result<ValidatedSubscription, Invalid> {
         let name = full_name(&self.metadata)?;
-        if self.spec.topic.is_empty() {
+        let spec = &self.spec;
+        if spec.topic.is_empty() {
             return Err(invalid("spec.topic", "is empty"));
         }
-        let namespace = name.split('/').next().unwrap_or("default");
+        let namespace = name.split('/').next().unwrap_or(names::NAMESPACE_DEFAULT);
         let in_namespace = |t: &String| if t.contains('/') { t.clone() } else { format!("{namespace}/{t}") };
-        let topic = in_namespace(&self.spec.topic);
-        let dead_letter = self.spec.dead_letter.as_ref();
+        let topic = in_namespace(&spec.topic);
+        let dead_letter = spec.dead_letter.as_ref();
         let dead_letter_topic = dead_letter.and_then(|d| d.topic.as_ref()).map(in_namespace).unwrap_or_default();
         if dead_letter_topic == topic {
             return Err(invalid("spec.deadLetter.topic", "a topic cannot take its own dead letters"));
         }
-        let rate = self.spec.rate.clone().unwrap_or_default();
-        within("spec.maxInFlight", self.spec.max_in_flight.map(u64::from), 1_000_000)?;
-        within("spec.deadLetter.maxDeliveries", dead_letter.map(|d| d.max_deliveries.into()), 1_000)?;
-        within("spec.rate.messagesPerSecond", rate.messages_per_second, 1_000_000_000)?;
-        within("spec.rate.burst", rate.burst, 1_000_000_000)?;
-        if self.spec.filter.as_ref().is_some_and(|f| f.is_empty() || f.len() > 2_048) {
-            return Err(invalid("spec.filter", "has 1 to 2048 characters"));
+        if spec.filter.as_ref().is_some_and(String::is_empty) {
+            return Err(limits::FILTER.refuse(format!("must have {} characters", limits::FILTER.bounds())).into());
         }
-        let each = self.spec.max_in_flight_per_consumer;
-        within("spec.maxInFlightPerConsumer", each.map(u64::from), 1_000_000)?;
-        if self.spec.priorities && self.spec.mode != Mode::Shared {
+        if spec.priorities && spec.mode != Mode::Shared {
             return Err(invalid("spec.priorities", "needs mode shared: in the others order is kept"));
         }
-        let push = match &self.spec.push {
-            None => None,
-            Some(push) => {
-                within("spec.push.concurrency", push.concurrency.map(u64::from), 100)?;
-                if !push.endpoint.starts_with("http://") && !push.endpoint.starts_with("https://") {
-                    return Err(invalid("spec.push.endpoint", "begins with http:// or https://"));
-                }
-                let timeout_ms = millis("spec.push.timeout", &push.timeout)?;
-                Some((push.endpoint.clone(), push.concurrency.unwrap_or(0), timeout_ms))
+        let push = |push: &Push| {
+            if !push.endpoint.starts_with("http://") && !push.endpoint.starts_with("https://") {
+                return Err(invalid(limits::ENDPOINT.path, "begins with http:// or https://"));
             }
+            let timeout_ms = millis(limits::PUSH_TIMEOUT, &push.timeout)?;
+            Ok(v1::Push { endpoint: push.endpoint.clone(), concurrency: push.concurrency, timeout_ms })
         };
-        let bytes_per_second = rate.bytes_per_second.as_deref().map_or(Ok(0), quantity::bytes);
-        let redelivery = self.spec.redelivery.clone().unwrap_or_default();
-        Ok(ValidatedSubscription {
-            mode: self.spec.mode,
-            backoff_min_ms: millis("spec.redelivery.minBackoff", &redelivery.min_backoff)?,
-            backoff_max_ms: millis("spec.redelivery.maxBackoff", &redelivery.max_backoff)?,
-            in_flight_max: self.spec.max_in_flight.unwrap_or(0),
-            deliveries_max: dead_letter.map_or(0, |d| d.max_deliveries),
-            dead_letter_topic,
-            filter: self.spec.filter.clone().unwrap_or_default(),
-            messages_per_second: rate.messages_per_second.unwrap_or(0),
-            bytes_per_second: bytes_per_second.map_err(|e| invalid("spec.rate.bytesPerSecond", e))?,
-            burst_messages: rate.burst.unwrap_or(0),
-            in_flight_member_max: each.unwrap_or(0),
-            priorities: self.spec.priorities,
-            routing_keys: self.spec.routing_keys.clone(),
-            push,
+        let rate = spec.rate.clone().unwrap_or_default();
+        let redelivery = spec.redelivery.clone().unwrap_or_default();
+        let wire = v1::SubscriptionSpec {
             topic,
-            from_earliest: self.spec.start == StartPosition::Earliest,
-            start_ms: time_ms("spec.startTime", &self.spec.start_time)?,
-            ack_deadline_ms: millis("spec.ackDeadline", &self.spec.ack_deadline)?,
-            name,
-        })
+            from_earliest: spec.start == StartPosition::Earliest,
+            start_ms: time_ms(limits::START, &spec.start_time)?,
+            ack_deadline_ms: millis(limits::ACK_DEADLINE, &spec.ack_deadline)?,
+            mode: spec.mode as i32,
+            backoff_min_ms: millis(limits::BACKOFF_MIN, &redelivery.min_backoff)?.unwrap_or(0),
+            backoff_max_ms: millis(limits::BACKOFF_MAX, &redelivery.max_backoff)?,
+            in_flight_max: spec.max_in_flight,
+            deliveries_max: dead_letter.map(|d| d.max_deliveries),
+            dead_letter_topic,
+            filter: spec.filter.clone().unwrap_or_default(),
+            messages_per_second: rate.messages_per_second,
+            bytes_per_second: bytes(limits::BYTE_RATE, &rate.bytes_per_second)?,
+            burst_messages: rate.burst,
+            in_flight_member_max: spec.max_in_flight_per_consumer,
+            priorities: spec.priorities,
+            routing_keys: spec.routing_keys.clone(),
+            push: spec.push.as_ref().map(push).transpose()?,
+        };
+        limits::check_subscription(&wire)?;
+        Ok(ValidatedSubscription { name, spec: wire })
     }
-}
-
-fn time_ms(field: &'static str, text: &Option<String>) -> Result<u64, Invalid> {
-    let Some(text) = text else { return Ok(0) };
-    let wrong = || invalid(field, format!("'{text}' is not a time in UTC such as 2026-01-31T08:00:00Z"));
-    let time = humantime::parse_rfc3339(text).map_err(|_| wrong())?;
-    time.duration_since(std::time::UNIX_EPOCH).map(|d| d.as_millis() as u64).map_err(|_| wrong())
-}
-
-fn millis(field: &'static str, text: &Option<String>) -> Result<u64, Invalid> {
-    let Some(text) = text else { return Ok(0) };
-    let parsed = humantime::parse_duration(text);
-    let duration = parsed.map_err(|e| invalid(field, format!("'{text}' is not a duration such as 30s or 7d: {e}")))?;
-    Ok(duration.as_millis() as u64)
 }

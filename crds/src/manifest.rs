@@ -4,10 +4,11 @@ use crate::{Subscription, Topic, ValidatedSubscription, ValidatedTopic};
 use serde::de::DeserializeOwned;
 use serde_yaml_ng::Value;
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// What a folder of manifests declares.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Declared {
     /// Topics.
     pub topics: Vec<ValidatedTopic>,
@@ -29,27 +30,93 @@ impl Declared {
 }
 
 /// One thing wrong in one file; the rest of the file and the others still count.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{}:{line}: {message}", file.display())]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ManifestError {
     /// The file.
     pub file: PathBuf,
-    /// Counted from 1.
+    /// Counted from 1; 0 where it is the file as a whole.
     pub line: usize,
     /// Field and cause.
     pub message: String,
 }
 
-/// Reads all `.yaml`, `.yml` and `.json` files of a folder, in the order of their names.
-pub fn read_folder(folder: &Path) -> std::io::Result<(Declared, Vec<ManifestError>)> {
-    let mut files: Vec<PathBuf> = std::fs::read_dir(folder)?.filter_map(|e| Some(e.ok()?.path())).collect();
-    files.retain(|f| f.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json"));
-    files.sort();
-    let (mut declared, mut errors) = Default::default();
-    for file in files {
-        read_text(&file, &std::fs::read_to_string(&file)?, &mut declared, &mut errors);
+impl std::fmt::Display for ManifestError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { file, line, message } = self;
+        match line {
+            0 => write!(f, "{}: {message}", file.display()),
+            line => write!(f, "{}:{line}: {message}", file.display()),
+        }
     }
-    Ok((declared, errors))
+}
+
+impl std::error::Error for ManifestError {}
+
+/// Bytes of one file of manifests.
+pub const FILE_BYTES_MAX: u64 = 16 << 20;
+
+/// Reads all `.yaml`, `.yml` and `.json` files of a folder, in the order of their names. One that cannot be read is an error of
+/// its own, and the others are read. Fails where the folder itself cannot be read.
+pub fn read_folder(folder: &Path, declared: &mut Declared, errors: &mut Vec<ManifestError>) -> std::io::Result<()> {
+    let entries: Vec<PathBuf> = std::fs::read_dir(folder)?.map(|e| Ok(e?.path())).collect::<std::io::Result<_>>()?;
+    let named = |f: &PathBuf| f.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
+    let mut files: Vec<PathBuf> = entries.into_iter().filter(named).collect();
+    files.sort();
+    for file in files {
+        // a pipe or a device may never end, and a folder is none of ours
+        match std::fs::metadata(&file) {
+            Ok(found) if found.is_file() => read_file(&file, declared, errors),
+            Ok(_) => errors.push(unread(&file, "is not a file; manifests are files in the folder itself")),
+            Err(error) => errors.push(unread(&file, &reason(&file, &error))),
+        }
+    }
+    Ok(())
+}
+
+/// Reads one file.
+pub fn read_file(file: &Path, declared: &mut Declared, errors: &mut Vec<ManifestError>) {
+    match std::fs::File::open(file) {
+        Ok(open) => read_from(file, open, declared, errors),
+        Err(error) => errors.push(unread(file, &reason(file, &error))),
+    }
+}
+
+/// Reads what comes from elsewhere, standard input say, under a name.
+pub fn read_from(file: &Path, from: impl Read, declared: &mut Declared, errors: &mut Vec<ManifestError>) {
+    let mut bytes = Vec::new();
+    if let Err(error) = from.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes) {
+        return errors.push(unread(file, &reason(file, &error)));
+    }
+    if bytes.len() as u64 > FILE_BYTES_MAX {
+        return errors.push(unread(file, "is larger than 16 MiB, more than a file of manifests may be"));
+    }
+    match String::from_utf8(bytes) {
+        Ok(text) => read_text(file, &text, declared, errors),
+        Err(wrong) => {
+            let at = wrong.utf8_error().valid_up_to();
+            let byte = wrong.as_bytes()[at];
+            let line = wrong.as_bytes()[..at].iter().filter(|b| **b == b'\n').count() + 1;
+            let message = format!("is not UTF-8: it has the byte 0x{byte:02x}; save the file as UTF-8");
+            errors.push(ManifestError { file: file.to_owned(), line, message });
+        }
+    }
+}
+
+fn unread(file: &Path, message: &str) -> ManifestError {
+    ManifestError { file: file.to_owned(), line: 0, message: message.to_owned() }
+}
+
+fn reason(file: &Path, error: &std::io::Error) -> String {
+    match std::fs::read_link(file) {
+        Ok(target) => format!("cannot be read: it is a link to {}: {error}", target.display()),
+        Err(_) => format!("cannot be read: {error}"),
+    }
+}
+
+/// Where a line ends a document: the mark, and what the line holds behind it, which begins the next one.
+fn separator(line: &str) -> Option<&str> {
+    let behind = line.strip_prefix("---").or_else(|| line.strip_prefix("..."))?;
+    (behind.is_empty() || behind.starts_with([' ', '\t'])).then_some(behind)
 }
 
 /// Reads one file's text.
@@ -58,18 +125,23 @@ pub fn read_text(file: &Path, text: &str, declared: &mut Declared, errors: &mut 
     let mut document = String::new();
     // YAML knows more line breaks than editors count
     let last = text.lines().count().max(1);
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     for (at, line) in text.lines().chain(["---"]).enumerate() {
-        if line.trim_end() != "---" {
-            document.push_str(line);
+        let Some(behind) = separator(line) else {
+            // a directive stands before a document, and says nothing that is needed here
+            let directive = line.starts_with('%') && document.trim().is_empty();
+            document.push_str(if directive { "" } else { line });
             document.push('\n');
             continue;
-        }
+        };
         let mut fail = |line: usize, message: String| {
             errors.push(ManifestError { file: file.to_owned(), line: line.min(last), message });
         };
         read_document(file, &document, start, declared, &mut fail);
         document.clear();
-        start = at + 1;
+        document.push_str(behind.trim_start()); // a tab cannot begin a line
+        document.push('\n');
+        start = at;
     }
 }
 
@@ -114,9 +186,9 @@ fn read_object(
 ) {
     let field = |name: &str| value.get(name).and_then(Value::as_str).unwrap_or_default();
     let (api, kind) = (field("apiVersion"), field("kind"));
-    let kind_line = line_with(text, "kind:");
+    let kind_line = line_with(text, "kind");
     if api != "weir.dev/v1alpha1" {
-        return fail(line_with(text, "apiVersion:"), format!("apiVersion: '{api}' is not weir.dev/v1alpha1"));
+        return fail(line_with(text, "apiVersion"), format!("apiVersion: '{api}' is not weir.dev/v1alpha1"));
     }
     match kind {
         "Topic" => {
@@ -151,13 +223,60 @@ fn parse<T: DeserializeOwned>(value: &Value, text: &str, fail: &mut dyn FnMut(us
         Ok(read) => return Some(read),
         Err(wrong) => wrong,
     };
-    // read from its own text the error has a place; an item of a list has none of its own, but for the name it complains of
-    let placed = serde_yaml_ng::from_str::<T>(text).err().filter(|e| e.to_string().contains(&wrong.to_string()));
-    let message = wrong.to_string();
-    let named = message.split('`').nth(1).map_or(1, |field| line_with(text, &format!("{field}:")));
-    let line = placed.as_ref().map_or(named, line_of);
-    fail(line, placed.map_or(message, |e| e.to_string()));
+    // read from text the error names the field it is about; the text of a list's item, or of JSON, is not a document by itself
+    let written = serde_yaml_ng::to_string(value).ok();
+    let named = written.and_then(|text| serde_yaml_ng::from_str::<T>(&text).err());
+    let mut message = match named {
+        Some(named) => named.to_string(),
+        None => {
+            format!("{}{wrong}", not_text::<T>(value, &wrong.to_string()).map_or(String::new(), |path| path + ": "))
+        }
+    };
+    if let Some(at) = message.rfind(" at line ") {
+        message.truncate(at); // in a text that nobody has seen
+    }
+    let mut path = message.split_once(": ").map_or("", |(path, _)| path).to_owned();
+    if path.contains([' ', '`']) {
+        path.clear();
+    }
+    if let Some(unknown) = message.split("unknown field `").nth(1).and_then(|behind| behind.split('`').next()) {
+        path = if path.is_empty() { unknown.to_owned() } else { format!("{path}.{unknown}") };
+    }
+    fail(line_of_field(text, &path), message);
     None
+}
+
+/// Values of a manifest that are tried.
+const TRIED_MAX: usize = 200;
+
+/// The field that should be text and is a number, say: with text in its place the error is another one. (Read from text, a number
+/// is taken for text, and nothing is wrong.)
+fn not_text<T: DeserializeOwned>(value: &Value, wrong: &str) -> Option<String> {
+    let mut paths = Vec::new();
+    collect(value, "", &mut paths);
+    let mended = |path: &String| {
+        let mut copy = value.clone();
+        if let Some(place) = path.split('.').try_fold(&mut copy, |at, key| at.get_mut(key)) {
+            *place = Value::String(String::new());
+        }
+        // another field's error, and not that this one must not be text
+        let other = serde_yaml_ng::from_value::<T>(copy).err().map(|e| e.to_string());
+        other.is_none_or(|other| other != wrong && !other.contains("string \"\""))
+    };
+    paths.into_iter().take(TRIED_MAX).find(mended)
+}
+
+/// The paths of all values below mappings that are neither text nor nested.
+fn collect(value: &Value, path: &str, out: &mut Vec<String>) {
+    for (key, inner) in value.as_mapping().into_iter().flatten() {
+        let Some(key) = key.as_str() else { continue };
+        let path = if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
+        match inner {
+            Value::Mapping(_) => collect(inner, &path, out),
+            Value::Number(_) | Value::Bool(_) => out.push(path),
+            _ => {}
+        }
+    }
 }
 
 fn line_of(error: &serde_yaml_ng::Error) -> usize {
@@ -168,17 +287,19 @@ fn line_with(text: &str, start: &str) -> usize {
     line_from(text, 0, start).map_or(1, |at| at + 1)
 }
 
-/// The line, from `first` on, that has a field, whether in block style or within braces.
+/// The line, from `first` on, that has a field, whether in block style or within braces, in quotes or not.
 fn line_from(text: &str, first: usize, field: &str) -> Option<usize> {
-    let has = |l: &str| l.match_indices(field).any(|(at, _)| at == 0 || l[..at].ends_with([' ', '{', ',', '-']));
+    let begins = |before: &str| before.is_empty() || before.ends_with([' ', '\t', '{', ',', '-', '"', '\'']);
+    let ends = |behind: &str| behind.trim_start_matches(['"', '\'']).trim_start().starts_with(':');
+    let has = |l: &str| l.match_indices(field).any(|(at, _)| begins(&l[..at]) && ends(&l[at + field.len()..]));
     text.lines().enumerate().skip(first).find(|(_, l)| has(l)).map(|(at, _)| at)
 }
 
 /// The line of `spec.deadLetter.topic`: each part is looked for behind the one before it.
 fn line_of_field(text: &str, path: &str) -> usize {
     let mut at = 0;
-    for part in path.split('.') {
-        at = line_from(text, at, &format!("{part}:")).unwrap_or(at);
+    for part in path.split('.').map(|part| part.split('[').next().unwrap_or(part)).filter(|part| !part.is_empty()) {
+        at = line_from(text, at, part).unwrap_or(at);
     }
     at + 1
 }
@@ -200,9 +321,9 @@ mod tests {
         let list = "apiVersion: v1\nkind: List\nitems:\n- apiVersion: weir.dev/v1alpha1\n  kind: Subscription\n  metadata: {name: mail, namespace: shop}\n  spec: {topic: orders, start: earliest}\n";
         let (declared, errors) = read(&format!("{GOOD}---\n{list}"));
         assert_eq!(errors, Vec::<String>::new());
-        assert_eq!(declared.topics[0].retention_ms, 7 * 86_400_000);
-        assert_eq!(declared.topics[0].replicas, 3);
-        assert_eq!(declared.subscriptions[0].topic, "shop/orders");
+        assert_eq!(declared.topics[0].spec.retention_ms, Some(7 * 86_400_000));
+        assert_eq!(declared.topics[0].spec.replicas, 3);
+        assert_eq!(declared.subscriptions[0].spec.topic, "shop/orders");
     }
 
     #[test]
@@ -249,5 +370,129 @@ mod tests {
         }
         let (_, errors) = read(&GOOD.replace("name: orders", "name: Orders_1"));
         assert!(errors[0].starts_with("a.yaml:4: metadata.name: "), "{errors:?}");
+    }
+
+    #[test]
+    fn a_folder_is_read_past_what_cannot_be_read_and_each_of_that_is_named() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let at = |name: &str| folder.path().join(name);
+        std::fs::write(at("good.yaml"), GOOD).expect("written");
+        std::fs::write(at("notes.txt"), "none of ours").expect("written");
+        std::fs::write(at("latin.yaml"), b"# caf\xc3\xa9\n# caf\xe9\nkind: Topic\n").expect("written");
+        std::fs::create_dir(at("x.yaml")).expect("made");
+        std::os::unix::fs::symlink("/nowhere/at/all.yaml", at("dangling.yml")).expect("made");
+        std::os::unix::fs::symlink("/dev/zero", at("endless.json")).expect("made");
+        let (mut declared, mut errors): (Declared, Vec<ManifestError>) = Default::default();
+        read_folder(folder.path(), &mut declared, &mut errors).expect("the folder can be read");
+        assert_eq!(declared.topics.len(), 1);
+        let errors: Vec<String> =
+            errors.iter().map(|e| e.to_string().replace(&format!("{}/", folder.path().display()), "")).collect();
+        assert_eq!(errors.len(), 4, "{errors:?}");
+        assert!(
+            errors[0].starts_with("dangling.yml: cannot be read: it is a link to /nowhere/at/all.yaml: "),
+            "{errors:?}"
+        );
+        assert!(errors[1].starts_with("endless.json: is not a file"), "{errors:?}");
+        assert!(errors[2].starts_with("latin.yaml:2: is not UTF-8: it has the byte 0xe9"), "{errors:?}");
+        assert!(errors[3].starts_with("x.yaml: is not a file"), "{errors:?}");
+        assert!(read_folder(&at("nowhere"), &mut Declared::default(), &mut Vec::new()).is_err());
+    }
+
+    #[test]
+    fn marks_with_comments_byte_order_marks_and_directives_are_taken() {
+        let other = GOOD.replace("orders", "other");
+        for text in [
+            format!("\u{feff}{GOOD}"),
+            format!("\u{feff}---\n{GOOD}"),
+            format!("%YAML 1.2\n--- # the first\n{GOOD}...\n"),
+            format!("# a comment\n{GOOD}--- # the second\r\n{other}"),
+            format!("{GOOD}---\t\n{other}"),
+            format!("{GOOD}...\n---   \n{other}"),
+            GOOD.replace('\n', "\r\n"),
+        ] {
+            let (declared, errors) = read(&text);
+            assert_eq!(errors, Vec::<String>::new(), "{text}");
+            assert_eq!(declared.topics.len(), 1 + usize::from(text.contains("other")), "{text}");
+        }
+        // behind a comment lines are counted as before
+        let (_, errors) = read(&format!("--- # one\n{}", GOOD.replace("6", "0")));
+        assert!(errors[0].starts_with("a.yaml:7: spec.partitions: "), "{errors:?}");
+        let (declared, _) = read(&format!("--- # one\n{GOOD}"));
+        assert_eq!(declared.origins["topic default/orders"].1, 3);
+        // four dashes are no mark
+        assert_eq!(read("----\n").1.len(), 1);
+    }
+
+    #[test]
+    fn a_value_of_the_wrong_type_is_named_with_its_line_and_field_in_every_style() {
+        let wrong = |text: &str, at: &str| {
+            let (_, errors) = read(text);
+            assert!(errors.len() == 1 && errors[0].starts_with(at), "{errors:?} does not begin with {at}");
+        };
+        wrong(&GOOD.replace("6", "many"), "a.yaml:6: spec.partitions: invalid type: string \"many\"");
+        wrong(&GOOD.replace("6", "-1"), "a.yaml:6: spec.partitions: invalid type: integer `-1`");
+        wrong(&GOOD.replace("6", "99999999999999999999"), "a.yaml:6: spec.partitions: ");
+        wrong(&GOOD.replace("7d", "[7d]"), "a.yaml:8: spec.retention.time: invalid type: sequence");
+        wrong(&GOOD.replace("name: orders", "name: 5"), "a.yaml:4: metadata.name: invalid type: integer");
+        wrong(&GOOD.replace("\n  name: orders", " orders"), "a.yaml:3: metadata: invalid type: string");
+        let list = "apiVersion: v1\nkind: List\nitems:\n- apiVersion: weir.dev/v1alpha1\n  kind: Topic\n  metadata: {name: a}\n  spec:\n    partitions: many\n";
+        wrong(list, "a.yaml:8: spec.partitions: invalid type: string \"many\"");
+        let json = "{\n  \"apiVersion\": \"weir.dev/v1alpha1\",\n  \"kind\": \"Topic\",\n  \"metadata\": {\"name\": \"a\"},\n  \"spec\": {\n    \"partitions\" : 0\n  }\n}\n";
+        wrong(json, "a.yaml:6: spec.partitions: must be 1 to 10000, not 0");
+        wrong(&json.replace(": 0", ": \"many\""), "a.yaml:6: spec.partitions: invalid type: string");
+        wrong(&json.replace("partitions", "partitons"), "a.yaml:6: spec: unknown field `partitons`");
+        wrong("apiVersion: weir.dev/v1alpha1\nkind: Topic\nmetadata: {name: a}\n", "a.yaml:1: missing field `spec`");
+    }
+
+    #[test]
+    fn numbers_out_of_bounds_are_refused_with_the_bounds() {
+        let refused = |from: &str, to: &str, at: &str| {
+            let (declared, errors) = read(&GOOD.replace(from, to));
+            assert!(declared.topics.is_empty() && errors.len() == 1 && errors[0].starts_with(at), "{errors:?}: {at}");
+        };
+        let time = "a.yaml:8: spec.retention.time: must be 1s to 36500d, not ";
+        for long in ["9223372036854775807s", "18446744073709552s", "0s", "36501d", "5215w"] {
+            refused("7d", long, &format!("{time}{long}"));
+        }
+        refused("7d", "1month", "a.yaml:8: spec.retention.time: '1month' is not a duration such as 30s, 1h30m or 7d");
+        refused("10Gi", "0", "a.yaml:9: spec.retention.bytes: invalid type: integer `0`, expected a string");
+        refused("10Gi", "'0'", "a.yaml:9: spec.retention.bytes: must be 1 to 1024Ti, not 0");
+        refused("10Gi", "99999999999Ti", "a.yaml:9: spec.retention.bytes: must be 1 to 1024Ti, not 99999999999Ti");
+        let subscription = |spec: &str| {
+            let text = format!(
+                "apiVersion: weir.dev/v1alpha1\nkind: Subscription\nmetadata: {{name: s}}\nspec:\n  topic: a\n  {spec}\n"
+            );
+            read(&text).1.join("\n")
+        };
+        for (spec, wrong) in [
+            ("ackDeadline: 0s", "spec.ackDeadline: must be 1ms to 1d, not 0s"),
+            ("ackDeadline: 2d", "spec.ackDeadline: must be 1ms to 1d, not 2d"),
+            ("redelivery: {maxBackoff: 0s}", "spec.redelivery.maxBackoff: must be 1ms to 1d, not 0s"),
+            (
+                "redelivery: {minBackoff: 5m, maxBackoff: 1m}",
+                "spec.redelivery.minBackoff: is 5m, more than the longest wait of 1m",
+            ),
+            ("redelivery: {minBackoff: 1y}", "spec.redelivery.minBackoff: '1y' is not a duration"),
+            ("push: {endpoint: 'http://a', timeout: 1h}", "spec.push.timeout: must be 1ms to 10m, not 1h"),
+            ("push: {endpoint: 'http://a', concurrency: 101}", "spec.push.concurrency: must be 1 to 100, not 101"),
+            ("rate: {bytesPerSecond: 0}", "spec.rate.bytesPerSecond: invalid type: integer `0`, expected a string"),
+            ("rate: {bytesPerSecond: '0'}", "spec.rate.bytesPerSecond: must be 1 to 1Ti, not 0"),
+            (
+                "startTime: 1969-12-31T23:59:59Z",
+                "spec.startTime: '1969-12-31T23:59:59Z' is not a time in UTC from 1970",
+            ),
+            ("startTime: yesterday", "spec.startTime: 'yesterday' is not a time in UTC from 1970"),
+        ] {
+            assert_eq!(
+                subscription(spec).split_once(": ").map_or("", |(_, text)| text).find(wrong),
+                Some(0),
+                "{spec}: {}",
+                subscription(spec)
+            );
+        }
+        assert_eq!(subscription("redelivery: {minBackoff: 0s}"), "");
+        assert_eq!(subscription("startTime: 1970-01-01T00:00:00Z"), "");
+        let epoch = "apiVersion: weir.dev/v1alpha1\nkind: Subscription\nmetadata: {name: s}\nspec: {topic: a, startTime: 1970-01-01T00:00:00Z}\n";
+        assert_eq!(read(epoch).0.subscriptions[0].spec.start_ms, Some(0), "a time like others");
     }
 }

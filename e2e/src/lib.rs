@@ -100,6 +100,7 @@ impl Kubernetes {
             format!("image.tag={tag}"),
             "image.pullPolicy=IfNotPresent".to_owned(),
             "cluster.storage.size=1Gi".to_owned(),
+            "cluster.brokers=null".to_owned(), // scaled by kubectl
         ];
         let chart = chart.to_string_lossy();
         let mut arguments = vec!["upgrade", "--install", "weir", &chart, "-n", NAMESPACE, "--create-namespace"];

@@ -50,6 +50,7 @@ async fn a_cluster_from_installation_to_removal() -> anyhow::Result<()> {
     if let Some(home) = k.home.clone() {
         grow(&k).await?; // elsewhere volumes may not be able to
         lose_volume(&k).await?;
+        drain_two(&k).await?;
         stop_api(&k, &home).await?;
         lose_node(&k, &home).await?;
     }
@@ -224,9 +225,16 @@ async fn subscribed(k: &Kubernetes, job: &str) -> anyhow::Result<()> {
 /// way then came twice, and as much is left; never more than consumers had credit for.
 async fn nothing_is_left(k: &Kubernetes) -> anyhow::Result<()> {
     const CREDIT: i64 = 6 * 1_000;
-    let backlog = async || k.api::<Subscription>().get("mail").await.ok()?.status?.backlog;
+    // the brokers are asked: the resource's status is up to five minutes old
+    let asked = std::sync::atomic::AtomicU32::new(0);
+    let backlog = async || -> Option<i64> {
+        let job = format!("backlog-{}-{}", std::process::id(), asked.fetch_add(1, Ordering::Relaxed));
+        k.start(&job, &["subscription", "describe", "weir/mail", "-o", "json"]).await.ok()?;
+        let (described, log) = k.finish(&job, LONG).await.ok()?;
+        let line = log.lines().find(|l| described && l.starts_with('{'))?;
+        serde_json::from_str::<serde_json::Value>(line).ok()?["backlog"].as_i64()
+    };
     let zero = async || (backlog().await == Some(0)).then_some(());
-    // a status is half a minute old at most
     if k.until("nothing is left for the subscription", Duration::from_secs(75), zero).await.is_ok() {
         return Ok(());
     }
@@ -280,6 +288,8 @@ async fn scale(k: &Kubernetes) -> anyhow::Result<()> {
         .await?;
         k.settled(5, LONG).await?;
         let up = begun.elapsed();
+        k.install(&[])?; // what kubectl scaled, an upgrade of the release leaves alone
+        assert_eq!(k.cluster().await?.spec.brokers, 5);
         k.scale(3).await?;
         k.settled(3, LONG).await?;
         println!("scaled up in {:.0} s, down in {:.0} s", up.as_secs_f64(), (begun.elapsed() - up).as_secs_f64());
@@ -351,6 +361,82 @@ async fn lose_volume(k: &Kubernetes) -> anyhow::Result<()> {
     })
     .await?;
     k.settled(3, LONG).await.map(drop)
+}
+
+/// Two nodes are drained in a row, and the first one's disk is lost. The second eviction waits until every replica is in sync again.
+async fn drain_two(k: &Kubernetes) -> anyhow::Result<()> {
+    use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+    use kube::api::EvictParams;
+    let nodes: Api<k8s_openapi::api::core::v1::Node> = Api::all(k.client.clone());
+    let (budgets, pods) = (k.api::<PodDisruptionBudget>(), k.api::<Pod>());
+    // a client of its own, which hands refusals on: the usual one asks again by itself until it is allowed
+    let mut config = kube::Config::infer().await?;
+    config.default_retry = false;
+    let once: Api<Pod> = Api::namespaced(kube::Client::try_from(config)?, NAMESPACE);
+    let id = async || {
+        let members = k.cluster().await.ok()?.status?.members;
+        members.iter().filter(|m| m.name == "default-broker-1" && m.phase == "active").map(|m| m.id).max()
+    };
+    // all that an eviction depends on, in one line
+    let state = async || -> String {
+        let budget = budgets.get("default-broker").await.ok();
+        let spec = budget.as_ref().and_then(|b| b.spec.clone()).unwrap_or_default();
+        let at = budget.as_ref().and_then(|b| b.metadata.generation);
+        let status = budget.and_then(|b| b.status).unwrap_or_default();
+        let all = pods.list(&ListParams::default().labels("app.kubernetes.io/name=weir-broker")).await;
+        let pod = |p: &Pod| {
+            let conditions = p.status.as_ref().and_then(|s| s.conditions.clone()).unwrap_or_default();
+            let ready = conditions.iter().find(|c| c.type_ == "Ready").map(|c| c.status.clone());
+            let phase = p.status.as_ref().and_then(|s| s.phase.clone());
+            format!("{} {phase:?} ready={ready:?} going={}", p.name_any(), p.metadata.deletion_timestamp.is_some())
+        };
+        let pods: Vec<String> = all.map(|l| l.items.iter().map(pod).collect()).unwrap_or_default();
+        let cluster = k.cluster().await.ok().and_then(|c| c.status).unwrap_or_default();
+        let members: Vec<String> = cluster.members.iter().map(|m| format!("{}={} {}", m.name, m.id, m.phase)).collect();
+        format!(
+            "budget max={:?} policy={:?} generation={at:?}/{:?} allowed={} healthy={}/{} disrupted={:?}; {pods:?}; {members:?} \
+             leaderless={:?} under={:?}",
+            spec.max_unavailable,
+            spec.unhealthy_pod_eviction_policy,
+            status.observed_generation,
+            status.disruptions_allowed,
+            status.current_healthy,
+            status.desired_healthy,
+            status.disrupted_pods.unwrap_or_default().keys().collect::<Vec<_>>(),
+            cluster.leaderless,
+            cluster.under_replicated,
+        )
+    };
+    let allowed = async || (budgets.get("default-broker").await.ok()?.status?.disruptions_allowed == 1).then_some(());
+    k.until("the budget allows a drain", LONG, allowed).await?;
+    let before = id().await;
+    under_load(k, "two nodes drained, the first one's disk lost", 60, async || {
+        let node = pods.get("default-broker-1").await?.spec.and_then(|s| s.node_name).context("a node")?;
+        nodes.cordon(&node).await?;
+        let begun = Instant::now();
+        once.evict("default-broker-1", &EvictParams::default()).await.context("the first drain")?;
+        // its volume stays behind with the node
+        k.api::<PersistentVolumeClaim>().delete("data-default-broker-1", &DeleteParams::default()).await?;
+        let mut refused = 0;
+        let last = loop {
+            let last = state().await; // for whoever reads why it failed
+            match once.evict("default-broker-2", &EvictParams::default()).await {
+                Ok(_) => break last,
+                Err(kube::Error::Api(e)) if e.code == 429 => refused += 1,
+                Err(error) => return Err(error.into()),
+            }
+            anyhow::ensure!(begun.elapsed() < LONG, "the second drain was refused {refused} times and never allowed");
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        };
+        println!("the second drain was allowed after {:.2} s and {refused} refusals", begun.elapsed().as_secs_f64());
+        let status = k.cluster().await?.status.unwrap_or_default();
+        let rebuilt = status.members.iter().any(|m| m.name == "default-broker-1" && Some(m.id) > before);
+        anyhow::ensure!(refused > 0 && rebuilt, "the second drain was allowed early: {last}, {status:?}");
+        nodes.uncordon(&node).await?;
+        k.settled(3, LONG).await.map(drop)
+    })
+    .await
+    .map(drop)
 }
 
 async fn stop_api(k: &Kubernetes, home: &std::path::Path) -> anyhow::Result<()> {

@@ -1,18 +1,20 @@
 //! The brokers as the operator knows them: only through their Admin and Metadata services.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use thiserror::Error;
-use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
-use weir_proto::v1;
 use weir_proto::v1::admin_client::AdminClient;
 use weir_proto::v1::metadata_client::MetadataClient;
+use weir_proto::{pages, v1};
 
 /// One call takes no longer than this.
 const CALL_MAX: Duration = Duration::from_secs(5);
+/// A page of what a broker says of its partitions takes no longer than this.
+const DESCRIBE_MAX: Duration = Duration::from_secs(2);
 /// A snapshot older than this is taken anew.
 const SNAPSHOT_AGE_MAX: Duration = Duration::from_secs(2);
 
@@ -22,6 +24,9 @@ pub enum BrokerError {
     /// None was reached; trying again helps.
     #[error("no broker at {address} answers: {cause}")]
     Unreachable { address: String, cause: String },
+    /// Too many volumes are older than the data once was: the cluster has stopped.
+    #[error("the volumes of {} were rolled back, and the metadata has no leader", brokers.join(", "))]
+    RolledBack { brokers: Vec<String> },
     /// They refuse; only another spec helps.
     #[error("{message}")]
     Refused { code: Code, reason: String, message: String },
@@ -34,6 +39,8 @@ pub struct Snapshot {
     pub metadata: v1::GetMetadataResponse,
     /// How partitions stand, told by their leaders.
     pub statuses: HashMap<u64, v1::PartitionStatus>,
+    /// Brokers that answered themselves, by id.
+    pub answered: BTreeSet<u64>,
 }
 
 impl Snapshot {
@@ -52,6 +59,17 @@ impl Snapshot {
         let status = self.statuses.get(&partition.group);
         let replicas = status.into_iter().flat_map(|s| &s.replicas);
         replicas.filter(|r| r.in_sync && (r.voter || partition.group == 0)).map(|r| r.broker).collect()
+    }
+
+    /// Whether a broker of this name runs, and still lacks some of what it is to hold.
+    pub fn catches_up(&self, name: &str) -> bool {
+        let named = |id: &u64| self.name(*id) == Some(name);
+        let lacks = |p: &v1::Partition| {
+            // without a leader nobody knows
+            let (is_led, in_sync) = (self.statuses.contains_key(&p.group), self.in_sync(p));
+            is_led && p.replicas.iter().any(|id| named(id) && !in_sync.contains(id))
+        };
+        self.answered.iter().any(named) && self.partitions().chain(&self.metadata.metadata_group).any(lacks)
     }
 
     /// A broker's name.
@@ -81,7 +99,7 @@ fn unreachable(address: &str, cause: impl ToString) -> BrokerError {
     BrokerError::Unreachable { address: address.to_owned(), cause: cause.to_string() }
 }
 
-fn refused(address: &str, status: tonic::Status) -> BrokerError {
+fn refused(address: &str, status: Status) -> BrokerError {
     let transient = [Code::Unavailable, Code::Unknown, Code::Cancelled, Code::DeadlineExceeded, Code::Aborted];
     if transient.contains(&status.code()) {
         return unreachable(address, status.message());
@@ -125,7 +143,7 @@ impl Brokers {
     pub async fn call<T, F, R>(&self, address: &str, call: F) -> Result<T, BrokerError>
     where
         F: FnOnce(AdminClient<Channel>) -> R,
-        R: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+        R: Future<Output = Result<tonic::Response<T>, Status>>,
     {
         let answer = call(self.admin(address)?).await.map_err(|status| refused(address, status))?;
         self.forget(address);
@@ -160,11 +178,17 @@ impl Brokers {
         Ok(snapshot)
     }
 
+    async fn metadata(&self, address: &str) -> Result<v1::GetMetadataResponse, BrokerError> {
+        let client = MetadataClient::new(self.channel(address)?);
+        let page = |request| {
+            let mut client = client.clone();
+            async move { Ok(client.get(request).await?.into_inner()) }
+        };
+        pages::metadata(Default::default(), page).await.map_err(|status| refused(address, status))
+    }
+
     async fn take_snapshot(&self, address: &str) -> Result<Snapshot, BrokerError> {
-        let limit = weir_proto::MESSAGE_BYTES_MAX;
-        let mut client = MetadataClient::new(self.channel(address)?).max_decoding_message_size(limit);
-        let metadata = client.get(v1::GetMetadataRequest::default()).await.map_err(|s| refused(address, s))?;
-        let mut metadata = metadata.into_inner();
+        let mut metadata = self.metadata(address).await?;
         if metadata.brokers.is_empty() {
             return Err(unreachable(address, "the broker is still joining"));
         }
@@ -172,27 +196,42 @@ impl Brokers {
         if metadata.answered_by != metadata.controller {
             let leader = metadata.brokers.iter().find(|b| b.id == metadata.controller).map(|b| b.admin_address.clone());
             let leader = leader.filter(|a| !a.is_empty());
+            let rolled_back = weir_proto::rolled_back(&metadata);
+            if leader.is_none() && !rolled_back.is_empty() {
+                return Err(BrokerError::RolledBack { brokers: rolled_back });
+            }
             let leader = leader.ok_or_else(|| unreachable(address, "the metadata has no leader now"))?;
-            let mut client = MetadataClient::new(self.channel(&leader)?).max_decoding_message_size(limit);
-            let asked = client.get(v1::GetMetadataRequest::default()).await;
-            metadata = asked.map_err(|s| refused(&leader, s))?.into_inner();
+            metadata = self.metadata(&leader).await?;
             if metadata.answered_by != metadata.controller {
                 return Err(unreachable(&leader, "the metadata's leader is changing"));
             }
         }
         let addresses = metadata.brokers.iter().map(|b| &b.admin_address).filter(|a| !a.is_empty());
         let ask = addresses.map(async |a| {
-            let mut client = MetadataClient::new(self.channel(a).ok()?).max_decoding_message_size(limit);
-            let answer = tokio::time::timeout(Duration::from_secs(2), client.describe(v1::DescribeRequest::default()));
-            Some(answer.await.ok()?.ok()?.into_inner().partitions)
+            let client = MetadataClient::new(self.channel(a).ok()?);
+            let page = |request| {
+                let mut client = client.clone();
+                async move {
+                    let answer = tokio::time::timeout(DESCRIBE_MAX, client.describe(request)).await;
+                    let answer = answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer")));
+                    Ok(answer?.into_inner())
+                }
+            };
+            pages::describe(Default::default(), page).await.ok()
         });
         let mut statuses: HashMap<u64, v1::PartitionStatus> = HashMap::new();
-        for status in futures::future::join_all(ask).await.into_iter().flatten().flatten() {
-            let known = statuses.entry(status.group).or_default();
-            if status.term >= known.term {
-                *known = status;
+        let mut answered = BTreeSet::new();
+        for v1::DescribeResponse { broker, partitions, .. } in
+            futures::future::join_all(ask).await.into_iter().flatten()
+        {
+            answered.insert(broker);
+            for status in partitions {
+                let known = statuses.entry(status.group).or_default();
+                if status.term >= known.term {
+                    *known = status;
+                }
             }
         }
-        Ok(Snapshot { metadata, statuses })
+        Ok(Snapshot { metadata, statuses, answered })
     }
 }

@@ -20,6 +20,10 @@ pub struct Settings {
     pub image_pull_policy: String,
     /// The cluster's DNS domain, such as `cluster.local`.
     pub domain: String,
+    /// The operator's own namespace.
+    pub namespace: String,
+    /// Users and groups of pods are chosen by the platform, as on OpenShift, and none is asked for.
+    pub arbitrary_user: bool,
 }
 
 /// See the module.

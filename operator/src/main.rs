@@ -10,6 +10,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use weir_operator::context::{Context, MANAGER, Settings};
+use weir_operator::health::{self, Health};
 use weir_operator::{fence, serve};
 
 /// Looks after StreamClusters, Topics and Subscriptions. Run two; one of them leads.
@@ -31,12 +32,35 @@ struct Options {
     /// The Kubernetes cluster's DNS domain.
     #[arg(long, env = "WEIR_DOMAIN", default_value = "cluster.local")]
     domain: String,
+    /// Whether the platform chooses the users that pods run as, as OpenShift does; `auto` asks it.
+    #[arg(long, env = "WEIR_OPENSHIFT", default_value = "auto")]
+    openshift: OpenShift,
     /// Ends the operator's pods of this Deployment and takes all finalizers off, before it is uninstalled; nothing else.
     #[arg(long)]
     retire: Option<String>,
     /// Where metrics and health are served (HTTP).
     #[arg(long, env = "WEIR_METRICS_LISTEN", default_value = "0.0.0.0:9464")]
     metrics_listen: SocketAddr,
+}
+
+/// Whether pods run under users that the platform chooses.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum OpenShift {
+    Auto,
+    True,
+    False,
+}
+
+impl OpenShift {
+    async fn is(self, client: &kube::Client) -> Result<bool, kube::Error> {
+        match self {
+            Self::Auto => {
+                let groups = client.list_api_groups().await?.groups;
+                Ok(groups.iter().any(|group| group.name == "security.openshift.io"))
+            }
+            other => Ok(other == Self::True),
+        }
+    }
 }
 
 /// The lease's own task gives it back within this time, once nobody leads by it.
@@ -53,7 +77,9 @@ async fn main() -> anyhow::Result<()> {
     }
     let listener = tokio::net::TcpListener::bind(options.metrics_listen).await;
     let listener = listener.with_context(|| format!("cannot listen on {}", options.metrics_listen))?;
-    tokio::spawn(serve::health(listener));
+    let health = Arc::<Health>::default();
+    tokio::spawn(serve::health(listener, health.clone(), serve::REQUEST_WITHIN));
+    tokio::spawn(health::look(client.clone(), health.clone()));
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let stop = async move {
@@ -61,7 +87,7 @@ async fn main() -> anyhow::Result<()> {
     };
     tokio::pin!(stop);
     loop {
-        let mut term = Box::pin(lead(&client, &options));
+        let mut term = Box::pin(lead(&client, &options, &health));
         tokio::select! {
             () = &mut stop => {
                 drop(term);
@@ -75,7 +101,7 @@ async fn main() -> anyhow::Result<()> {
 }
 
 /// Waits for the lease and runs the controllers while this replica holds it; says why it ended.
-async fn lead(client: &kube::Client, options: &Options) -> String {
+async fn lead(client: &kube::Client, options: &Options, health: &Arc<Health>) -> String {
     let manager = LeaseManagerBuilder::new(client.clone(), MANAGER)
         .with_namespace(options.namespace.clone())
         .with_identity(options.name.clone())
@@ -92,6 +118,10 @@ async fn lead(client: &kube::Client, options: &Options) -> String {
     if leads.wait_for(|l| *l).await.is_err() {
         return "the lease manager ended".to_owned();
     }
+    let arbitrary_user = match options.openshift.is(client).await {
+        Ok(is) => is,
+        Err(error) => return format!("the API groups cannot be read: {error}"),
+    };
     tracing::info!(name = options.name, "leading");
     let reporter = Reporter { controller: MANAGER.to_owned(), instance: Some(options.name.clone()) };
     let context = Arc::new(Context {
@@ -103,12 +133,14 @@ async fn lead(client: &kube::Client, options: &Options) -> String {
             image: options.image.clone(),
             image_pull_policy: options.image_pull_policy.clone(),
             domain: options.domain.clone(),
+            namespace: options.namespace.clone(),
+            arbitrary_user,
         },
     });
     let leases = Api::namespaced(client.clone(), &options.namespace);
     // what this one began it must not go on with once another may lead: dropping the controllers ends it
     tokio::select! {
-        () = serve::controllers(context) => "the controllers ended".to_owned(),
+        () = serve::controllers(context, health.clone()) => "the controllers ended".to_owned(),
         lost = leads.wait_for(|l| !*l) => {
             drop(lost);
             "the lease was lost".to_owned()

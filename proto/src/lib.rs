@@ -6,11 +6,21 @@
 pub mod v1;
 
 pub mod inproc;
+pub mod limits;
+pub mod names;
+pub mod pages;
 pub mod records;
 
 /// Whether a subscription's `topic` is a pattern of topics.
 pub fn is_pattern(topic: &str) -> bool {
     topic.contains(['*', '#'])
+}
+
+/// Names of brokers whose volumes were rolled back to older copies; of one that is not known, its id.
+pub fn rolled_back(metadata: &v1::GetMetadataResponse) -> Vec<String> {
+    let named =
+        |id: &u64| metadata.brokers.iter().find(|b| b.id == *id).map_or_else(|| id.to_string(), |b| b.name.clone());
+    metadata.rolled_back_brokers.iter().map(named).collect()
 }
 
 /// For the reflection service: the contract as an encoded `FileDescriptorSet`.

@@ -47,6 +47,9 @@ pub struct Plan {
     /// The messages, by their offsets here, in the order they are published.
     #[prost(uint64, repeated, tag = "3")]
     pub offsets: Vec<u64>,
+    /// They are not published: they are written again at the end of their own log.
+    #[prost(bool, tag = "4")]
+    pub renews: bool,
 }
 
 /// A change of one subscription's cursor, as it stands in a control entry.
@@ -186,6 +189,15 @@ impl Cursor {
     pub fn acked_above(&self) -> u64 {
         self.acked.len()
     }
+
+    /// The position in a log that begins at `start`, and how many messages are acked from there on: retention may have removed what was
+    /// never acked, and nobody waits for that any more.
+    pub fn within(&self, start: u64) -> (u64, u64) {
+        match start.checked_sub(1) {
+            Some(last_removed) if start > self.position => (start, self.acked.len() - self.acked.rank(last_removed)),
+            _ => (self.position, self.acked.len()),
+        }
+    }
 }
 
 /// All cursors of one partition.
@@ -305,6 +317,24 @@ mod tests {
         let cursor = cursors.get(1).unwrap();
         assert_eq!((cursor.position(), cursor.acked_above()), (3, 3));
         assert!(cursor.is_acked(6) && cursor.is_acked(9) && !cursor.is_acked(7));
+    }
+
+    #[test]
+    fn what_retention_has_removed_is_neither_before_nor_above_a_position() {
+        let mut cursor = Cursor::at(3);
+        cursor.ack(OffsetRange { start: 5, end: 7 });
+        cursor.ack(OffsetRange { start: 9, end: 10 });
+        let backlog = |start| {
+            let (position, acked) = cursor.within(start);
+            assert!(position >= start.max(3));
+            12 - position - acked
+        };
+        // of 3 to 11, those that are left and not acked
+        let wanted = |start| (start..12).filter(|o| !cursor.is_acked(*o)).count() as u64;
+        for start in 0..=12 {
+            assert_eq!(backlog(start), wanted(start), "a log from {start} on");
+        }
+        assert_eq!((cursor.within(0), cursor.within(3), cursor.within(6)), ((3, 3), (3, 3), (6, 2)));
     }
 
     #[test]

@@ -54,6 +54,9 @@ pub const OLDEST_EVERY: u64 = 8;
 /// With priorities, so many messages are held ready, to choose from.
 pub const PRIORITY_AHEAD: u64 = 10_000;
 
+/// Tickets of lanes that are not queued any more, in one member's queue, beside twice as many as there are lanes.
+const STALE_TICKETS_MAX: usize = 64;
+
 /// Messages a partition's window holds at least: one that waits long must not hold up the others where few may be leased.
 const WINDOW_MIN: u64 = 2 * PRIORITY_AHEAD;
 
@@ -97,6 +100,31 @@ pub struct Grant {
     pub delivery: u32,
 }
 
+/// How a leased message returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Return {
+    /// The delivery failed, which is counted: after a delay, or by the back-off.
+    Failed {
+        /// Delay, ms; 0 for at once.
+        delay_ms: Option<u64>,
+    },
+    /// No handler saw it: to its place, at once, and not counted.
+    Uncounted,
+}
+
+/// Ranges in order of their offsets, without empty ones and without overlaps, so that what is done for each costs no more than what all
+/// of them hold.
+pub fn disjoint<T>(mut ranges: Vec<(OffsetRange, T)>) -> Vec<(OffsetRange, T)> {
+    ranges.sort_by_key(|(range, _)| range.start);
+    let mut end = 0;
+    for (range, _) in &mut ranges {
+        range.start = range.start.max(end);
+        end = end.max(range.end);
+    }
+    ranges.retain(|(range, _)| range.start < range.end);
+    ranges
+}
+
 /// See [`Delivery::standing`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standing {
@@ -118,7 +146,7 @@ enum State {
     Waiting {
         due_ms: u64,
     },
-    /// delivered too often: it is being moved elsewhere, and holds up its lane like one that waits
+    /// delivered too often: it is being moved elsewhere, and is delivered to nobody; it holds up nothing
     Dying,
     Acked,
 }
@@ -178,8 +206,8 @@ struct Lane {
     leased: u32,
     /// who has its leased messages
     holder: MemberId,
-    /// stands in its member's queue
-    queued: bool,
+    /// its ticket in its member's queue; 0 for none
+    queued: u64,
 }
 
 #[derive(Debug)]
@@ -190,8 +218,8 @@ struct Member {
     paused: bool,
     leased: u64,
     leased_max: u64,
-    /// lanes with something for it
-    lanes: VecDeque<u64>,
+    /// lanes with something for it, each with the ticket it was queued under: of an older ticket it is there no more
+    lanes: VecDeque<(u64, u64)>,
 }
 
 impl Member {
@@ -210,6 +238,8 @@ pub struct Delivery {
     window: VecDeque<Slot>,
     members: BTreeMap<MemberId, Member>,
     lanes: HashMap<u64, Lane>,
+    /// tickets given to lanes
+    tickets: u64,
     pool: Pool,
     due: BTreeSet<(u64, u64)>,
     /// the member that got a shared message last
@@ -234,6 +264,7 @@ impl Delivery {
             window: VecDeque::new(),
             members: BTreeMap::new(),
             lanes: HashMap::new(),
+            tickets: 0,
             pool: Pool { by_age: policy.priorities.then(BTreeMap::new), ..Pool::default() },
             due: BTreeSet::new(),
             turn: 0,
@@ -269,11 +300,11 @@ impl Delivery {
     pub fn wants(&self) -> u64 {
         let credit: u64 = match self.policy.mode {
             Mode::Failover | Mode::Exclusive => self.active().map_or(0, |m| self.members[&m].room()),
-            Mode::Shared | Mode::KeyShared => self.members.values().map(Member::room).sum(),
+            Mode::Shared | Mode::KeyShared => self.members.values().map(Member::room).fold(0, u64::saturating_add),
         };
         let room = self.policy.leased_max.saturating_sub(self.leased);
         // a key whose member is slow must not hold up the others for ever, nor grow the window without bound
-        let window = (self.policy.leased_max * 2).max(WINDOW_MIN).saturating_sub(self.window.len() as u64);
+        let window = self.policy.leased_max.saturating_mul(2).max(WINDOW_MIN).saturating_sub(self.window.len() as u64);
         if self.policy.priorities && credit > 0 && room > 0 {
             return PRIORITY_AHEAD.saturating_sub(self.ready).min(window);
         }
@@ -294,9 +325,9 @@ impl Delivery {
             return Err(Held { holder: other.name.clone() });
         }
         if self.policy.mode == Mode::Exclusive {
-            // the same member again: its old stream is gone, whether or not that was noticed
+            // the same member again: its old stream has ended, and nothing says that its connection was lost
             let before: Vec<MemberId> = self.members.keys().copied().collect();
-            before.into_iter().for_each(|old| self.detach(old));
+            before.into_iter().for_each(|old| self.leave(old));
         }
         let name = name.to_owned();
         let leased_max = self.policy.leased_by_member_max;
@@ -311,20 +342,61 @@ impl Delivery {
         self.members.contains_key(&id)
     }
 
-    /// A member goes; what it held is ready for others at once.
+    /// Removes a member whose connection was lost. What it held is ready for others at once, and counts as a failed delivery:
+    /// it may be what the member failed at. Of a lane that can be the first message only.
     pub fn detach(&mut self, id: MemberId) {
+        self.remove(id, Return::Failed { delay_ms: Some(0) });
+    }
+
+    /// Removes a member that ended its stream by itself. What it held is ready for others at once; no failed delivery is counted.
+    pub fn leave(&mut self, id: MemberId) {
+        self.remove(id, Return::Uncounted);
+    }
+
+    fn remove(&mut self, id: MemberId, how: Return) {
         if self.members.remove(&id).is_none() {
             return;
         }
-        // of a lane it cannot have failed at more than the first; what was behind that is innocent
-        let mut failed = BTreeSet::new();
-        for at in 0..self.window.len() {
-            let Slot { state, lane, .. } = self.window[at];
-            if matches!(state, State::Leased { member, .. } if member == id) {
-                if failed.insert(lane) { self.unlease(at, 0) } else { self.requeue(at, 0) }
+        let held = |_, slot: &Slot| matches!(slot.state, State::Leased { member, .. } if member == id).then_some(how);
+        self.take_leases(0..self.window.len(), held, 0);
+        self.requeue_all();
+    }
+
+    /// Takes back leases: those among `slots` for which `chosen` says how. In the ordered modes what is leased behind one of them in its
+    /// lane returns too, uncounted. One pass over the window, however many leases are taken.
+    fn take_leases(
+        &mut self,
+        slots: std::ops::Range<usize>,
+        chosen: impl Fn(u64, &Slot) -> Option<Return>,
+        now_ms: u64,
+    ) {
+        let mut lanes = BTreeSet::new();
+        for at in slots.start..self.window.len() {
+            if at >= slots.end && lanes.is_empty() {
+                break;
+            }
+            let slot = self.window[at];
+            if !matches!(slot.state, State::Leased { .. }) {
+                continue;
+            }
+            if lanes.contains(&slot.lane) {
+                self.requeue(at, 0);
+                continue;
+            }
+            let how = if at < slots.end { chosen(self.base + at as u64, &slot) } else { None };
+            match how {
+                None => continue,
+                Some(Return::Uncounted) => self.requeue(at, 0),
+                Some(Return::Failed { delay_ms }) => {
+                    let wait = delay_ms.unwrap_or_else(|| self.backoff_ms(slot.failures));
+                    self.unlease(at, if wait == 0 { 0 } else { now_ms.saturating_add(wait.min(WAIT_MS_MAX)) });
+                }
+            }
+            if !self.is_shared() {
+                lanes.insert(slot.lane);
             }
         }
-        self.requeue_all();
+        lanes.into_iter().for_each(|lane| self.after_change(lane));
     }
 
     /// A member is ready for so many more messages.
@@ -387,7 +459,7 @@ impl Delivery {
         if self.is_too_many(failures) {
             // an earlier leader found it so, and did not get to move it
             self.window.push_back(Slot { state: State::Dying, lane, failures, given: false, rank });
-            self.begin_to_die(offset, lane);
+            self.dying.push(offset);
             return;
         }
         self.window.push_back(Slot { state: State::Ready, lane, failures, given: false, rank });
@@ -460,13 +532,11 @@ impl Delivery {
         Some(range)
     }
 
-    /// Takes grants back that never reached their member: they do not count as deliveries.
-    pub fn take_back(&mut self, range: OffsetRange) {
-        for at in self.within(range) {
-            let Slot { state: State::Leased { .. }, lane, .. } = self.window[at] else { continue };
-            self.requeue(at, 0);
-            self.after_change(lane);
-        }
+    /// Releases messages that no handler saw: they return to their places and do not count as failed deliveries. In the ordered modes
+    /// what was leased behind them in their lane returns too.
+    pub fn take_back(&mut self, ranges: &[OffsetRange]) {
+        let ranges = ranges.iter().map(|range| (*range, Return::Uncounted)).collect();
+        self.give_back(ranges, 0);
     }
 
     /// Passes over everything below `start`, given out or not: retention took it. It counts as acked; what was passed over is
@@ -499,7 +569,7 @@ impl Delivery {
         let first = lane.ready.first();
         // what waits holds up what follows it
         let held_up = lane.waiting.first().is_some_and(|w| first.is_some_and(|f| w < f));
-        if lane.queued || first.is_none() || held_up {
+        if lane.queued > 0 || first.is_none() || held_up {
             return;
         }
         let holder = (lane.leased > 0).then_some(lane.holder);
@@ -507,8 +577,15 @@ impl Delivery {
         if holder.is_some_and(|h| h != member) {
             return; // it moves to its new member once the old one is done
         }
-        self.lanes.get_mut(&id).expect("just seen").queued = true;
-        self.members.get_mut(&member).expect("chosen among them").lanes.push_back(id);
+        self.tickets += 1;
+        self.lanes.get_mut(&id).expect("just seen").queued = self.tickets;
+        let member = self.members.get_mut(&member).expect("chosen among them");
+        member.lanes.push_back((id, self.tickets));
+        // old tickets go once they are the most: no queue is searched for one lane
+        if member.lanes.len() > 2 * self.lanes.len() + STALE_TICKETS_MAX {
+            let lanes = &self.lanes;
+            member.lanes.retain(|(id, ticket)| lanes.get(id).is_some_and(|lane| lane.queued == *ticket));
+        }
     }
 
     /// The member a lane belongs to now.
@@ -525,7 +602,7 @@ impl Delivery {
         self.members.values_mut().for_each(|m| m.lanes.clear());
         let mut ids: Vec<(u64, u64)> =
             self.lanes.iter().filter_map(|(id, l)| l.ready.first().map(|first| (*first, *id))).collect();
-        self.lanes.values_mut().for_each(|l| l.queued = false);
+        self.lanes.values_mut().for_each(|l| l.queued = 0);
         ids.sort_unstable();
         ids.into_iter().for_each(|(_, id)| self.queue(id));
     }
@@ -540,7 +617,10 @@ impl Delivery {
         for id in ids {
             while out.len() < max && self.leased < self.policy.leased_max {
                 let Some(member) = self.members.get_mut(&id).filter(|m| m.room() > 0) else { break };
-                let Some(lane) = member.lanes.pop_front() else { break };
+                let Some((lane, ticket)) = member.lanes.pop_front() else { break };
+                if self.lanes.get(&lane).is_none_or(|l| l.queued != ticket) {
+                    continue;
+                }
                 if let Some(grant) = self.grant(id, lane, now_ms) {
                     out.push(grant);
                     self.turn = id;
@@ -575,7 +655,7 @@ impl Delivery {
 
     fn grant(&mut self, id: MemberId, lane_id: u64, now_ms: u64) -> Option<Grant> {
         let lane = self.lanes.get_mut(&lane_id)?;
-        lane.queued = false;
+        lane.queued = 0;
         let offset = lane.ready.pop_first()?;
         lane.leased += 1;
         lane.holder = id;
@@ -615,15 +695,8 @@ impl Delivery {
             let returned = self.window[at];
             self.release(offset, &returned);
             self.window[at].state = State::Dying;
-            self.begin_to_die(offset, slot.lane);
+            self.dying.push(offset);
         }
-    }
-
-    fn begin_to_die(&mut self, offset: u64, lane: u64) {
-        if !self.is_shared() {
-            self.lanes.entry(lane).or_default().waiting.insert(offset);
-        }
-        self.dying.push(offset);
     }
 
     fn requeue(&mut self, at: usize, due_ms: u64) {
@@ -711,27 +784,17 @@ impl Delivery {
         acked
     }
 
-    /// Messages are not done with: they come again after `delay_ms`, or by the back-off. In the ordered modes what was leased
-    /// behind them in their lane comes again too, after them.
-    pub fn nack(&mut self, range: OffsetRange, delay_ms: Option<u64>, now_ms: u64) {
-        for at in self.within(range) {
-            self.give_back(at, delay_ms, now_ms);
-        }
-    }
-
-    fn give_back(&mut self, at: usize, delay_ms: Option<u64>, now_ms: u64) {
-        let Slot { state: State::Leased { .. }, lane, failures, .. } = self.window[at] else { return };
-        let wait = delay_ms.unwrap_or_else(|| self.backoff_ms(failures));
-        self.unlease(at, if wait == 0 { 0 } else { now_ms.saturating_add(wait.min(WAIT_MS_MAX)) });
-        if !self.is_shared() {
-            for behind in at + 1..self.window.len() {
-                let slot = self.window[behind];
-                if slot.lane == lane && matches!(slot.state, State::Leased { .. }) {
-                    self.requeue(behind, 0);
-                }
-            }
-        }
-        self.after_change(lane);
+    /// Messages are not done with: each returns as its range says, in an overlap as one of them does. In the ordered modes what was
+    /// leased behind them in their lane returns too, after them.
+    pub fn give_back(&mut self, ranges: Vec<(OffsetRange, Return)>, now_ms: u64) {
+        let ranges = disjoint(ranges);
+        let (Some((first, _)), Some((last, _))) = (ranges.first(), ranges.last()) else { return };
+        let slots = self.within(OffsetRange { start: first.start, end: last.end });
+        let chosen = |offset, _: &Slot| {
+            let at = ranges.partition_point(|(range, _)| range.end <= offset);
+            ranges.get(at).filter(|(range, _)| range.start <= offset).map(|(_, how)| *how)
+        };
+        self.take_leases(slots, chosen, now_ms);
     }
 
     fn backoff_ms(&self, failures: u32) -> u64 {
@@ -754,17 +817,9 @@ impl Delivery {
         if lane.ready.is_empty() && lane.waiting.is_empty() && lane.leased == 0 {
             self.lanes.remove(&lane_id);
         } else {
-            // it may stand in the queue of one that may not have it any more
-            self.unqueue(lane_id);
+            // it may be in the queue of one that may not have it any more
+            self.lanes.get_mut(&lane_id).expect("just seen").queued = 0;
             self.queue(lane_id);
-        }
-    }
-
-    fn unqueue(&mut self, lane_id: u64) {
-        let lane = self.lanes.get_mut(&lane_id).expect("just seen");
-        if lane.queued {
-            lane.queued = false;
-            self.members.values_mut().for_each(|m| m.lanes.retain(|l| *l != lane_id));
         }
     }
 
@@ -784,11 +839,11 @@ impl Delivery {
         if self.leased == 0 || now_ms < self.expires_ms {
             return;
         }
-        for at in 0..self.window.len() {
-            if matches!(self.window[at].state, State::Leased { deadline_ms, .. } if deadline_ms <= now_ms) {
-                self.give_back(at, None, now_ms);
-            }
-        }
+        let late = |_, slot: &Slot| {
+            let late = matches!(slot.state, State::Leased { deadline_ms, .. } if deadline_ms <= now_ms);
+            late.then_some(Return::Failed { delay_ms: None })
+        };
+        self.take_leases(0..self.window.len(), late, now_ms);
         let deadline = |s: &Slot| if let State::Leased { deadline_ms, .. } = s.state { deadline_ms } else { u64::MAX };
         self.expires_ms = self.window.iter().map(deadline).min().unwrap_or(u64::MAX);
     }
@@ -808,6 +863,10 @@ mod tests {
 
     fn range(start: u64, end: u64) -> OffsetRange {
         OffsetRange { start, end }
+    }
+
+    fn nack(d: &mut Delivery, range: OffsetRange, delay_ms: Option<u64>, now_ms: u64) {
+        d.give_back(vec![(range, Return::Failed { delay_ms })], now_ms);
     }
 
     fn plain(mode: Mode) -> Policy {
@@ -883,7 +942,7 @@ mod tests {
         assert!(d.grants(0, 100).is_empty() && d.wants() == 0);
         d.ack(range(2, 4));
         assert_eq!(offsets(&d.grants(0, 100), 1), [1, 4]);
-        d.nack(range(1, 2), None, 0);
+        nack(&mut d, range(1, 2), None, 0);
         assert_eq!(offsets(&d.grants(0, 100), 1), [1], "one that came back keeps its place");
         assert_eq!((d.standing(2), d.standing(1), d.standing(0)), (Standing::Acked, Standing::Given, Standing::Other));
     }
@@ -895,7 +954,7 @@ mod tests {
         d.credit(1, 100);
         [7, 8, 7, 8].into_iter().for_each(|key| d.feed(key, 0));
         assert_eq!(d.grants(0, 100).len(), 4);
-        d.nack(range(0, 1), Some(50), 0);
+        nack(&mut d, range(0, 1), Some(50), 0);
         d.ack(range(1, 2));
         d.ack(range(3, 4));
         assert_eq!(d.grants(10, 100), [], "offset 2 has the key of 0, and waits behind it");
@@ -932,7 +991,7 @@ mod tests {
                 d.tick(now);
             }
             waits.push(now - begun);
-            d.nack(range(0, 1), None, now);
+            nack(&mut d, range(0, 1), None, now);
         }
         assert_eq!(waits, [0, 10, 20, 35, 35]);
     }
@@ -945,7 +1004,7 @@ mod tests {
             d.credit(1, 3);
             (0..6).for_each(|at| d.feed(at % 2, 0));
             assert_eq!(d.grants(0, 100).len(), 3);
-            d.nack(range(1, 2), Some(1_000), 0);
+            nack(&mut d, range(1, 2), Some(1_000), 0);
             assert_eq!(d.pass_to(4), Some(range(0, 4)));
             assert_eq!((d.leased(), d.cursor().position(), d.next()), (0, 4, 6));
             d.tick(2_000);
@@ -985,7 +1044,7 @@ mod tests {
         (0..2).for_each(|_| d.feed(0, 0));
         d.grants(5, 100);
         d.extend(range(0, 1), u64::MAX, 5);
-        d.nack(range(1, 2), Some(u64::MAX), 5);
+        nack(&mut d, range(1, 2), Some(u64::MAX), 5);
         d.tick(6 + WAIT_MS_MAX);
         d.tick(7 + WAIT_MS_MAX);
         assert_eq!(d.grants(8 + WAIT_MS_MAX, 100).len(), 2);
@@ -1003,7 +1062,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_delivered_too_often_is_buried_and_its_lane_goes_on_only_then() {
+    fn a_message_delivered_too_often_is_buried_and_its_lane_goes_on_meanwhile() {
         let policy = Policy { mode: Mode::KeyShared, deliveries_max: 2, ..Default::default() };
         let mut d = Delivery::new(policy, Cursor::at(0));
         d.attach(1, "a").unwrap();
@@ -1012,7 +1071,7 @@ mod tests {
         for delivery in 1..=2 {
             assert_eq!(d.grants(0, 100).iter().filter(|g| g.offset == 0).map(|g| g.delivery).sum::<u32>(), delivery);
             assert!(d.take_dying().is_empty());
-            d.nack(range(0, 1), None, 0);
+            nack(&mut d, range(0, 1), None, 0);
             assert!(d.take_failed().contains(&Failed { offset: 0, deliveries: delivery }));
         }
         assert_eq!(d.take_dying(), [Failed { offset: 0, deliveries: 2 }]);
@@ -1020,9 +1079,8 @@ mod tests {
         assert_eq!(d.ack(range(0, 1)), [], "too late");
         d.ack(range(1, 2));
         d.tick(1_000_000);
-        assert_eq!(d.grants(1_000_000, 100), []);
+        assert_eq!(offsets(&d.grants(1_000_000, 100), 1), [2], "what follows it waits for no other topic");
         assert_eq!(d.bury(0), Some(range(0, 1)));
-        assert_eq!(offsets(&d.grants(1_000_000, 100), 1), [2]);
         assert_eq!(d.cursor().position(), 2);
         // a new leader begins with what was counted
         let mut cursor = Cursor::at(0);
@@ -1046,7 +1104,7 @@ mod tests {
         d.feed(0, 0);
         assert_eq!(d.feed_past(), Some(range(2, 3)));
         assert_eq!(offsets(&d.grants(0, 100), 1), [1]);
-        d.take_back(range(1, 2));
+        d.take_back(&[range(1, 2)]);
         assert_eq!((d.take_failed(), d.take_dying()), (vec![], vec![]));
         assert_eq!(d.grants(0, 100), [Grant { member: 1, offset: 1, delivery: 1 }]);
         d.detach(1);
@@ -1055,10 +1113,47 @@ mod tests {
         assert_eq!((d.cursor().position(), d.leased(), d.next()), (3, 0, 3));
     }
 
+    #[test]
+    fn a_member_that_leaves_by_itself_fails_at_nothing_and_one_that_is_lost_at_the_first_of_each_lane() {
+        for (mode, lost) in [(Mode::Exclusive, 1), (Mode::Failover, 1), (Mode::Shared, 4), (Mode::KeyShared, 2)] {
+            let mut d = Delivery::new(Policy { deliveries_max: 1, ..plain(mode) }, Cursor::at(0));
+            for (id, leave) in [(1, true), (2, false)] {
+                d.attach(id, "a").unwrap();
+                d.credit(id, 10);
+                [7, 8, 7, 8].into_iter().filter(|_| id == 1).for_each(|key| d.feed(key, 0));
+                let grants = d.grants(0, 100);
+                assert_eq!(offsets(&grants, id), [0, 1, 2, 3], "{mode:?}: all is in its place");
+                assert!(grants.iter().all(|g| g.delivery == 1), "{mode:?}");
+                if leave {
+                    d.leave(id)
+                } else {
+                    d.detach(id)
+                }
+                assert_eq!(d.take_dying().len(), if leave { 0 } else { lost }, "{mode:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_released_keeps_its_place_and_takes_back_what_is_leased_behind_it() {
+        let mut d = Delivery::new(Policy { deliveries_max: 1, ..plain(Mode::KeyShared) }, Cursor::at(0));
+        d.attach(1, "a").unwrap();
+        d.credit(1, 4);
+        [7, 8, 7, 8].into_iter().for_each(|key| d.feed(key, 0));
+        assert_eq!(d.grants(0, 100).len(), 4);
+        d.take_back(&[range(0, 1)]);
+        assert_eq!(d.leased(), 2, "offset 2 has the key of 0");
+        d.credit(1, 4);
+        assert_eq!(offsets(&d.grants(0, 100), 1), [0, 2]);
+        assert_eq!((d.take_failed(), d.take_dying()), (vec![], vec![]));
+    }
+
     #[derive(Clone, Debug)]
     enum Op {
         Attach(u64),
         Detach(u64),
+        Leave(u64),
+        Release(u64, u64),
         Credit(u64, u64),
         Feed(u64),
         Grant,
@@ -1072,6 +1167,8 @@ mod tests {
         prop_oneof![
             1 => (1u64..6).prop_map(Op::Attach),
             1 => (1u64..6).prop_map(Op::Detach),
+            1 => (1u64..6).prop_map(Op::Leave),
+            1 => (0u64..30, 1u64..4).prop_map(|(at, n)| Op::Release(at, n)),
             3 => (1u64..6, 1u64..5).prop_map(|(m, n)| Op::Credit(m, n)),
             4 => (0u64..4).prop_map(Op::Feed),
             4 => Just(Op::Grant),
@@ -1080,6 +1177,11 @@ mod tests {
             1 => (0u64..30, 1u64..200).prop_map(|(at, by)| Op::Extend(at, by)),
             2 => (1u64..120).prop_map(Op::Pass),
         ]
+    }
+
+    /// Failed deliveries of each message that is held.
+    fn failures(d: &Delivery, count: usize) -> Vec<u32> {
+        (0..count as u64).map(|offset| d.slot(offset).map_or(0, |slot| slot.failures)).collect()
     }
 
     /// Runs operations beside a plain model: who holds what, in what order keys were delivered.
@@ -1103,8 +1205,14 @@ mod tests {
                     }
                 }
                 Op::Attach(_) => {}
-                Op::Detach(id) => {
-                    d.detach(id);
+                Op::Detach(id) | Op::Leave(id) => {
+                    let counted = failures(&d, keys.len());
+                    if matches!(op, Op::Leave(_)) {
+                        d.leave(id);
+                        prop_assert_eq!(failures(&d, keys.len()), counted, "a clean end counts nothing");
+                    } else {
+                        d.detach(id);
+                    }
                     if members.remove(&id) {
                         gone.insert(id);
                     }
@@ -1147,13 +1255,23 @@ mod tests {
                 }
                 Op::Nack(at, delay) => {
                     let was = held.contains_key(&at);
-                    d.nack(range(at, at + 1), Some(delay), now);
+                    nack(&mut d, range(at, at + 1), Some(delay), now);
                     if was {
                         held.remove(&at);
                         if ordered {
                             let same = |o: &u64| mode != Mode::KeyShared || keys[*o as usize] == keys[at as usize];
                             held.retain(|o, _| *o < at || !same(o));
                         }
+                    }
+                }
+                Op::Release(at, n) => {
+                    let counted = failures(&d, keys.len());
+                    d.take_back(&[range(at, at + n)]);
+                    prop_assert_eq!(failures(&d, keys.len()), counted, "a release counts nothing");
+                    let freed: Vec<u64> = held.range(at..at + n).map(|(o, _)| *o).collect();
+                    for offset in freed {
+                        let same = |o: &u64| mode != Mode::KeyShared || keys[*o as usize] == keys[offset as usize];
+                        held.retain(|o, _| *o != offset && (!ordered || *o < offset || !same(o)));
                     }
                 }
                 Op::Extend(at, by) => {
@@ -1196,6 +1314,38 @@ mod tests {
         prop_assert!(missing.is_empty(), "never delivered: {missing:?}");
         prop_assert_eq!(d.cursor().position(), keys.len() as u64);
         Ok(())
+    }
+
+    proptest! {
+        #[test]
+        fn disjoint_ranges_hold_the_same_offsets_once(list in proptest::collection::vec((0u64..40, 0u64..40), 0..20)) {
+            let ranges: Vec<_> = list.iter().map(|(start, end)| (range(*start, *end), ())).collect();
+            let offsets = |ranges: &[(OffsetRange, ())]| -> Vec<u64> { ranges.iter().flat_map(|(r, ())| r.start..r.end).collect() };
+            let wanted: BTreeSet<u64> = offsets(&ranges).into_iter().collect();
+            prop_assert_eq!(offsets(&disjoint(ranges)), wanted.into_iter().collect::<Vec<_>>());
+        }
+    }
+
+    /// Each call of a member used to search the window, or another queue, once for each message.
+    #[test]
+    fn what_one_call_does_costs_steps_by_the_window_not_by_its_square() {
+        let many = 60_000;
+        let mut d = Delivery::new(plain(Mode::KeyShared), Cursor::at(0));
+        d.attach(1, "a").unwrap();
+        d.credit(1, many);
+        (0..2 * many).for_each(|at| d.feed(at % many, 0));
+        for _ in 0..2 {
+            assert_eq!(d.grants(0, many as usize).len(), many as usize);
+            nack(&mut d, range(0, u64::MAX), Some(0), 0);
+            d.credit(1, many);
+        }
+        assert_eq!(d.grants(0, many as usize).len(), many as usize);
+        d.tick(1_000);
+        d.credit(1, many);
+        assert_eq!(d.grants(1_000, many as usize).len(), many as usize);
+        assert_eq!(d.ack(range(0, u64::MAX)), [range(0, many)]);
+        d.credit(1, many);
+        assert_eq!(offsets(&d.grants(1_000, many as usize), 1).len(), many as usize);
     }
 
     proptest! {

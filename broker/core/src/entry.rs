@@ -85,12 +85,26 @@ impl Context {
     }
 }
 
+/// Where retention cuts a partition's log. The leader decides it, for all replicas alike.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct Cut {
+    /// Entries up to and including this index may be removed. Each replica removes them up to a checkpoint of its own.
+    #[prost(uint64, tag = "1")]
+    pub index: u64,
+    /// Offset of the first record that is kept: the start of the log, on every replica.
+    #[prost(uint64, tag = "2")]
+    pub offset: u64,
+}
+
 /// A small record that changes a partition's replicated state beside its log of batches.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Control {
     /// Changes to subscriptions' cursors.
     #[prost(message, repeated, tag = "1")]
     pub cursors: Vec<CursorUpdate>,
+    /// Moves the start of the log; one before the present start changes nothing.
+    #[prost(message, optional, tag = "2")]
+    pub cut: Option<Cut>,
 }
 
 impl Control {

@@ -3,12 +3,12 @@
 //! and says which messages may only leave once the round is on disk.
 
 use crate::batch::BatchHeader;
-use crate::entry::{Context, Control, Kind};
+use crate::entry::{Context, Control, Cut, Kind};
 use crate::ids::{BrokerId, GroupId, META_GROUP, ReplicaId, Ticket};
 use crate::log::GroupLog;
 use crate::meta::command::Command;
 use crate::meta::state::MetaState;
-use crate::node::{Effects, Envelope, Fetch, LeaderInfo, Limits, Refusal, Reply};
+use crate::node::{Effects, Envelope, Fetch, LeaderInfo, Limits, Refusal, Reply, disk_bytes};
 use crate::partition::{LogSums, PartitionState};
 use crate::producer::{ProducerTable, Verdict};
 use crate::sleep::Sleep;
@@ -56,6 +56,13 @@ impl Machine {
             Self::Partition(state) => state.next_offset,
         }
     }
+
+    fn start_offset(&self) -> u64 {
+        match self {
+            Self::Meta(_) => 0,
+            Self::Partition(state) => state.cut.offset,
+        }
+    }
 }
 
 /// What a leader knows of the end of its log, committed or not.
@@ -65,6 +72,8 @@ struct Lead {
     producers: ProducerTable,
     /// the log's end when this leadership began, with its own first entry: all that was ever committed stands below
     begun: u64,
+    /// index of the newest cut that was proposed
+    cut: u64,
     /// append time of the log's end, ms since the epoch: none is earlier than the one before
     append_time_ms: u64,
     /// that it is applied was told
@@ -124,11 +133,17 @@ pub struct Group {
     known_leader: Option<ReplicaId>,
     /// acks wait for a majority's memory only
     pub(crate) memory: bool,
+    /// index of the newest cut that was carried out
+    cut_seen: u64,
+    /// as its topic says; 0 for no limit
+    pub(crate) retention_bytes: u64,
     limits: Limits,
     /// when this replica became leader, by the node's clock
     pub(crate) leader_since_ms: u64,
     /// the leader's broker is known to have ended: no need to wait out the election timeout
     hurry: bool,
+    /// ticks for which an election was put off
+    held_back: u32,
     /// ticks since followers were sent a checkpoint that they have not answered
     checkpoints_sent: BTreeMap<u64, u32>,
     /// see [`crate::sleep`]
@@ -137,6 +152,9 @@ pub struct Group {
 
 /// A checkpoint that was not answered by then is sent again: it, or its answer, was lost with a connection. Raft would wait for ever.
 const CHECKPOINT_ANSWER_TICKS: u32 = 40;
+
+/// Ticks for which a replica that should not lead leaves an election to others.
+const HELD_BACK_TICKS: u32 = 40;
 
 /// Ticks between the turns of those that hurry to replace a leader.
 const HURRY_TICKS: usize = 3;
@@ -175,13 +193,15 @@ impl Group {
         };
         let conf = log.initial_state().expect("reads memory").conf_state;
         let raft = RawNode::new(&config, log, &slog::Logger::root(slog::Discard, slog::o!())).expect(NO_LIMIT_ERROR);
+        let machine = Machine::decode(stored.group, newest)?;
+        raft.store().tail().raise_start_offset(machine.start_offset());
         let sums =
             newest.map_or(LogSums::default(), |c| LogSums { bytes: c.log_bytes, append_time_ms: c.append_time_ms });
         Ok(Self {
             id: stored.group,
             replica: stored.replica,
             raft,
-            machine: Machine::decode(stored.group, newest)?,
+            machine,
             sums,
             applied: checkpoint_index,
             conf,
@@ -195,9 +215,12 @@ impl Group {
             installed: None,
             known_leader: None,
             memory: false,
+            cut_seen: 0,
+            retention_bytes: 0,
             limits: limits.clone(),
             leader_since_ms: 0,
             hurry: false,
+            held_back: 0,
             checkpoints_sent: BTreeMap::new(),
             sleep: Sleep::default(),
         })
@@ -270,6 +293,18 @@ impl Group {
         self.sums.bytes - self.log().oldest().map_or(0, |c| c.log_bytes)
     }
 
+    /// Bytes of log since the group's beginning.
+    pub(crate) fn total_bytes(&self) -> u64 {
+        self.sums.bytes
+    }
+
+    /// Bytes that a replica lacks of `entries`, by the average entry.
+    pub(crate) fn bytes_of(&self, entries: u64) -> u64 {
+        let (first, last) = (self.log().oldest().map_or(0, |c| c.index), self.last_index());
+        let average = self.kept_bytes() / last.saturating_sub(first).max(1);
+        entries.saturating_mul(average).min(self.kept_bytes())
+    }
+
     /// Whether a replica has nearly all of the leader's log and was heard of lately.
     pub fn caught_up(&self, replica: u64) -> bool {
         let last = self.raft.raft.raft_log.last_index();
@@ -306,13 +341,27 @@ impl Group {
         self.raft.raft.prs().get(replica).map(|p| last.saturating_sub(p.matched))
     }
 
-    /// Lets time pass; `salt` chooses this replica's election timeout.
-    pub fn tick(&mut self, salt: u64) {
+    /// Lets time pass; `salt` chooses this replica's election timeout. One that `holds_back` leaves elections to others for a while.
+    pub fn tick(&mut self, salt: u64, holds_back: bool) {
         self.count_idle(); // before the tick, which may have heartbeats to send
+        if holds_back {
+            self.hold_back();
+        }
         self.raft.tick();
         self.choose_timeout(salt);
         if self.is_leader() {
             self.watch_checkpoints();
+        }
+    }
+
+    /// Puts off an election that is due. Votes for others are given as usual.
+    fn hold_back(&mut self) {
+        let raft = &mut self.raft.raft;
+        if raft.state == StateRole::Leader || raft.election_elapsed < self.limits.election_ticks {
+            self.held_back = 0;
+        } else if raft.election_elapsed + 1 >= raft.randomized_election_timeout() && self.held_back < HELD_BACK_TICKS {
+            self.held_back += 1;
+            raft.election_elapsed -= 1;
         }
     }
 
@@ -363,6 +412,30 @@ impl Group {
         (place + self.id.0 as usize) % followers.len().max(1)
     }
 
+    /// The index up to which a follower's log is committed, where a message shows that the leader's log is another one there, or ends
+    /// before. Raft drops what such a follower refuses; with intact disks it cannot happen.
+    pub(crate) fn committed_beyond(&self, message: &Message) -> Option<u64> {
+        match message.msg_type {
+            MessageType::MsgAppendResponse | MessageType::MsgHeartbeatResponse if self.is_leader() => {
+                let matched = if message.reject { 0 } else { message.index };
+                let said =
+                    message.commit.max(if message.msg_type == MessageType::MsgAppendResponse { matched } else { 0 });
+                (message.term == self.term() && said > self.last_index()).then_some(said)
+            }
+            MessageType::MsgAppend
+                if message.term >= self.term() && message.index < self.raft.raft.raft_log.committed =>
+            {
+                let committed = self.raft.raft.raft_log.committed;
+                let other = |index: u64, term: u64| self.log().term(index).is_ok_and(|here| here != term);
+                let entries = message.entries.iter().filter(|e| e.index <= committed);
+                let contradicts =
+                    other(message.index, message.log_term) || entries.clone().any(|e| other(e.index, e.term));
+                contradicts.then_some(committed)
+            }
+            _ => None,
+        }
+    }
+
     /// Takes a peer's message. Refused before any state changes: a term far beyond ours.
     /// `Err` means that this replica forgot what it once acknowledged.
     pub fn step(&mut self, message: Message, salt: u64) -> Result<(), StoreError> {
@@ -386,7 +459,7 @@ impl Group {
     /// Reads that followers wait for and that were not handed out yet.
     pub(crate) fn take_fetches(&self) -> impl Iterator<Item = Fetch> + '_ {
         let high = self.log().tail().first_index();
-        let (group, bytes_max) = (self.id, self.limits.message_bytes_max);
+        let (group, bytes_max) = (self.id, self.limits.fetch_bytes);
         self.log().take_wanted().into_iter().filter(move |low| *low < high).map(move |low| Fetch {
             group,
             low,
@@ -637,6 +710,7 @@ impl Group {
             out.meta = Some(state.clone());
         }
         self.raft.mut_store().install(checkpoint);
+        self.log().tail().raise_start_offset(self.machine.start_offset());
         Ok(())
     }
 
@@ -654,6 +728,7 @@ impl Group {
         self.raft.advance_apply_to(last);
         let next = self.machine.next_offset();
         self.log().tail().set_high_watermark(next);
+        self.log().tail().raise_start_offset(self.machine.start_offset());
         if next != before {
             out.advanced.push((self.id, next));
         }
@@ -701,6 +776,14 @@ impl Group {
                 lead.in_flight.pop_front();
             }
         }
+        let cut = match &self.machine {
+            Machine::Partition(state) => state.cut.index,
+            Machine::Meta(_) => 0,
+        };
+        if cut > self.cut_seen {
+            self.cut_seen = cut;
+            let _ = self.remove_cut(ops); // what cannot be removed now is with the next look at retention
+        }
         let newest = self.log().checkpoints().back().copied();
         if newest.is_some_and(|c| self.sums.bytes - c.log_bytes >= self.limits.checkpoint_bytes) {
             self.checkpoint(ops);
@@ -731,11 +814,41 @@ impl Group {
         }
     }
 
-    /// Retention: moves the start of the log to checkpoint `index`.
-    pub(crate) fn truncate(&mut self, index: u64, ops: &mut Vec<WriteOp>) -> Result<bool, StoreError> {
+    /// Proposes where the log is cut, once for each place.
+    pub(crate) fn propose_cut(&mut self, cut: Cut, now_ms: u64) {
+        if self.lead.as_ref().is_none_or(|l| l.cut >= cut.index) {
+            return;
+        }
+        let control = Control { cut: Some(cut), ..Default::default() };
+        if self.control(Ticket(0), &control, now_ms).is_ok()
+            && let Some(lead) = &mut self.lead
+        {
+            lead.cut = cut.index;
+        }
+    }
+
+    /// The checkpoint that the start of the log may move to, as far as the leaders' decision allows it.
+    fn cut_point(&self) -> Option<u64> {
+        let Machine::Partition(state) = &self.machine else { return None };
+        let oldest = self.log().oldest().map_or(0, |c| c.index);
+        let points = self.log().checkpoints().iter().rev().map(|c| c.index);
+        points.take_while(|i| *i > oldest).find(|i| *i <= state.cut.index)
+    }
+
+    /// Removes what retention no longer keeps.
+    pub(crate) fn remove_cut(&mut self, ops: &mut Vec<WriteOp>) -> Result<(), StoreError> {
+        self.cut_point().map_or(Ok(()), |index| self.truncate(index, ops).map(drop))
+    }
+
+    fn truncate(&mut self, index: u64, ops: &mut Vec<WriteOp>) -> Result<bool, StoreError> {
         let Some(info) = self.raft.mut_store().truncate(index)? else { return Ok(false) };
         ops.push(WriteOp::Truncate { group: self.id, index: info.index, offset: info.next_offset });
         Ok(true)
+    }
+
+    /// Bytes of entries that were taken on and are in no round yet.
+    pub(crate) fn undrained_bytes(&self) -> u64 {
+        disk_bytes(&self.raft.raft.raft_log.unstable.entries)
     }
 
     /// Drops applied and persisted entries from memory until at most `bytes_max` are left.
@@ -778,6 +891,7 @@ impl Group {
             next_offset: self.log().tail().end_offset(),
             begun: self.last_index(),
             append_time_ms: self.sums.append_time_ms,
+            cut: 0,
             serves: false,
             cursors_from: self.last_index(),
             marker: 0,

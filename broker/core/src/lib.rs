@@ -2,17 +2,20 @@
 //! what comes out is [`node::Effects`]. The broker's shell runs it on a thread, the simulation runs many of it in one.
 
 pub mod batch;
+pub mod clocks;
 pub mod cursor;
 pub mod delivery;
 mod duties;
 pub mod entry;
 pub mod group;
 pub mod ids;
+pub mod incarnation;
 pub mod log;
 pub mod membership;
 pub mod meta;
 pub mod node;
 pub mod observe;
+pub mod pace;
 pub mod partition;
 pub mod pattern;
 pub mod producer;
@@ -21,6 +24,7 @@ pub mod retention;
 pub mod schedule;
 mod sleep;
 pub mod storage;
+pub mod syncs;
 pub mod tail;
 
 pub use raft::eraftpb;

@@ -1,5 +1,6 @@
 //! One group's log as Raft sees it: the shared tail in memory, the store behind it.
 
+use crate::entry::entry_bytes;
 use crate::ids::GroupId;
 use crate::storage::{Checkpoint, HardState, Store, StoreError};
 use crate::tail::Tail;
@@ -39,6 +40,30 @@ struct Fetching {
     terms: BTreeMap<u64, u64>,
 }
 
+impl Fetching {
+    /// Entries from `low` on that were read, at least one and at most so many bytes: one read serves several messages.
+    fn read_from(&self, low: u64, bytes_max: u64) -> Option<Vec<Entry>> {
+        let (first, entries) = self.here.range(..=low).next_back()?;
+        let from = usize::try_from(low - first).ok().filter(|from| *from < entries.len())?;
+        let mut bytes = 0;
+        let fits = |e: &&Entry| {
+            bytes += entry_bytes(e);
+            bytes <= bytes_max
+        };
+        let count = entries[from..].iter().take_while(fits).count().max(1);
+        Some(entries[from..from + count].to_vec())
+    }
+
+    /// Term of an entry that was read, or of the last of a read before.
+    fn term(&self, index: u64) -> Option<u64> {
+        let here = || {
+            let (first, entries) = self.here.range(..=index).next_back()?;
+            entries.get(usize::try_from(index - first).ok()?).map(|e| e.term)
+        };
+        self.terms.get(&index).copied().or_else(here)
+    }
+}
+
 /// Reads under way for one group; beyond them a follower is asked again with its next heartbeat.
 const FETCHES_MAX: usize = 8;
 
@@ -54,6 +79,8 @@ pub struct GroupLog {
     checkpoints: VecDeque<CheckpointInfo>,
     last_index: u64,
     fetching: RefCell<Fetching>,
+    /// a read that Raft asked for and that failed, until it is taken
+    failed: RefCell<Option<StoreError>>,
 }
 
 impl GroupLog {
@@ -80,6 +107,7 @@ impl GroupLog {
             checkpoints: checkpoints.iter().map(CheckpointInfo::from).collect(),
             last_index: last_index.max(newest.map_or(0, |c| c.index)),
             fetching: RefCell::default(),
+            failed: RefCell::default(),
         }
     }
 
@@ -113,6 +141,11 @@ impl GroupLog {
         contexts
     }
 
+    /// A failed read since the last call. Raft takes the entry for one that retention removed, since it panics at any other error.
+    pub(crate) fn take_failed(&self) -> Option<StoreError> {
+        self.failed.borrow_mut().take()
+    }
+
     /// Drops what was read and nobody took, and what was asked for: leadership went, or the log was replaced.
     pub(crate) fn forget_fetches(&self) {
         *self.fetching.borrow_mut() = Fetching::default();
@@ -123,10 +156,10 @@ impl GroupLog {
         self.fetching.borrow_mut().here.clear();
     }
 
-    fn fetch(&self, low: u64, context: GetEntriesContext) -> RaftResult<Vec<Entry>> {
+    fn fetch(&self, low: u64, bytes_max: u64, context: GetEntriesContext) -> RaftResult<Vec<Entry>> {
         let mut fetching = self.fetching.borrow_mut();
-        if let Some(entries) = fetching.here.get(&low) {
-            return Ok(entries.clone());
+        if let Some(entries) = fetching.read_from(low, bytes_max) {
+            return Ok(entries);
         }
         if let Some((contexts, _)) = fetching.wanted.get_mut(&low) {
             if contexts.len() < FETCHES_MAX {
@@ -221,7 +254,7 @@ impl GroupLog {
         self.checkpoints.retain(|c| c.index >= index);
         self.oldest = Some(checkpoint);
         self.tail.evict(index, 0);
-        self.tail.set_start_offset(info.next_offset);
+        self.tail.raise_start_offset(info.next_offset);
         Ok(Some(info))
     }
 
@@ -259,7 +292,7 @@ impl Storage for GroupLog {
             return Ok(entries);
         }
         if context.can_async() {
-            return self.fetch(low, context);
+            return self.fetch(low, bytes_max, context);
         }
         let high = high.min(self.tail.first_index());
         self.store.entries(self.group, low, high, bytes_max).map_err(other)
@@ -275,12 +308,19 @@ impl Storage for GroupLog {
             None if index == 0 => Ok(0),
             _ if index > self.last_index => Err(raft::Error::Store(StorageError::Unavailable)),
             _ => {
-                if let Some(term) = self.fetching.borrow().terms.get(&index) {
-                    return Ok(*term);
+                if let Some(term) = self.fetching.borrow().term(index) {
+                    return Ok(term);
                 }
-                let entries = self.store.entries(self.group, index, index + 1, 0).map_err(other)?;
-                self.fetching.borrow_mut().terms.insert(index, entries[0].term);
-                Ok(entries[0].term)
+                match self.store.entries(self.group, index, index + 1, 0) {
+                    Ok(entries) => {
+                        self.fetching.borrow_mut().terms.insert(index, entries[0].term);
+                        Ok(entries[0].term)
+                    }
+                    Err(error) => {
+                        *self.failed.borrow_mut() = Some(error);
+                        Err(raft::Error::Store(StorageError::Compacted))
+                    }
+                }
             }
         }
     }

@@ -43,7 +43,9 @@ impl Bucket {
 
     /// How long until there is one again, ms; `None` where there is no limit.
     pub fn wait_ms(&self) -> Option<u64> {
-        (self.per_second > 0).then(|| (1_000 - self.level).max(0) as u64).map(|lack| lack.div_ceil(self.per_second))
+        (self.per_second > 0)
+            .then(|| 1_000i64.saturating_sub(self.level).max(0) as u64)
+            .map(|lack| lack.div_ceil(self.per_second))
     }
 }
 

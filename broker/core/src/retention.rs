@@ -12,10 +12,14 @@ pub fn cut<'a>(
     now_ms: u64,
     keep_from: Option<u64>,
 ) -> Option<u64> {
-    let expired = |c: &CheckpointInfo| spec.retention_ms > 0 && c.append_time_ms + spec.retention_ms <= now_ms;
-    let too_much = |c: &CheckpointInfo| spec.retention_bytes > 0 && log_bytes - c.log_bytes >= spec.retention_bytes;
+    let age_ms = |c: &CheckpointInfo| now_ms.checked_sub(c.append_time_ms);
+    let expired = |c: &CheckpointInfo| spec.retention_ms > 0 && age_ms(c).is_some_and(|age| age >= spec.retention_ms);
+    let behind = |c: &CheckpointInfo| log_bytes.saturating_sub(c.log_bytes);
+    let too_much = |c: &CheckpointInfo| spec.retention_bytes > 0 && behind(c) >= spec.retention_bytes;
+    // what was scheduled is of no use once it is published, and that is known by the position of its schedule
+    let published = !spec.schedule_for.is_empty() && keep_from.is_some();
     let read = |c: &CheckpointInfo| keep_from.is_none_or(|from| c.next_offset <= from);
-    checkpoints.rev().find(|c| (expired(c) || too_much(c)) && read(c)).map(|c| c.index)
+    checkpoints.rev().find(|c| (expired(c) || too_much(c) || published) && read(c)).map(|c| c.index)
 }
 
 #[cfg(test)]
@@ -41,5 +45,24 @@ mod tests {
         let by_size = TopicSpec { retention_bytes: 2000, ..Default::default() };
         assert_eq!(cut(points().iter(), &by_size, 6000, 0, None), Some(40));
         assert_eq!(cut(points().iter(), &TopicSpec::default(), 6000, u64::MAX / 2, None), None);
+    }
+
+    #[test]
+    fn what_is_scheduled_is_kept_until_it_is_published_and_no_longer() {
+        let scheduled = TopicSpec { schedule_for: "default/t".into(), ..Default::default() };
+        assert_eq!(cut(points().iter(), &scheduled, 6000, 0, None), None, "nobody says yet what is published");
+        assert_eq!(cut(points().iter(), &scheduled, 6000, 0, Some(0)), None);
+        assert_eq!(cut(points().iter(), &scheduled, 6000, 0, Some(399)), Some(30));
+    }
+
+    #[test]
+    fn a_retention_beyond_all_time_and_all_disks_keeps_everything() {
+        for retention_ms in [u64::MAX, u64::MAX - 60_000, i64::MAX as u64] {
+            let spec = TopicSpec { retention_ms, retention_bytes: u64::MAX, ..Default::default() };
+            assert_eq!(cut(points().iter(), &spec, 6000, 240_000, None), None, "{retention_ms} ms");
+        }
+        // a log that is shorter than its checkpoints say, and a clock before their times
+        let spec = TopicSpec { retention_ms: 1, retention_bytes: 1, ..Default::default() };
+        assert_eq!(cut(points().iter(), &spec, 500, 1, None), None);
     }
 }

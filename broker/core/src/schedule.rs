@@ -57,6 +57,11 @@ impl Schedule {
         self.due.first().map(|(due, _)| *due)
     }
 
+    /// Forgets a message that is due at a known time.
+    pub fn forget(&mut self, due_ms: u64, offset: u64) {
+        self.due.remove(&(due_ms, offset));
+    }
+
     /// Forgets a message; whether it was held.
     pub fn remove(&mut self, offset: u64) -> bool {
         let before = self.due.len();

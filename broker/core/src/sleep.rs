@@ -130,7 +130,7 @@ impl Node {
     }
 
     /// Whether a broker has said something lately.
-    fn was_heard(&self, broker: BrokerId) -> bool {
+    pub(crate) fn was_heard(&self, broker: BrokerId) -> bool {
         self.heard.get(&broker).is_some_and(|h| self.ticks - h.tick < self.limits.silence_ticks)
     }
 
@@ -198,6 +198,12 @@ impl Node {
         let silent: Vec<BrokerId> =
             self.heard.iter().filter(|(_, h)| self.ticks - h.tick == silence).map(|(b, _)| *b).collect();
         silent.into_iter().for_each(|broker| self.wake_with(broker, silence as usize));
+        let gone_ticks = self.limits.gone_ticks;
+        let gone: Vec<BrokerId> =
+            self.heard.iter().filter(|(_, h)| self.ticks - h.tick == gone_ticks).map(|(b, _)| *b).collect();
+        if !gone.is_empty() {
+            self.forget_leaderships(|broker, _| gone.contains(&broker));
+        }
     }
 
     /// Wakes groups whose leader is on `broker`, and groups led here that have a replica there.

@@ -2,7 +2,8 @@
 //! Writes are gathered into rounds: one atomic batch over all groups, then (at most) one sync.
 
 use crate::entry::Context;
-use crate::ids::{GroupId, ReplicaId};
+use crate::ids::{BrokerId, GroupId, ReplicaId};
+use crate::incarnation::Incarnation;
 use bytes::Bytes;
 use raft::eraftpb::{ConfState, Entry};
 use thiserror::Error;
@@ -19,6 +20,12 @@ pub enum StoreError {
     /// The store itself found its files damaged.
     #[error("damaged: {0}")]
     Corrupt(String),
+    /// The write-ahead log lacks writes that were synced.
+    #[error(
+        "the data was synced up to write {synced}, and what is there ends at write {found}: {} acknowledged records are lost",
+        records.map_or("an unknown number of".to_owned(), |n| n.to_string())
+    )]
+    Lost { synced: u64, found: u64, records: Option<u64> },
     /// The disk said no. After a failed write or sync the process must end.
     #[error("{0}")]
     Io(String),
@@ -27,7 +34,7 @@ pub enum StoreError {
 impl StoreError {
     /// Whether what was once synced is not what is there now: no retry helps, the data must be had from elsewhere.
     pub fn is_damage(&self) -> bool {
-        matches!(self, Self::Damaged { .. } | Self::Corrupt(_))
+        matches!(self, Self::Damaged { .. } | Self::Corrupt(_) | Self::Lost { .. })
     }
 }
 
@@ -125,6 +132,8 @@ pub enum WriteOp {
     Quarantine { group: GroupId, replica: ReplicaId },
     /// Removes everything of the group, except that this replica once was here: it is never made again.
     Destroy { group: GroupId, replica: ReplicaId },
+    /// Remembers the newest incarnation of a broker, of this one too.
+    Incarnation { broker: BrokerId, incarnation: Incarnation },
 }
 
 /// What a store holds of one group at start.
@@ -150,6 +159,8 @@ pub struct StoredGroup {
 pub trait Store: Send + Sync + 'static {
     /// All groups held.
     fn load(&self) -> Result<Vec<StoredGroup>, StoreError>;
+    /// Incarnations remembered, see [`WriteOp::Incarnation`].
+    fn incarnations(&self) -> Result<Vec<(BrokerId, Incarnation)>, StoreError>;
     /// Entries `low..high` in order without gaps, at least one, stopping after `bytes_max`. Verified.
     fn entries(&self, group: GroupId, low: u64, high: u64, bytes_max: u64) -> Result<Vec<Entry>, StoreError>;
     /// Index of the first entry that holds an offset at or above `offset`.

@@ -101,7 +101,12 @@ impl Tail {
         self.start_offset.load(Ordering::Acquire)
     }
 
-    /// Moves the start of the log.
+    /// Moves the start of the log forward, if it is not there yet.
+    pub fn raise_start_offset(&self, offset: u64) {
+        self.start_offset.fetch_max(offset, Ordering::AcqRel);
+    }
+
+    /// Sets the start of the log.
     pub fn set_start_offset(&self, offset: u64) {
         self.start_offset.store(offset, Ordering::Release);
     }

@@ -100,6 +100,8 @@ impl World {
         }
         for at in 0..self.producers.len() {
             let due = self.producers[at].offer.is_none_or(|(_, again)| again <= self.now);
+            let group = self.groups[self.producers[at].partition as usize];
+            let due = due && self.paced_until.get(&group).is_none_or(|until| *until <= self.now);
             if !due || !self.dice.chance(30) {
                 continue;
             }
@@ -124,6 +126,10 @@ impl World {
             producer.offer = Some((value, self.now + wait));
             let stamp = ProducerStamp { id: producer.id, epoch: 0, sequence: producer.sequence };
             let data = synthetic(1, Some(stamp), &value.to_be_bytes());
+            if let Some(Some(limit)) = self.paces.get(&(to, group)) {
+                let wait = (data.len() as u64 * 1_000).div_ceil(*limit);
+                self.paced_until.insert(group, self.now + wait);
+            }
             let header = BatchHeader::validate(&data).expect("a right batch");
             let ticket = self.ticket(to, Asked::Publish(at));
             if let Some(node) = self.node(to) {
@@ -218,7 +224,7 @@ impl World {
             let update = CursorUpdate { subscription: self.subscription, acked, ..Default::default() };
             let ticket = self.ticket(at, Asked::Ack(partition));
             if let Some(node) = self.node(at) {
-                node.control(ticket, id, &Control { cursors: vec![update] });
+                node.control(ticket, id, &Control { cursors: vec![update], ..Default::default() });
             }
             self.pump(at);
         }
@@ -248,7 +254,7 @@ impl World {
     /// term may not know yet that there is a newer one.
     pub(crate) fn saw_end(&mut self, at: BrokerId, group: GroupId) {
         let Some(partition) = self.groups.iter().position(|g| *g == group) else { return };
-        let seen = self.node(at).map_or(Vec::new(), |node| node.observe());
+        let seen = self.node(at).map_or(Vec::new(), |node| node.observe(META_GROUP));
         let Some(GroupStatus { term, high_watermark: end, .. }) = seen.into_iter().find(|s| s.group == group) else {
             return;
         };

@@ -8,6 +8,7 @@ use weir_core::meta::command::{Kind, SetPhase};
 use weir_core::meta::state::{Broker, Phase};
 use weir_core::node::{Disk, mix};
 use weir_core::storage::{Store as _, StoreError, StoredGroup};
+use weir_store::mem::MemStore;
 
 /// Which faults happen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +39,8 @@ pub(crate) struct Joining {
     pub old: Option<BrokerId>,
 }
 
+/// A copy of a disk is old after this time, ms: others have heard of a newer mark.
+const OLD_COPY_MS: u64 = 2_000;
 /// A broker that was silent for this long may be replaced by one with its name, ms.
 const SILENCE_MS: u64 = 2_000;
 
@@ -150,9 +153,14 @@ impl World {
             }
             68..=71 => {
                 host.low_until = until;
-                host.low = if roll < 70 { Disk::Low } else { Disk::Full };
+                host.low = [Disk::Low, Disk::Full, Disk::Spent, Disk::Exhausted][roll as usize - 68];
                 self.count("nearly full disk");
             }
+            72..=91 => {
+                self.copy_volume(victim);
+                self.count("copy of a volume");
+            }
+            92..=131 if self.is_well() && self.has_old_copy(victim) => self.roll_back(victim),
             8..=27 if self.is_well() => self.lose_volume(victim),
             28..=47 if self.is_well() => self.flip_bit(victim),
             48..=67 if self.is_well() => self.drain(victim),
@@ -268,6 +276,64 @@ impl World {
         host.store = Arc::default();
         let name = std::mem::replace(&mut host.name, GONE.to_owned());
         self.joining.push(Joining { name, asked: 0, again_at, old: Some(at) });
+    }
+
+    /// Copies a broker's disk, as it is synced.
+    pub fn copy_volume(&mut self, at: BrokerId) {
+        let host = self.hosts.get_mut(&at).expect("a host");
+        host.copy = Some((self.now, Arc::new(host.store.copy())));
+    }
+
+    /// Whether there is a copy of a broker's disk that it has written marks after. What is lost with a younger one cannot be noticed.
+    fn has_old_copy(&self, at: BrokerId) -> bool {
+        let host = &self.hosts[&at];
+        let own = |store: &MemStore| {
+            let known = store.incarnations().expect("memory");
+            known.into_iter().find(|(b, _)| *b == at).map(|(_, incarnation)| incarnation)
+        };
+        host.copy.as_ref().is_some_and(|(made, copy)| made + OLD_COPY_MS <= self.now && own(copy) < own(&host.store))
+    }
+
+    /// The older copy of a broker's disk comes back.
+    pub fn roll_back(&mut self, at: BrokerId) {
+        self.count("rolled-back volume");
+        self.injured = true;
+        self.crash(at);
+        let host = self.hosts.get_mut(&at).expect("a host");
+        host.store = host.copy.take().expect("it was copied").1;
+    }
+
+    /// A broker's data is set aside, because it was rolled back, and it comes again with an empty disk.
+    pub(crate) fn set_aside(&mut self, at: BrokerId) {
+        *self.faults.entry("data set aside").or_default() += 1;
+        self.injured = true;
+        self.crash(at);
+        let again_at = self.now;
+        let host = self.hosts.get_mut(&at).expect("a host");
+        host.store = Arc::default();
+        let name = std::mem::replace(&mut host.name, GONE.to_owned());
+        self.joining.push(Joining { name, asked: 0, again_at, old: Some(at) });
+    }
+
+    /// A broker's process ends and does not start again before so many ms.
+    pub fn stop(&mut self, at: BrokerId, ms: u64) {
+        self.crash(at);
+        self.hosts.get_mut(&at).expect("a host").restart_at = self.now.saturating_add(ms);
+    }
+
+    /// A broker that was stopped starts.
+    pub fn start_again(&mut self, at: BrokerId) {
+        self.hosts.get_mut(&at).expect("a host").restart_at = self.now;
+    }
+
+    /// A broker's wall clock is off by so much from its next start on.
+    pub fn set_clock(&mut self, at: BrokerId, off_ms: i64) {
+        self.hosts.get_mut(&at).expect("a host").wall_off = off_ms;
+    }
+
+    /// A broker's disk takes up to half a second for each round, until all is healed.
+    pub fn slow_disk(&mut self, at: BrokerId) {
+        self.hosts.get_mut(&at).expect("a host").slow_until = u64::MAX;
     }
 
     /// An administrator drains a broker, where others can take its place.

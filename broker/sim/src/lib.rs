@@ -5,6 +5,7 @@
 mod clients;
 mod faults;
 mod oracle;
+pub mod specs;
 
 use clients::{Allocator, Asked, Producer};
 pub use faults::Faults;
@@ -15,10 +16,11 @@ use weir_checker::History;
 use weir_core::eraftpb::MessageType;
 use weir_core::group::Group;
 use weir_core::ids::{BrokerId, GroupId, META_GROUP, ReplicaId, Ticket};
+use weir_core::incarnation::Standing;
 use weir_core::meta::command::{ApplySubscription, ApplyTopic, Command, Kind, Placement};
 use weir_core::meta::placement;
 use weir_core::meta::state::{Broker, MetaState, Start, SubscriptionSpec, TopicSpec};
-use weir_core::node::{Disk, Envelope, Fetch, Limits, Node, Now, PeerMessage, mix};
+use weir_core::node::{Alarm, Disk, Envelope, Fetch, Limits, Node, Now, PeerMessage, mix};
 use weir_core::storage::Store as _;
 use weir_store::mem::MemStore;
 
@@ -61,6 +63,8 @@ struct Host {
     /// little room is left: no more batches are taken on
     low_until: u64,
     low: Disk,
+    /// an older copy of its disk, and when it was made
+    copy: Option<(u64, Arc<MemStore>)>,
     /// the next write or sync fails
     failing: bool,
     /// its clock runs fast or slow, in parts of a thousand
@@ -83,6 +87,7 @@ impl Host {
             full_until: 0,
             low_until: 0,
             low: Disk::Low,
+            copy: None,
             failing: false,
             drift,
             wall_off: 0,
@@ -133,6 +138,17 @@ pub struct World {
     pub fetched: u64,
     /// how often a leader put its group to sleep
     pub slept: u64,
+    /// what operators were told
+    pub alarms: Vec<Alarm>,
+    /// how often publishers of a partition were slowed, or slowed more
+    pub slowed: u64,
+    /// what may be published in a second, as a leader said
+    paces: BTreeMap<(BrokerId, GroupId), Option<u64>>,
+    /// when the next batch may go to a partition whose publishers are slowed
+    paced_until: BTreeMap<GroupId, u64>,
+    limits: Limits,
+    /// a read of old entries takes less than this, ms
+    pub read_ms: u64,
     /// faults of each kind
     pub faults: BTreeMap<&'static str, u64>,
     /// a hash over everything that happened
@@ -145,13 +161,13 @@ const SUBSCRIPTION: &str = "default/s";
 const PARTITIONS: u32 = 2;
 
 /// The metadata a cluster is formed with: one topic, one subscription.
-fn first_state(brokers: u64, replicas: u32) -> MetaState {
+fn first_state(brokers: u64, replicas: u32, topic: TopicSpec) -> MetaState {
     let list: Vec<Broker> =
         (1..=brokers).map(|id| Broker { id, name: format!("b-{id}"), ..Default::default() }).collect();
     let mut meta = MetaState::form("sim", &list);
     let placed = placement::place(placement::candidates(&meta), PARTITIONS, replicas).expect("enough brokers");
     let placements = placed.iter().map(|p| Placement { brokers: p.iter().map(|b| b.0).collect() }).collect();
-    let spec = TopicSpec { partitions: PARTITIONS, replicas, ..Default::default() };
+    let spec = TopicSpec { partitions: PARTITIONS, replicas, ..topic };
     let topic = ApplyTopic { name: TOPIC.into(), spec, placements, ..Default::default() };
     meta.apply(&Command::from(Kind::ApplyTopic(topic))).expect("a right topic");
     let spec = SubscriptionSpec { topic: TOPIC.into(), start: Start::Earliest.into(), ..Default::default() };
@@ -163,7 +179,17 @@ fn first_state(brokers: u64, replicas: u32) -> MetaState {
 impl World {
     /// A cluster of `brokers` with one topic, replicated `replicas` times.
     pub fn new(seed: u64, brokers: u64, replicas: u32) -> Self {
-        let meta = first_state(brokers, replicas);
+        let limits = Limits { checkpoint_bytes: 4_000, tail_bytes_max: 8_000, idle_ticks: 6, ..Default::default() };
+        Self::of(seed, first_state(brokers, replicas, TopicSpec::default()), limits)
+    }
+
+    /// The same with a topic and limits of one's own.
+    pub fn with(seed: u64, brokers: u64, topic: TopicSpec, limits: Limits) -> Self {
+        Self::of(seed, first_state(brokers, brokers as u32, topic), limits)
+    }
+
+    fn of(seed: u64, meta: MetaState, limits: Limits) -> Self {
+        let brokers = meta.brokers.len() as u64;
         let mut world = Self {
             dice: Dice(mix(seed)),
             hosts: BTreeMap::new(),
@@ -189,6 +215,12 @@ impl World {
             history: History::default(),
             fetched: 0,
             slept: 0,
+            alarms: Vec::new(),
+            slowed: 0,
+            paces: BTreeMap::new(),
+            paced_until: BTreeMap::new(),
+            limits,
+            read_ms: 20,
             faults: BTreeMap::new(),
             trace: 0,
         };
@@ -204,12 +236,13 @@ impl World {
 
     /// Opens what a host's disk holds.
     fn start(&mut self, id: BrokerId) {
-        let limits = Limits { checkpoint_bytes: 4_000, tail_bytes_max: 8_000, idle_ticks: 6, ..Default::default() };
+        let limits = self.limits.clone();
         let seed = self.dice.roll(u64::MAX);
         let host = self.hosts.get_mut(&id).expect("a host");
         let node = Node::open(id, host.store.clone(), limits, seed, host.time(self.now)).expect("memory does not fail");
         assert!(node.damaged().is_empty() || self.injured, "broker {id} found damage: nothing was damaged");
         host.node = Some(node);
+        self.paces.retain(|(at, _), _| *at != id);
     }
 
     /// Clients ask for nothing, for so long or until [`World::heal`].
@@ -273,7 +306,7 @@ impl World {
         let now = host.time(self.now);
         let disk = if host.low_until > self.now { host.low } else { Disk::Room };
         if let Some(node) = host.node.as_mut() {
-            node.set_disk(disk);
+            node.set_disk(disk, u64::MAX);
             node.tick(now);
         }
         self.pump(id);
@@ -333,7 +366,7 @@ impl World {
         }
         for fetch in effects.fetches {
             self.fetched += 1;
-            let due = self.now + 1 + self.dice.roll(20);
+            let due = self.now + 1 + self.dice.roll(self.read_ms);
             self.hosts.get_mut(&id).expect("a host").reads.push_back((due, fetch));
         }
         for (to, envelope) in effects.messages {
@@ -343,8 +376,11 @@ impl World {
             self.slept += 1;
             self.post(id, to, PeerMessage::Asleep(vec![asleep]));
         }
-        if effects.alive {
-            self.tell_others(id, &PeerMessage::Alive);
+        for (to, message) in effects.direct {
+            self.post(id, to, message);
+        }
+        if let Some(pulse) = effects.pulse {
+            self.tell_others(id, &PeerMessage::Pulse(pulse));
         }
         if !effects.announce.is_empty() {
             self.tell_others(id, &PeerMessage::Leaders(effects.announce));
@@ -354,6 +390,17 @@ impl World {
         }
         for group in effects.leaders {
             self.saw_end(id, group);
+        }
+        for (group, limit) in effects.paces {
+            self.slowed += u64::from(limit.is_some());
+            self.paces.insert((id, group), limit);
+        }
+        for alarm in effects.alarms {
+            self.alarms.push(alarm);
+        }
+        if effects.set_aside.is_some() {
+            self.set_aside(id);
+            return;
         }
         for (ticket, reply) in effects.replies {
             self.replied(ticket, reply);
@@ -427,6 +474,52 @@ impl World {
             Some((*id, term, leader))
         };
         self.hosts.iter().filter_map(seen).collect()
+    }
+
+    /// The wall clock, ms since the epoch.
+    pub fn wall_ms(&self) -> i64 {
+        EPOCH_MS + self.now as i64
+    }
+
+    /// Of the first partition at each broker: where its log begins, and the time of its newest record, ms since the epoch.
+    pub fn log_starts(&self) -> Vec<(BrokerId, u64, u64)> {
+        let of = |id: &BrokerId| {
+            let log = self.group_at(*id, self.group())?.log();
+            let newest = log.checkpoints().back().map_or(0, |c| c.append_time_ms);
+            Some((*id, log.tail().start_offset(), newest))
+        };
+        self.hosts.keys().filter_map(of).collect()
+    }
+
+    /// An administrator makes a topic with so many partitions, replicated on all brokers.
+    pub fn make_topic(&mut self, name: &str, partitions: u32) {
+        let controller = self.controller().expect("somebody leads the metadata");
+        let meta = self.hosts[&controller].node.as_ref().expect("it leads").meta().clone();
+        let replicas = meta.brokers.len() as u32;
+        let placed = placement::place(placement::candidates(&meta), partitions, replicas).expect("enough brokers");
+        let placements = placed.iter().map(|p| Placement { brokers: p.iter().map(|b| b.0).collect() }).collect();
+        let spec = TopicSpec { partitions, replicas, ..Default::default() };
+        let topic = ApplyTopic { name: name.to_owned(), spec, placements, ..Default::default() };
+        self.propose(controller, Asked::Administer, Kind::ApplyTopic(topic));
+    }
+
+    /// Whether the first partition of a topic has a leader that serves.
+    pub fn is_led(&self, topic: &str) -> bool {
+        let nodes = || self.hosts.values().filter_map(|h| h.node.as_ref());
+        let group = nodes().find_map(|n| n.meta().group_of(topic, 0));
+        group.is_some_and(|g| nodes().any(|n| n.group(g).is_some_and(Group::serves)))
+    }
+
+    /// Brokers that run and take part in votes and appends.
+    pub fn taking_part(&self) -> Vec<BrokerId> {
+        let takes = |h: &Host| h.node.as_ref().is_some_and(|n| n.standing() == Standing::TakingPart);
+        self.hosts.iter().filter(|(_, h)| takes(h)).map(|(id, _)| *id).collect()
+    }
+
+    /// Brokers whose volumes one broker knows to be rolled back.
+    pub fn rolled_back(&self, at: BrokerId) -> Vec<BrokerId> {
+        let node = self.hosts.get(&at).and_then(|h| h.node.as_ref());
+        node.map_or(Vec::new(), |n| n.rolled_back().iter().copied().collect())
     }
 
     /// Brokers that take themselves for the leader of the first partition, with their terms.

@@ -78,6 +78,9 @@ fn acknowledged_records_survive_whatever_breaks() {
             "full disk",
             "clock jump",
             "lost volume",
+            "copy of a volume",
+            "rolled-back volume",
+            "data set aside",
             "flipped bit",
             "drained broker",
         ];

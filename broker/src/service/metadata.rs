@@ -1,10 +1,13 @@
 //! What there is and where.
 
-use super::{Context, full_name};
-use std::collections::HashMap;
+use super::pages::{self, Behind, Place, Room};
+use super::{Context, any_name};
+use crate::budget::ANSWER_BYTES_MAX;
+use crate::declare;
+use std::collections::{HashMap, HashSet};
 use tonic::{Request, Response, Status};
 use weir_core::ids::{GroupId, META_GROUP};
-use weir_core::meta::state as core;
+use weir_core::meta::{index, names, state as core};
 use weir_core::observe::ReplicaStatus;
 use weir_proto::v1;
 use weir_proto::v1::metadata_server::Metadata;
@@ -24,17 +27,12 @@ fn topic(context: &Context, meta: &core::MetaState, topic: &core::Topic) -> v1::
     v1::Topic {
         name: topic.name.clone(),
         id: topic.id,
-        spec: Some(v1::TopicSpec {
-            partitions: topic.spec.partitions,
-            replicas: topic.spec.replicas,
-            retention_ms: topic.spec.retention_ms,
-            retention_bytes: topic.spec.retention_bytes,
-            message_bytes_max: topic.spec.message_bytes_max,
-            quorum_memory: topic.spec.quorum_memory,
-        }),
+        spec: Some(declare::topic_declared(&topic.spec)),
         partitions: (0..).zip(&topic.groups).map(|(at, g)| partition(context, meta, at, *g)).collect(),
         owner_uid: topic.owner_uid.clone(),
         generation: topic.generation,
+        internal: names::is_internal(&topic.name),
+        scheduled_for: topic.spec.schedule_for.clone(),
     }
 }
 
@@ -46,72 +44,52 @@ fn broker(broker: &core::Broker) -> v1::Broker {
         admin_address: broker.admin_address.clone(),
         rack: broker.rack.clone(),
         phase: format!("{:?}", broker.phase()).to_lowercase(),
+        rebuilt_because: broker.rebuilt_because.clone(),
     }
 }
 
-fn subscription(meta: &core::MetaState, s: &core::Subscription) -> v1::Subscription {
-    let spec = v1::SubscriptionSpec {
-        topic: s.spec.topic.clone(),
-        from_earliest: s.spec.start() == core::Start::Earliest,
-        start_ms: s.spec.start_ms,
-        ack_deadline_ms: s.spec.ack_deadline_ms,
-        mode: s.spec.mode,
-        backoff_min_ms: s.spec.backoff_min_ms,
-        backoff_max_ms: s.spec.backoff_max_ms,
-        in_flight_max: s.spec.in_flight_max,
-        deliveries_max: s.spec.deliveries_max,
-        dead_letter_topic: s.spec.dead_letter_topic.clone(),
-        filter: s.spec.filter.clone(),
-        messages_per_second: s.spec.messages_per_second,
-        bytes_per_second: s.spec.bytes_per_second,
-        burst_messages: s.spec.burst_messages,
-        in_flight_member_max: s.spec.in_flight_member_max,
-        priorities: s.spec.priorities,
-        routing_keys: s.spec.routing_keys.clone(),
-        push: s.spec.push.as_ref().map(|p| v1::Push {
-            endpoint: p.endpoint.clone(),
-            concurrency: p.concurrency,
-            timeout_ms: p.timeout_ms,
-        }),
-    };
+fn subscription(meta: &index::Metadata, s: &core::Subscription) -> v1::Subscription {
+    let mut topics: Vec<String> = meta.topics_of(&s.spec).map(|t| t.name.clone()).collect();
+    topics.sort_unstable(); // a page that ends within them is continued behind the last name
     v1::Subscription {
         name: s.name.clone(),
         id: s.id,
-        spec: Some(spec),
+        spec: Some(declare::subscription_declared(&s.spec)),
         owner_uid: s.owner_uid.clone(),
         generation: s.generation,
         snapshot_of: s.snapshot_of,
-        topics: meta.topics_of(&s.spec).map(|t| t.name.clone()).collect(),
+        topics,
+        internal: names::is_internal(&s.name),
+        snapshot: s.snapshot_name.clone(),
+        redrive_of: s.redrive_of,
     }
 }
 
 impl Context {
-    /// How the partitions stand that this broker leads; only those of `topics` (full names), all where there are none.
-    pub async fn describe(&self, topics: &[String]) -> Vec<v1::PartitionStatus> {
+    /// How all partitions stand that this broker leads.
+    pub async fn describe_all(&self) -> Vec<v1::PartitionStatus> {
+        self.describe_from(&HashSet::new(), Place::default(), usize::MAX).await.0
+    }
+
+    /// How the partitions stand that this broker leads, by group; only those of `topics` (full names), all where there are none. From a
+    /// place on, until they have `bytes_max` on the wire; the next place is where there are more.
+    async fn describe_from(
+        &self,
+        topics: &HashSet<String>,
+        from: Place,
+        bytes_max: usize,
+    ) -> (Vec<v1::PartitionStatus>, Option<Place>) {
         let meta = self.shared.meta();
         let names: HashMap<u64, &String> = meta.topics.values().map(|t| (t.id, &t.name)).collect();
         let subscriptions: HashMap<u64, &String> = meta.subscriptions.values().map(|s| (s.id, &s.name)).collect();
         let mut out = Vec::new();
-        for status in self.node.ask(|node| node.observe()).await.unwrap_or_default() {
+        let mut room = Room::beside(&v1::DescribeResponse { broker: u64::MAX, ..Default::default() }, bytes_max);
+        let first = GroupId(from.group);
+        for status in self.node.ask(move |node| node.observe(first)).await.unwrap_or_default() {
             let Some(assignment) = meta.assignment(status.group) else { continue };
             let topic = names.get(&assignment.topic).map_or("", |n| n.as_str());
-            if !topics.is_empty() && !topics.iter().any(|t| t == topic) {
+            if !topics.is_empty() && !topics.contains(topic) {
                 continue;
-            }
-            let mut positions = Vec::new();
-            for cursor in &status.cursors {
-                let Some(name) = subscriptions.get(&cursor.subscription) else { continue };
-                let backlog = status.high_watermark.saturating_sub(cursor.position + cursor.acked_above);
-                let kept = status.high_watermark.saturating_sub(status.start_offset).max(1);
-                let bytes = u128::from(status.log_bytes) * u128::from(backlog) / u128::from(kept);
-                positions.push(v1::SubscriptionStatus {
-                    subscription: (*name).clone(),
-                    position: cursor.position,
-                    backlog,
-                    backlog_bytes: u64::try_from(bytes).unwrap_or(u64::MAX),
-                    acked_above: cursor.acked_above,
-                    oldest_ms: self.append_time_ms(status.group, cursor.position).await,
-                });
             }
             let replica = |r: &ReplicaStatus| v1::ReplicaStatus {
                 broker: r.broker.0,
@@ -120,7 +98,7 @@ impl Context {
                 entries_behind: r.entries_behind,
                 bytes_behind: r.bytes_behind,
             };
-            out.push(v1::PartitionStatus {
+            let mut partition = v1::PartitionStatus {
                 topic: topic.to_owned(),
                 partition: assignment.partition,
                 group: status.group.0,
@@ -129,46 +107,75 @@ impl Context {
                 high_watermark: status.high_watermark,
                 log_bytes: status.log_bytes,
                 replicas: status.replicas.iter().map(replica).collect(),
-                subscriptions: positions,
-            });
+                subscriptions: Vec::new(),
+                slowed_percent: status.slowed_percent,
+            };
+            let behind = if status.group == first { from.subscription } else { 0 };
+            let mut place = Place { group: status.group.0, subscription: behind };
+            if !room.take(&partition) {
+                return (out, Some(place));
+            }
+            for cursor in status.cursors.iter().filter(|c| c.subscription > behind) {
+                let Some(name) = subscriptions.get(&cursor.subscription) else { continue };
+                let backlog = status.high_watermark.saturating_sub(cursor.position + cursor.acked_above);
+                let kept = status.high_watermark.saturating_sub(status.start_offset).max(1);
+                let bytes = u128::from(status.log_bytes) * u128::from(backlog) / u128::from(kept);
+                let position = v1::SubscriptionStatus {
+                    subscription: (*name).clone(),
+                    position: cursor.position,
+                    backlog,
+                    backlog_bytes: u64::try_from(bytes).unwrap_or(u64::MAX),
+                    acked_above: cursor.acked_above,
+                    oldest_ms: self.append_time_ms(status.group, cursor.position).await,
+                };
+                if !room.take(&position) {
+                    out.push(partition);
+                    return (out, Some(place));
+                }
+                place.subscription = cursor.subscription;
+                partition.subscriptions.push(position);
+            }
+            out.push(partition);
         }
-        out
+        (out, None)
     }
 
-    /// When the record at `offset` was appended, ms since the epoch; 0 where there is none.
-    async fn append_time_ms(&self, group: GroupId, offset: u64) -> u64 {
-        let Some(partition) = self.shared.partition(group) else { return 0 };
-        if offset >= partition.tail.high_watermark() {
-            return 0;
-        }
+    /// When the record at `offset` was appended, ms since the epoch; `None` where there is none.
+    async fn append_time_ms(&self, group: GroupId, offset: u64) -> Option<u64> {
+        let partition = self.shared.partition(group).filter(|p| offset < p.tail.high_watermark())?;
         let batches = partition.read(offset.max(partition.tail.start_offset()), 1).await;
-        batches.ok().and_then(|b| b.first().map(|b| b.append_time_ms)).unwrap_or(0)
+        batches.ok().and_then(|b| b.first().map(|b| b.append_time_ms))
     }
 }
 
 #[tonic::async_trait]
 impl Metadata for Context {
     async fn get(&self, request: Request<v1::GetMetadataRequest>) -> Result<Response<v1::GetMetadataResponse>, Status> {
-        let wanted = request.into_inner().topics;
-        let wanted = wanted.iter().map(|t| full_name(t)).collect::<Result<Vec<_>, _>>()?;
+        let v1::GetMetadataRequest { topics: wanted, page_token } = request.into_inner();
+        let behind = Behind::parse(&page_token).map_err(|f| self.rejected(f))?;
+        let wanted = wanted.iter().map(|t| any_name(t)).collect::<Result<HashSet<_>, _>>()?;
         let meta = self.shared.meta();
-        let topics = meta.topics.values().filter(|t| wanted.is_empty() || wanted.contains(&t.name));
-        Ok(Response::new(v1::GetMetadataResponse {
+        let head = v1::GetMetadataResponse {
             cluster_id: meta.cluster_id.clone(),
             version: meta.version,
             brokers: meta.brokers.values().map(broker).collect(),
-            topics: topics.map(|t| topic(self, &meta, t)).collect(),
-            subscriptions: meta.subscriptions.values().map(|s| subscription(&meta, s)).collect(),
             answered_by: self.shared.broker.0,
             controller: self.shared.controller().map_or(0, |b| b.0),
             metadata_group: Some(partition(self, &meta, 0, META_GROUP.0)),
-        }))
+            rolled_back_brokers: self.shared.rolled_back().iter().map(|b| b.0).collect(),
+            ..Default::default()
+        };
+        let is_wanted = |t: &core::Topic| wanted.is_empty() || wanted.contains(&t.name);
+        let topic = |t: &core::Topic| is_wanted(t).then(|| topic(self, &meta, t));
+        Ok(Response::new(pages::fill(head, &meta, behind, topic, |s| subscription(&meta, s))))
     }
 
     async fn describe(&self, request: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeResponse>, Status> {
-        let topics = request.into_inner().topics;
-        let topics = topics.iter().map(|t| full_name(t)).collect::<Result<Vec<_>, _>>()?;
-        let partitions = Context::describe(self, &topics).await;
-        Ok(Response::new(v1::DescribeResponse { broker: self.shared.broker.0, partitions }))
+        let v1::DescribeRequest { topics, page_token } = request.into_inner();
+        let from = Place::parse(&page_token).map_err(|f| self.rejected(f))?;
+        let topics = topics.iter().map(|t| any_name(t)).collect::<Result<HashSet<_>, _>>()?;
+        let (partitions, next) = self.describe_from(&topics, from, ANSWER_BYTES_MAX).await;
+        let next_page_token = next.map_or(String::new(), Place::token);
+        Ok(Response::new(v1::DescribeResponse { broker: self.shared.broker.0, partitions, next_page_token }))
     }
 }

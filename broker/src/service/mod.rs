@@ -1,13 +1,16 @@
 //! One file for each gRPC service, and what they share.
 
 pub mod admin;
+pub mod bounds;
 pub mod log;
 pub mod metadata;
+mod pages;
 pub mod peer;
 pub mod publisher;
 pub mod requester;
 pub mod subscriber;
 
+use crate::budget::{self, Answers, Budget};
 use crate::formation::Formation;
 use crate::metrics::Metrics;
 use crate::node_loop::{Event, NodeHandle};
@@ -17,15 +20,13 @@ use crate::status::Failure;
 use prost::Message as _;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::Semaphore;
 use tonic::Code;
 use weir_core::ids::GroupId;
 use weir_core::meta::command::{Answer, Command};
+use weir_core::meta::names;
 use weir_core::node::{Refusal, Reply};
 use weir_proto::v1;
 
-/// Bytes of publishes under way on one broker.
-pub const IN_FLIGHT_BYTES_MAX: usize = 128 << 20;
 /// How long readers wait for a new leader's first entry to be committed.
 const SERVES_WITHIN: Duration = Duration::from_secs(1);
 /// Largest batch where a topic sets no limit of its own, bytes.
@@ -44,8 +45,12 @@ pub struct Context {
     pub formation: Arc<Formation>,
     /// Brokers that the metadata does not name yet.
     pub vouched: Arc<crate::vouched::Vouched>,
-    /// Budget of publishes under way, KiB.
-    pub budget: Arc<Semaphore>,
+    /// Budget of messages on their way.
+    pub budget: Budget,
+    /// Budget of decompressed records.
+    pub unpacker: crate::unpack::Unpacker,
+    /// What requests take that came over no connection.
+    pub local: Arc<budget::Connection>,
     /// Deliveries under way.
     pub hubs: crate::hub::Hubs,
     /// Inboxes of askers.
@@ -60,23 +65,25 @@ pub struct Context {
     pub turn: Arc<std::sync::atomic::AtomicUsize>,
 }
 
-/// `name` with its namespace, checked: 1 to 253 characters of a-z, 0-9, `-` and `.` on each side of the slash.
+/// As [`any_name`], of an object of a client's own: internal names are refused.
 pub fn full_name(name: &str) -> Result<String, Failure> {
-    let (namespace, short) = name.split_once('/').unwrap_or(("default", name));
-    let letter = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
-    let right = |part: &str| {
-        (1..=253).contains(&part.len())
-            && part.chars().all(|c| letter(c) || c == '-' || c == '.')
-            && part.starts_with(letter)
-            && part.ends_with(letter)
-            && !part.contains("..")
-    };
-    if right(namespace) && right(short) {
-        return Ok(format!("{namespace}/{short}"));
+    let name = any_name(name)?;
+    check_not_internal(&name)?;
+    Ok(name)
+}
+
+/// Refuses an internal name; such a name always has its namespace.
+fn check_not_internal(name: &str) -> Result<(), Failure> {
+    if !names::is_internal(name) {
+        return Ok(());
     }
-    let shown: String = name.chars().take(60).flat_map(char::escape_default).collect();
-    let rule = "names are a-z, 0-9, '-' and '.', begin and end with a letter or digit, at most 253 characters";
-    Err(Failure::invalid("NAME", format!("'{shown}' is not a name: {rule}")))
+    let rule = "may only be listed and read by offset: brokers keep what is in it for themselves";
+    Err(Failure::invalid("INTERNAL", format!("{name}: namespace {} {rule}", names::INTERNAL_NAMESPACE)))
+}
+
+/// `name` with its namespace, checked.
+pub fn any_name(name: &str) -> Result<String, Failure> {
+    weir_proto::names::full_name(name).map_err(|e| Failure::invalid("NAME", e))
 }
 
 /// A partition that was asked for.
@@ -87,12 +94,44 @@ pub struct Found {
     pub batch_bytes_max: u32,
     /// The topic's full name.
     pub topic: String,
+    /// The topic's id.
+    pub topic_id: u64,
+}
+
+impl Found {
+    /// This, if its topic has the id that a request was made for; 0 stands for any.
+    pub fn of_topic(self, wanted: u64) -> Result<Self, Failure> {
+        let rule = "offsets and sequences of the earlier topic mean nothing in it, start anew";
+        check_id(("topic", &self.topic), self.topic_id, wanted, ("TOPIC_RECREATED", rule))?;
+        Ok(self)
+    }
+}
+
+/// Refuses a request about what had another id under its name. `wanted` is the id that the request carries; 0 stands for any. A refusal has
+/// `reason`, and says what follows for who asks: `rule`.
+fn check_id(
+    (kind, name): (&str, &str),
+    id: u64,
+    wanted: u64,
+    (reason, rule): (&'static str, &str),
+) -> Result<(), Failure> {
+    if wanted == 0 || wanted == id {
+        return Ok(());
+    }
+    let text = format!("{kind} {name} was deleted and re-created: it has id {id}, not {wanted}; {rule}");
+    Err(Failure::new(Code::FailedPrecondition, reason, text))
 }
 
 impl Context {
+    /// Room for the answers to a request.
+    pub fn answers<T>(&self, request: &tonic::Request<T>) -> Answers {
+        let connection = request.extensions().get::<Arc<budget::Connection>>();
+        self.budget.answers(connection.unwrap_or(&self.local).clone())
+    }
+
     /// The group of a topic's partition.
     pub fn find(&self, topic: &str, partition: u32) -> Result<Found, Failure> {
-        let name = full_name(topic)?;
+        let name = any_name(topic)?;
         let meta = self.shared.meta();
         let Some(found) = meta.topics.get(&name) else {
             return Err(self.missing("NO_TOPIC", format!("topic {name} does not exist")));
@@ -103,7 +142,7 @@ impl Context {
         };
         let limit = found.spec.message_bytes_max;
         let batch_bytes_max = if limit == 0 { BATCH_BYTES_DEFAULT } else { limit };
-        Ok(Found { group: GroupId(*group), batch_bytes_max, topic: name })
+        Ok(Found { group: GroupId(*group), batch_bytes_max, topic: name, topic_id: found.id })
     }
 
     /// What is asked for is not known here; a broker that is not ready may just not have heard of it yet, and does not say that there is
@@ -120,6 +159,12 @@ impl Context {
         let meta = self.shared.meta();
         let leader = self.shared.leader(group).filter(|b| *b != self.shared.broker);
         Failure::not_leader(leader.and_then(|b| meta.broker(b)).map_or(String::new(), |b| b.client_address.clone()))
+    }
+
+    /// What this broker begins a call to a peer with.
+    pub(crate) fn hello_to(&self, to: weir_core::ids::BrokerId) -> v1::PeerHello {
+        let cluster_id = self.formation.identity().cluster_id;
+        v1::PeerHello { cluster_id, broker_id: self.shared.broker.0, to_broker_id: to.0, incarnation: 0 }
     }
 
     /// A partition led here, for reading: a new leader is waited for until it knows all that was committed before it.
@@ -177,7 +222,9 @@ impl Context {
             )
         };
         let mut peer = peers::connect(&address).await.map_err(unreachable)?;
-        let answer = peer.propose(v1::ProposeRequest { command: command.encode_to_vec().into() }).await?.into_inner();
+        let hello = controller.map(|to| self.hello_to(to));
+        let request = v1::ProposeRequest { command: command.encode_to_vec().into(), hello };
+        let answer = peer.propose(request).await?.into_inner();
         // what was answered there may not be applied here yet; a caller that asks here next should see it
         let mut seen = self.shared.meta.subscribe();
         let applied = seen.wait_for(|m| m.version >= answer.version);
@@ -214,15 +261,17 @@ pub fn number(answer: Answer) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::full_name;
+    use super::{any_name, full_name};
 
     #[test]
-    fn names_get_their_namespace_and_bad_ones_are_refused() {
-        assert_eq!(full_name("orders").unwrap(), "default/orders");
-        assert_eq!(full_name("shop/orders.v1").unwrap(), "shop/orders.v1");
-        let long = "x".repeat(300);
-        for bad in ["", "../x", "a/../b", "a\0b", "A", "a/b/c", "-a", "a-", "a..b", &long, "/", "a/"] {
-            assert!(full_name(bad).is_err(), "{bad:?}");
+    fn internal_names_are_known_by_their_namespace_alone() {
+        for internal in ["weir-system/scheduled-7", "weir-system/mine"] {
+            assert_eq!(full_name(internal).unwrap_err().reason, "INTERNAL");
+            assert_eq!(any_name(internal).unwrap(), internal);
+        }
+        let longest = "x".repeat(253);
+        for own in ["jobs.scheduled", "mail.redrive", "weir-system", "shop/weir-system", &longest] {
+            assert!(full_name(own).is_ok(), "{own}");
         }
     }
 }

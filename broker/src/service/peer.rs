@@ -1,8 +1,10 @@
-//! Between brokers. Who speaks is checked before anything it says is heard.
+//! Calls between brokers. The sender of each is verified before anything changes: it names this cluster, a member of it, and this broker.
 
 use super::{Context, number};
-use crate::formation::Formation;
+use crate::declare;
+use crate::formation::{self, Formation};
 use crate::node_loop::Event;
+use crate::outbox::{self, Limit};
 use crate::peers;
 use crate::status::Failure;
 use crate::vouched::members;
@@ -10,13 +12,17 @@ use prost::Message as _;
 use std::sync::{Arc, OnceLock};
 use tonic::{Code, Request, Response, Status, Streaming};
 use weir_core::ids::BrokerId;
+use weir_core::incarnation::Incarnation;
 use weir_core::meta::command::{Command, Kind};
 use weir_core::meta::state::{Broker, Phase};
+use weir_core::node::PeerMessage;
 use weir_proto::v1;
 use weir_proto::v1::peer_server::Peer;
 
 /// A broker may be replaced under its name after this much silence, ms.
 const SILENCE_MS: u64 = 2_000;
+/// Of the reason why a broker begins with an empty disk, so many characters are kept.
+const REASON_CHARS_MAX: usize = 500;
 
 /// Answers peers, also before this broker has an identity.
 #[derive(Clone)]
@@ -32,38 +38,90 @@ impl PeerService {
         let starting = || Failure::new(Code::Unavailable, "STARTING", "the broker is starting");
         self.context.get().ok_or_else(starting)
     }
+
+    /// The broker that a hello names, where it names this cluster and is meant for this broker.
+    fn named(&self, hello: Option<v1::PeerHello>) -> Result<BrokerId, Failure> {
+        let hello = hello.ok_or_else(|| Failure::invalid("HELLO", "a peer begins with a hello"))?;
+        let identity = self.formation.identity();
+        if hello.cluster_id != identity.cluster_id || hello.broker_id == identity.broker_id || hello.broker_id == 0 {
+            let text = format!("broker {} of cluster '{}' is no peer of this one", hello.broker_id, hello.cluster_id);
+            return Err(Failure::new(Code::PermissionDenied, "NOT_A_PEER", text));
+        }
+        if hello.to_broker_id != identity.broker_id {
+            // without this a broker on an empty disk would answer as the one it replaced, and vote as it
+            let text = format!("this is broker {}, not {}", identity.broker_id, hello.to_broker_id);
+            return Err(Failure::new(Code::FailedPrecondition, "OTHER_BROKER", text));
+        }
+        Ok(BrokerId(hello.broker_id))
+    }
+
+    /// The running broker, once the sender of a call is known to be a member.
+    async fn called_by(&self, hello: Option<v1::PeerHello>) -> Result<&Context, Failure> {
+        let context = self.running()?;
+        let from = self.named(hello)?;
+        check_member(context, from).await.map_err(|f| context.rejected(f))?;
+        Ok(context)
+    }
+}
+
+/// Refuses a sender that is not a member of the cluster (any more).
+async fn check_member(context: &Context, from: BrokerId) -> Result<(), Failure> {
+    let meta = context.shared.meta();
+    // ids only grow: one below the newest that is not there was removed; another may have joined since, unknown here
+    let refused = match meta.broker(from) {
+        Some(broker) => (broker.phase() == Phase::Lost).then_some(peers::REMOVED),
+        // one that knows no members yet hears its leader
+        None if meta.brokers.is_empty() => None,
+        None if from.0 <= meta.last_id => Some(peers::REMOVED),
+        None => (!context.vouched.vouch_for(from, &meta).await).then_some("NOT_A_MEMBER"),
+    };
+    let Some(reason) = refused else { return Ok(()) };
+    Err(Failure::new(Code::PermissionDenied, reason, format!("broker {from} is not a member of the cluster")))
 }
 
 /// Hands on what a peer says, until it ends or has no voice any more.
-async fn hear(context: &Context, from: BrokerId, frames: &mut Streaming<v1::PeerFrame>) -> Result<(), Status> {
+async fn hear(
+    context: &Context,
+    from: BrokerId,
+    incarnation: Incarnation,
+    frames: &mut Streaming<v1::PeerFrame>,
+) -> Result<(), Status> {
+    let mut first = Some(PeerMessage::Incarnation(incarnation));
     while let Some(frame) = frames.message().await? {
-        let meta = context.shared.meta();
-        // ids only grow: one below the newest that is not there was removed; another may have joined since, unknown here
-        let refused = match meta.broker(from) {
-            Some(broker) => (broker.phase() == Phase::Lost).then_some(peers::REMOVED),
-            // one that knows no members yet hears its leader
-            None if meta.brokers.is_empty() => None,
-            None if from.0 <= meta.last_id => Some(peers::REMOVED),
-            None => (!context.vouched.vouch_for(from, &meta).await).then_some("NOT_A_MEMBER"),
-        };
-        if let Some(reason) = refused {
-            let text = format!("broker {from} is not a member of the cluster");
-            return Err(Failure::new(Code::PermissionDenied, reason, text).into());
-        }
-        context.node.send(Event::Peer(from, peers::from_frame(frame)));
+        check_member(context, from).await?;
+        let messages = first.take().into_iter().chain(peers::from_frame(frame)).collect();
+        context.node.send(Event::Peer(from, messages));
     }
     Ok(())
 }
 
+/// Refuses a request to join unless the broker at the address that it names answers with its name and belongs to no cluster yet.
+async fn check_joiner(context: &Context, request: &v1::JoinRequest) -> Result<(), Failure> {
+    let hello = formation::hello(&request.peer_address, &context.formation.me.name, &request.cluster_id).await;
+    if hello.is_ok_and(|hello| hello.name == request.name && !hello.active) {
+        return Ok(());
+    }
+    let text = format!("no broker called '{}' answers at {} and waits to join", request.name, request.peer_address);
+    Err(Failure::new(Code::PermissionDenied, "NOT_A_PEER", text))
+}
+
 #[tonic::async_trait]
 impl Peer for PeerService {
-    async fn hello(&self, _: Request<v1::HelloRequest>) -> Result<Response<v1::HelloResponse>, Status> {
+    async fn hello(&self, request: Request<v1::HelloRequest>) -> Result<Response<v1::HelloResponse>, Status> {
         let identity = self.formation.identity();
+        let caller_is_replaceable = match self.context.get() {
+            Some(context) => {
+                let name = request.into_inner().name;
+                context.node.ask(move |node| node.can_replace(&name)).await.unwrap_or(false)
+            }
+            None => false,
+        };
         Ok(Response::new(v1::HelloResponse {
             name: self.formation.me.name.clone(),
             cluster_id: identity.cluster_id,
             broker_id: identity.broker_id,
             active: identity.active,
+            caller_is_replaceable,
             members: self.context.get().map(|c| members(&c.shared.meta())).unwrap_or_default(),
         }))
     }
@@ -81,18 +139,27 @@ impl Peer for PeerService {
 
     async fn join(&self, request: Request<v1::JoinRequest>) -> Result<Response<v1::JoinResponse>, Status> {
         let context = self.running()?;
-        let request = request.into_inner();
-        if context.shared.controller() != Some(context.shared.broker) {
-            let meta = context.shared.meta();
-            let controller = context.shared.controller().and_then(|b| meta.broker(b)).map(|b| b.peer_address.clone());
-            let address =
-                controller.ok_or_else(|| Failure::new(Code::Unavailable, "NO_CONTROLLER", "no metadata leader now"))?;
-            let mut peer = peers::connect(&address)
-                .await
-                .map_err(|e| Failure::new(Code::Unavailable, "NO_CONTROLLER", e.to_string()))?;
+        let mut request = request.into_inner();
+        if request.passed_on.is_some() {
+            self.called_by(request.passed_on.take()).await?;
+        }
+        let cluster_id = self.formation.identity().cluster_id;
+        if request.cluster_id != cluster_id {
+            let text = format!("this broker is of another cluster than '{}'", request.cluster_id);
+            return Err(context.rejected(Failure::new(Code::PermissionDenied, "NOT_A_PEER", text)).into());
+        }
+        let no_controller = |what: String| Failure::new(Code::Unavailable, "NO_CONTROLLER", what);
+        let controller = context.shared.controller();
+        let controller = controller.ok_or_else(|| no_controller("no metadata leader now".to_owned()))?;
+        let meta = context.shared.meta();
+        if controller != context.shared.broker {
+            let address = meta.broker(controller).map(|b| b.peer_address.clone());
+            let address = address.ok_or_else(|| no_controller("no metadata leader now".to_owned()))?;
+            let mut peer = peers::connect(&address).await.map_err(|e| no_controller(e.to_string()))?;
+            request.passed_on = Some(context.hello_to(controller));
             return peer.join(request).await;
         }
-        let meta = context.shared.meta();
+        check_joiner(context, &request).await.map_err(|f| context.rejected(f))?;
         if let Some(old) = meta.broker_named(&request.name).filter(|b| b.phase() != Phase::Expected) {
             let id = BrokerId(old.id);
             let silent =
@@ -108,6 +175,7 @@ impl Peer for PeerService {
             peer_address: request.peer_address,
             admin_address: request.admin_address,
             rack: request.rack,
+            rebuilt_because: request.rebuilt_because.chars().take(REASON_CHARS_MAX).collect(),
             ..Default::default()
         };
         let broker_id = number(context.propose_here(Kind::Register(broker).into()).await?);
@@ -115,9 +183,10 @@ impl Peer for PeerService {
     }
 
     async fn propose(&self, request: Request<v1::ProposeRequest>) -> Result<Response<v1::ProposeResponse>, Status> {
-        let context = self.running()?;
-        let command =
-            Command::decode(request.into_inner().command).map_err(|e| Failure::invalid("COMMAND", e.to_string()))?;
+        let v1::ProposeRequest { command, hello } = request.into_inner();
+        let context = self.called_by(hello).await?;
+        let command = Command::decode(command).map_err(|e| Failure::invalid("COMMAND", e.to_string()))?;
+        declare::handed_on(&command).map_err(|f| context.rejected(f))?;
         let number = number(context.propose_here(command).await?);
         Ok(Response::new(v1::ProposeResponse { number, version: context.shared.meta().version }))
     }
@@ -126,22 +195,41 @@ impl Peer for PeerService {
         let context = self.running()?.clone();
         let mut frames = request.into_inner();
         let first = frames.message().await?;
-        let hello =
-            first.and_then(|f| f.hello).ok_or_else(|| Failure::invalid("HELLO", "a stream begins with a hello"))?;
-        let identity = self.formation.identity();
-        if hello.cluster_id != identity.cluster_id || hello.broker_id == identity.broker_id || hello.broker_id == 0 {
-            let text = format!("broker {} of cluster '{}' is no peer of this one", hello.broker_id, hello.cluster_id);
-            return Err(Failure::new(Code::PermissionDenied, "NOT_A_PEER", text).into());
-        }
-        if hello.to_broker_id != identity.broker_id {
-            // without this a broker on an empty disk would answer as the one it replaced, and vote as it
-            let text = format!("this is broker {}, not {}", identity.broker_id, hello.to_broker_id);
-            return Err(Failure::new(Code::FailedPrecondition, "OTHER_BROKER", text).into());
-        }
-        let from = BrokerId(hello.broker_id);
-        let heard = hear(&context, from, &mut frames).await;
+        let hello = first.and_then(|f| f.hello);
+        let incarnation = Incarnation(hello.as_ref().map_or(0, |h| h.incarnation));
+        let from = self.named(hello)?;
+        let heard = hear(&context, from, incarnation, &mut frames).await;
         context.node.send(Event::LostContact(from));
         heard?;
         Ok(Response::new(v1::PeerDone {}))
+    }
+
+    async fn forward(&self, request: Request<v1::ForwardRequest>) -> Result<Response<v1::ForwardResponse>, Status> {
+        let v1::ForwardRequest { hello, topic, partition, batch, carried } = request.into_inner();
+        let context = self.called_by(hello).await?;
+        let _budget = context.budget.publish(batch.len()).await;
+        let limit = if carried { Limit::Carried } else { Limit::Topic };
+        let appended = outbox::append(context, &topic, partition, batch, limit).await;
+        let base_offset = appended.map_err(|f| context.rejected(f))?;
+        Ok(Response::new(v1::ForwardResponse { base_offset }))
+    }
+
+    async fn pass_reply(&self, request: Request<v1::PassReplyRequest>) -> Result<Response<v1::ReplyResponse>, Status> {
+        let v1::PassReplyRequest { hello, address, message } = request.into_inner();
+        let context = self.called_by(hello).await?;
+        context.take_reply(&address, message).map_err(|f| context.rejected(f))?;
+        Ok(Response::new(v1::ReplyResponse {}))
+    }
+
+    async fn committed(
+        &self,
+        request: Request<v1::CommittedRequest>,
+    ) -> Result<Response<v1::CommittedResponse>, Status> {
+        let hello = request.into_inner().hello;
+        let from = BrokerId(hello.as_ref().map_or(0, |h| h.broker_id));
+        let context = self.called_by(hello).await?;
+        let asked = context.node.ask(move |node| node.committed_for(from)).await.ok_or_else(Failure::stopping)?;
+        let groups = asked.into_iter().map(|(group, index)| v1::CommittedGroup { group: group.0, index }).collect();
+        Ok(Response::new(v1::CommittedResponse { groups }))
     }
 }

@@ -1,6 +1,9 @@
-//! Inboxes: answers to requests reach their asker at the broker it is connected to.
+//! Inboxes: answers to requests reach their asker at the broker it is connected to. An answer that is given to another broker is passed on
+//! to that one's peer port.
 
 use super::Context;
+use crate::answer::{self, Answer};
+use crate::budget::Answers;
 use crate::peers;
 use crate::status::Failure;
 use std::collections::HashMap;
@@ -9,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use tokio::sync::mpsc;
 use tonic::{Code, Request, Response, Status};
+use tonic_types::StatusExt as _;
 use weir_core::ids::BrokerId;
 use weir_core::meta::state::Phase;
 use weir_proto::v1;
@@ -16,17 +20,22 @@ use weir_proto::v1::requester_server::Requester;
 
 /// Answers an asker has not read yet; beyond them an answer is refused.
 const UNREAD_MAX: usize = 128;
-/// Bytes of an answer's value.
-const ANSWER_BYTES_MAX: usize = 1 << 20;
+/// Bytes of an answer, with its headers: a value of 1 MiB and what belongs to it.
+const MESSAGE_BYTES_MAX: usize = (1 << 20) + (64 << 10);
 
-type Answer = Result<v1::InboxMessage, Status>;
+/// An inbox that is read: where its answers go, and the room they have.
+#[derive(Clone)]
+struct Inbox {
+    to: mpsc::Sender<Answer>,
+    answers: Answers,
+}
 
 /// The inboxes of a broker.
 #[derive(Clone, Default)]
-pub struct Inboxes(Arc<Mutex<HashMap<String, mpsc::Sender<Answer>>>>);
+pub struct Inboxes(Arc<Mutex<HashMap<String, Inbox>>>);
 
 impl Inboxes {
-    fn all(&self) -> std::sync::MutexGuard<'_, HashMap<String, mpsc::Sender<Answer>>> {
+    fn all(&self) -> std::sync::MutexGuard<'_, HashMap<String, Inbox>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -45,67 +54,104 @@ impl Drop for Open {
 }
 
 impl futures::Stream for Open {
-    type Item = Answer;
+    type Item = Result<Answer, Status>;
 
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> Poll<Option<Answer>> {
-        self.answers.poll_recv(cx)
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> Poll<Option<Self::Item>> {
+        self.answers.poll_recv(cx).map(|answer| answer.map(Ok))
     }
 }
 
 #[tonic::async_trait]
 impl Requester for Context {
-    type InboxStream = Pin<Box<dyn futures::Stream<Item = Answer> + Send>>;
+    type InboxStream = Pin<Box<dyn futures::Stream<Item = Result<v1::InboxMessage, Status>> + Send>>;
 
-    async fn inbox(&self, _: Request<v1::InboxRequest>) -> Result<Response<Self::InboxStream>, Status> {
+    async fn inbox(&self, request: Request<v1::InboxRequest>) -> Result<Response<Self::InboxStream>, Status> {
+        let room = self.answers(&request);
         let id = uuid::Uuid::new_v4().simple().to_string();
         let (sender, answers) = mpsc::channel(UNREAD_MAX);
         let address = format!("{}/{id}", self.shared.broker);
-        let _ = sender.try_send(Ok(v1::InboxMessage { address, message: None }));
-        self.inboxes.all().insert(id.clone(), sender);
-        Ok(Response::new(Box::pin(Open { inboxes: self.inboxes.clone(), id, answers })))
+        let first = v1::InboxMessage { address, message: None };
+        let held = room.take(answer::wire_bytes(&first)).await;
+        let _ = sender.try_send(Answer::new(&first, held));
+        self.inboxes.all().insert(id.clone(), Inbox { to: sender, answers: room });
+        let open = Open { inboxes: self.inboxes.clone(), id, answers };
+        Ok(answer::stream(Box::pin(futures::stream::empty()), open))
     }
 
     async fn reply(&self, request: Request<v1::ReplyRequest>) -> Result<Response<v1::ReplyResponse>, Status> {
-        let request = request.into_inner();
-        let wrong = || {
-            Failure::invalid(
-                "ADDRESS",
-                format!("'{}' is not the address of an inbox", request.address.escape_default()),
-            )
+        let v1::ReplyRequest { address, message } = request.into_inner();
+        let message = message.ok_or_else(|| self.rejected(Failure::invalid("EMPTY", "a reply holds a message")))?;
+        let place = Place::parse(&address).map_err(|f| self.rejected(f))?;
+        if place.broker == self.shared.broker {
+            self.put_into_inbox(&place, message).map_err(|f| self.rejected(f))?;
+            return Ok(Response::new(v1::ReplyResponse {}));
+        }
+        check_size(&message).map_err(|f| self.rejected(f))?;
+        let meta = self.shared.meta();
+        // one that lost its disk has another id now, at the same address
+        let there = meta.broker(place.broker).filter(|b| b.phase() != Phase::Lost);
+        let peer_address = &there.ok_or_else(gone)?.peer_address;
+        let unreachable = |e: tonic::transport::Error| {
+            let text = format!("the asker's broker at {peer_address} is not reached: {e}");
+            Failure::new(Code::Unavailable, "NO_INBOX", text)
         };
-        let (broker, id) = request.address.split_once('/').ok_or_else(wrong)?;
-        let broker = BrokerId(broker.parse().map_err(|_| wrong())?);
-        let gone = || Failure::new(Code::NotFound, "NO_INBOX", "the asker is gone: nobody waits for this answer");
-        if request.message.as_ref().map_or(0, |m| m.value.len()) > ANSWER_BYTES_MAX {
-            let text = format!("an answer has {ANSWER_BYTES_MAX} bytes at most; put more into a topic, and say where");
-            return Err(self.rejected(Failure::invalid("TOO_LARGE", text)).into());
-        }
-        if broker != self.shared.broker {
-            let meta = self.shared.meta();
-            // one that lost its disk has another id now, at the same address
-            let there = meta.broker(broker).filter(|b| b.phase() != Phase::Lost && !request.forwarded);
-            let address = there.map(|b| b.client_address.clone()).ok_or_else(gone)?;
-            let request = v1::ReplyRequest { forwarded: true, ..request };
-            let unreachable = |e: tonic::transport::Error| {
-                Failure::new(
-                    Code::Unavailable,
-                    "NO_INBOX",
-                    format!("the asker's broker at {address} is not reached: {e}"),
-                )
-            };
-            let channel = peers::endpoint(&address).map_err(unreachable)?.connect().await.map_err(unreachable)?;
-            return v1::requester_client::RequesterClient::new(channel)
-                .max_encoding_message_size(weir_proto::MESSAGE_BYTES_MAX)
-                .reply(request)
-                .await;
-        }
-        let inbox = self.inboxes.all().get(id).cloned().ok_or_else(gone)?;
-        match inbox.try_send(Ok(v1::InboxMessage { address: String::new(), message: request.message })) {
-            Ok(()) => Ok(Response::new(v1::ReplyResponse {})),
-            Err(mpsc::error::TrySendError::Closed(_)) => Err(self.rejected(gone()).into()),
-            Err(mpsc::error::TrySendError::Full(_)) => {
-                let text = "the asker does not read its answers";
-                Err(self.rejected(Failure::new(Code::ResourceExhausted, "INBOX_FULL", text)).into())
+        let channel = self.channels.to(peer_address).map_err(unreachable)?;
+        let request =
+            v1::PassReplyRequest { hello: Some(self.hello_to(place.broker)), address, message: Some(message) };
+        peers::client(channel).pass_reply(request).await.map_err(|status| {
+            let reason = status.get_details_error_info().map_or(String::new(), |info| info.reason);
+            if reason == "OTHER_BROKER" { gone().into() } else { status } // its inboxes went with its disk
+        })
+    }
+}
+
+/// Where an answer goes: `BROKER/ID`.
+struct Place<'a> {
+    broker: BrokerId,
+    id: &'a str,
+}
+
+impl<'a> Place<'a> {
+    fn parse(address: &'a str) -> Result<Self, Failure> {
+        let place = address.split_once('/').and_then(|(broker, id)| Some((broker.parse().ok()?, id)));
+        let wrong = || format!("'{}' is not the address of an inbox", address.escape_default());
+        let (broker, id) = place.ok_or_else(|| Failure::invalid("ADDRESS", wrong()))?;
+        Ok(Self { broker: BrokerId(broker), id })
+    }
+}
+
+fn gone() -> Failure {
+    Failure::new(Code::NotFound, "NO_INBOX", "the asker is gone: nobody waits for this answer")
+}
+
+fn check_size(message: &v1::Message) -> Result<(), Failure> {
+    if prost::Message::encoded_len(message) <= MESSAGE_BYTES_MAX {
+        return Ok(());
+    }
+    let text = format!(
+        "an answer has {MESSAGE_BYTES_MAX} bytes at most, headers included; publish more to a topic, and answer with its offset"
+    );
+    Err(Failure::invalid("TOO_LARGE", text))
+}
+
+impl Context {
+    /// Puts an answer that a client of another broker gave into an inbox here.
+    pub(super) fn take_reply(&self, address: &str, message: Option<v1::Message>) -> Result<(), Failure> {
+        let message = message.ok_or_else(|| Failure::invalid("EMPTY", "a reply holds a message"))?;
+        self.put_into_inbox(&Place::parse(address)?, message)
+    }
+
+    fn put_into_inbox(&self, place: &Place<'_>, message: v1::Message) -> Result<(), Failure> {
+        check_size(&message)?;
+        let here = || self.inboxes.all().get(place.id).cloned();
+        let inbox = Some(place.broker).filter(|b| *b == self.shared.broker).and_then(|_| here()).ok_or_else(gone)?;
+        let message = v1::InboxMessage { address: String::new(), message: Some(message) };
+        let held = inbox.answers.try_take(answer::wire_bytes(&message));
+        match held.map(|held| inbox.to.try_send(Answer::new(&message, held))) {
+            Some(Ok(())) => Ok(()),
+            Some(Err(mpsc::error::TrySendError::Closed(_))) => Err(gone()),
+            None | Some(Err(mpsc::error::TrySendError::Full(_))) => {
+                Err(Failure::new(Code::ResourceExhausted, "INBOX_FULL", "the asker does not read its answers"))
             }
         }
     }

@@ -1,29 +1,25 @@
 //! Streams and calls of subscribers; what they say goes to the [`crate::hub`] of their subscription and partition.
 
-use super::{Context, Found, full_name, log};
-use crate::hub::{Command, Outcome, SeekTo};
+use super::{Context, Found, any_name, bounds, check_id, full_name, log};
+use crate::answer::{self, Answer};
+use crate::hub::{Command, Outcome, SeekTo, ToPublish};
 use crate::outbox::Published;
+use crate::outlet;
 use crate::status::Failure;
-use futures::Stream;
+use futures::{Stream, StreamExt as _};
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
-use weir_core::cursor::Cursor;
+use weir_core::cursor::{Cursor, OffsetRange};
 use weir_core::group::Machine;
 use weir_core::ids::{GroupId, SubscriptionId};
-use weir_core::meta::command::TakeSnapshot;
 use weir_core::meta::state::{MetaState, Subscription, SubscriptionSpec};
 use weir_core::pattern;
 use weir_proto::v1;
 use weir_proto::v1::subscriber_server::Subscriber;
 
-/// Responses a stream's task may be ahead of its client.
-const UNREAD_MAX: usize = 16;
-/// Messages of one call.
-const MESSAGES_MAX: u32 = 1_000;
 /// Longest wait of a call.
 const WAIT_MAX: Duration = Duration::from_secs(30);
 
@@ -41,13 +37,19 @@ pub(crate) struct Place<'a> {
     pub(crate) subscription: &'a str,
     pub(crate) topic: &'a str,
     pub(crate) partition: u32,
+    /// Id of the topic that a request's offsets are of; 0 for any.
+    pub(crate) topic_id: u64,
+    /// Id of the subscription that delivered them; 0 for any.
+    pub(crate) subscription_id: u64,
 }
 
 fn resolve(context: &Context, place: Place<'_>) -> Result<Resolved, Failure> {
-    let Place { subscription, topic, partition } = place;
+    let Place { subscription, topic, partition, topic_id, subscription_id } = place;
     let meta = context.shared.meta();
     let found = context.subscription(&meta, subscription)?;
     let name = found.name.clone();
+    let rule = "it has a position of its own, and delivers again what the earlier one had delivered";
+    check_id(("subscription", &name), found.id, subscription_id, ("SUBSCRIPTION_RECREATED", rule))?;
     let topic = match topic {
         "" if pattern::is_pattern(&found.spec.topic) => {
             let text = format!("{name} reads all topics of {}: say which one", found.spec.topic);
@@ -56,7 +58,7 @@ fn resolve(context: &Context, place: Place<'_>) -> Result<Resolved, Failure> {
         "" => found.spec.topic.clone(),
         topic => full_name(topic)?,
     };
-    let Found { group, topic, .. } = context.find(&topic, partition)?;
+    let Found { group, topic, .. } = context.find(&topic, partition)?.of_topic(topic_id)?;
     if !meta.topics.get(&topic).is_some_and(|t| found.spec.reads(t)) {
         return Err(Failure::invalid("TOPIC", format!("{name} reads {}, not {topic}", found.spec.topic)));
     }
@@ -94,11 +96,15 @@ pub(crate) async fn cursor(
 }
 
 impl Context {
-    /// A subscription by name.
+    /// A subscription that clients may read, by name; of internal ones that is the position of a redrive.
     fn subscription<'a>(&self, meta: &'a MetaState, name: &str) -> Result<&'a Subscription, Failure> {
-        let name = full_name(name)?;
+        let name = any_name(name)?;
         let missing = || self.missing("NO_SUBSCRIPTION", format!("subscription {name} does not exist"));
-        meta.subscriptions.get(&name).ok_or_else(missing)
+        let found = meta.subscriptions.get(&name);
+        if found.is_none_or(|s| s.redrive_of == 0) {
+            full_name(&name)?;
+        }
+        found.ok_or_else(missing)
     }
 
     /// The hub of a subscription in a partition led here, started where it does not run.
@@ -144,15 +150,23 @@ impl Context {
         Err(Failure::new(Code::Unavailable, "BUSY", "the delivery begins anew; try again"))
     }
 
+    /// Id of the topic that a subscription reads, of `topic` where it reads several; 0 where there is no such topic.
+    fn topic_id(&self, subscription: &str, topic: &str) -> Result<u64, Failure> {
+        let meta = self.shared.meta();
+        let name =
+            if topic.is_empty() { &self.subscription(&meta, subscription)?.spec.topic } else { &full_name(topic)? };
+        Ok(meta.topics.get(name).map_or(0, |t| t.id))
+    }
+
     /// Partitions of a subscription's topics that this broker leads.
-    fn led_partitions(&self, name: &str) -> Result<Vec<(String, u32)>, Failure> {
+    fn led_partitions(&self, name: &str) -> Result<Vec<(String, u32, u64)>, Failure> {
         let meta = self.shared.meta();
         let found = self.subscription(&meta, name)?;
         let (mut led, mut elsewhere) = (Vec::new(), None);
         for topic in meta.topics_of(&found.spec) {
             for (partition, group) in (0..).zip(topic.groups.iter().map(|g| GroupId(*g))) {
                 if self.shared.leads(group) {
-                    led.push((topic.name.clone(), partition));
+                    led.push((topic.name.clone(), partition, topic.id));
                 } else {
                     elsewhere.get_or_insert(group);
                 }
@@ -177,27 +191,38 @@ impl Context {
             let text = format!("{subscription} has no snapshot {snapshot}; see `weir subscription snapshots`");
             self.missing("NO_SNAPSHOT", text)
         };
-        let wanted = TakeSnapshot { subscription: subscription.to_owned(), name: snapshot.to_owned() };
-        let found = meta.subscriptions.get(&wanted.full_name()).ok_or_else(missing)?;
+        let found = meta.snapshot(subscription, snapshot).ok_or_else(missing)?;
         let seek = |answer| Command::Seek { to: SeekTo::Snapshot(SubscriptionId(found.id)), answer };
-        let offset = self.ask_hub(place, seek).await.map_err(|f| self.rejected(f))?;
-        Ok(Response::new(v1::SeekResponse { offset }))
+        self.ask_hub(place, seek).await.map_err(|f| self.rejected(f))?;
+        Ok(Response::new(v1::SeekResponse { offset: None }))
     }
 }
 
-/// Tells the hub when its stream is over, however it ends.
-struct Attached {
-    hub: mpsc::Sender<Command>,
-    member: u64,
-    context: Context,
+/// Ends a membership when it is dropped: as lost, unless its member left by itself.
+pub(crate) struct Attached {
+    /// The dispatcher.
+    pub(crate) hub: mpsc::Sender<Command>,
+    /// Its number.
+    pub(crate) member: u64,
+    /// Whether the member left by itself.
+    pub(crate) clean: bool,
+    /// Counts open streams.
+    pub(crate) context: Context,
+}
+
+impl Attached {
+    /// Of a member that was just let in.
+    pub(crate) fn new(context: Context, hub: mpsc::Sender<Command>, member: u64) -> Self {
+        context.metrics.open_streams.inc();
+        Self { hub, member, clean: false, context }
+    }
 }
 
 impl Drop for Attached {
     fn drop(&mut self) {
         self.context.metrics.open_streams.dec();
-        let (hub, member) = (self.hub.clone(), self.member);
         // where the queue is full, the hub sees by itself that nobody listens
-        let _ = hub.try_send(Command::Detach(member));
+        let _ = self.hub.try_send(Command::Detach { member: self.member, clean: self.clean });
     }
 }
 
@@ -209,44 +234,78 @@ impl Subscriber for Context {
         &self,
         request: Request<Streaming<v1::PullRequest>>,
     ) -> Result<Response<Self::StreamingPullStream>, Status> {
+        let answers = self.answers(&request);
         let mut requests = request.into_inner();
         let first =
             requests.message().await?.ok_or_else(|| Failure::invalid("OPEN", "a stream begins with an open"))?;
         let open = first.open.clone().ok_or_else(|| Failure::invalid("OPEN", "the first request holds an open"))?;
-        let (out, responses) = mpsc::channel(UNREAD_MAX);
-        let attach =
-            |answer| Command::Attach { name: open.member.clone(), messages: open.messages, out: out.clone(), answer };
-        let place = Place { subscription: &open.subscription, topic: &open.topic, partition: open.partition };
+        let bounded = |r: &v1::PullRequest| bounds::settlement(&r.acks, &r.nacks, &r.extensions);
+        bounded(&first).map_err(|f| self.rejected(f))?;
+        let inlet = std::sync::Mutex::new(None);
+        let attach = |answer| {
+            let (out, opened) = outlet::open(answers.clone());
+            *inlet.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(opened);
+            Command::Attach { name: open.member.clone(), messages: open.messages, out, answer }
+        };
+        let place = Place {
+            subscription: &open.subscription,
+            topic: &open.topic,
+            partition: open.partition,
+            topic_id: open.topic_id,
+            subscription_id: open.subscription_id,
+        };
         let attached = self.ask_a_hub(place, attach).await;
         let (member, hub) = attached.map_err(|f| self.rejected(f))?;
-        self.metrics.open_streams.inc();
-        let attached = Attached { hub: hub.clone(), member, context: self.clone() };
-        drop(out);
+        let inlet = inlet.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut attached = Attached::new(self.clone(), hub.clone(), member);
+        let (refuse, refused) = oneshot::channel();
         tokio::spawn(async move {
-            let _attached = attached;
-            let mut next = Some(v1::PullRequest { open: None, ..first });
-            while let Some(request) = next {
-                if hub.send(Command::Say(member, request)).await.is_err() {
+            let mut next = v1::PullRequest { open: None, ..first };
+            loop {
+                if let Err(failure) = bounded(&next) {
+                    return drop(refuse.send(Status::from(attached.context.rejected(failure))));
+                }
+                if hub.send(Command::Say(member, next)).await.is_err() {
                     return;
                 }
                 next = tokio::select! {
-                    request = requests.message() => request.ok().flatten(),
-                    () = hub.closed() => None,
+                    request = requests.message() => match request {
+                        Ok(Some(request)) => request,
+                        // the end of its requests is how a member leaves
+                        ended => {
+                            attached.clean = ended.is_ok();
+                            let _ = hub.send(Command::Detach { member, clean: attached.clean }).await;
+                            return;
+                        }
+                    },
+                    () = hub.closed() => return,
                 };
             }
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(responses))))
+        // ends with the delivery, or with why a request was refused
+        let answers = futures::stream::iter(inlet.into_iter().map(outlet::Inlet::into_answers)).flatten();
+        let answers = answers.map(Some).chain(futures::stream::iter([None]));
+        let refused =
+            futures::stream::once(refused).filter_map(|why| std::future::ready(why.ok().map(|why| Some(Err(why)))));
+        let answers =
+            futures::stream::select(answers, refused).take_while(|answer| std::future::ready(answer.is_some()));
+        let answers = answers.filter_map(std::future::ready);
+        Ok(answer::stream(Box::pin(futures::stream::empty()), answers))
     }
 
     async fn pull(
         &self,
         request: Request<v1::PullMessagesRequest>,
     ) -> Result<Response<v1::PullMessagesResponse>, Status> {
+        let answers = self.answers(&request);
         let request = request.into_inner();
-        let max = if request.messages_max == 0 { 100 } else { request.messages_max.min(MESSAGES_MAX) };
+        let max = bounds::messages(request.messages_max).map_err(|f| self.rejected(f))?;
         let until = Instant::now() + Duration::from_millis(request.wait_ms.into()).min(WAIT_MAX);
         let partitions = match request.partition {
-            Some(partition) => vec![(request.topic.clone(), partition)],
+            Some(partition) => {
+                let topic_id = self.topic_id(&request.subscription, &request.topic).map_err(|f| self.rejected(f))?;
+                vec![(request.topic.clone(), partition, topic_id)]
+            }
             None => self.led_partitions(&request.subscription).map_err(|f| self.rejected(f))?,
         };
         if partitions.is_empty() {
@@ -257,15 +316,36 @@ impl Subscriber for Context {
             // not always the same one first: its backlog would starve the others
             self.turn.fetch_add(1, Ordering::Relaxed);
             let first = self.turn.load(Ordering::Relaxed) % partitions.len();
-            for (topic, partition) in partitions.iter().cycle().skip(first).take(partitions.len()) {
+            for (topic, partition, topic_id) in partitions.iter().cycle().skip(first).take(partitions.len()) {
                 // with one partition the hub waits; with several each is asked in turn
                 let wait = if partitions.len() == 1 { until.duration_since(Instant::now()) } else { Duration::ZERO };
-                let pull = |answer| Command::Pull { name: request.member.clone(), max: max.into(), wait, answer };
-                let place = Place { subscription: &request.subscription, topic, partition: *partition };
-                let pulled = self.ask_hub(place, pull).await;
-                let messages = pulled.map_err(|f| self.rejected(f))?;
-                if !messages.is_empty() {
-                    return Ok(Response::new(v1::PullMessagesResponse { messages }));
+                let name = &request.member;
+                let pull = |answer| Command::Pull {
+                    name: name.clone(),
+                    max: max.into(),
+                    wait,
+                    answers: answers.clone(),
+                    answer,
+                };
+                let place = Place {
+                    subscription: &request.subscription,
+                    topic,
+                    partition: *partition,
+                    topic_id: *topic_id,
+                    subscription_id: 0,
+                };
+                let pulled = self.ask_a_hub(place, pull).await;
+                let ((mut messages, held), hub) = pulled.map_err(|f| self.rejected(f))?;
+                messages.iter_mut().for_each(|m| m.topic_id = *topic_id);
+                if let Some(held) = held {
+                    let ranges = messages.iter().map(|m| OffsetRange::one(m.offset)).collect();
+                    let release = move |handed_out: bool| {
+                        if !handed_out {
+                            let _ = hub.try_send(Command::Release(ranges));
+                        }
+                    };
+                    let answer = Answer::new(&v1::PullMessagesResponse { messages }, held).on_end(release);
+                    return Ok(answer::once(Default::default(), answer));
                 }
             }
             if Instant::now() >= until {
@@ -279,8 +359,10 @@ impl Subscriber for Context {
         &self,
         request: Request<v1::AcknowledgeRequest>,
     ) -> Result<Response<v1::AcknowledgeResponse>, Status> {
-        let v1::AcknowledgeRequest { subscription, partition, offsets, topic } = request.into_inner();
-        let place = Place { subscription: &subscription, topic: &topic, partition };
+        let v1::AcknowledgeRequest { subscription, partition, offsets, topic, topic_id, subscription_id } =
+            request.into_inner();
+        bounds::settlement_call(&offsets, &[], &[]).map_err(|f| self.rejected(f))?;
+        let place = Place { subscription: &subscription, topic: &topic, partition, topic_id, subscription_id };
         let acknowledge = |answer| Command::Acknowledge { ranges: offsets.clone(), answer };
         let acknowledged = self.ask_hub(place, acknowledge).await.map_err(|f| self.rejected(f))?;
         Ok(Response::new(v1::AcknowledgeResponse { acknowledged }))
@@ -291,18 +373,31 @@ impl Subscriber for Context {
         request: Request<v1::AcknowledgeWithPublishRequest>,
     ) -> Result<Response<v1::AcknowledgeWithPublishResponse>, Status> {
         let request = request.into_inner();
-        let to = full_name(&request.to)?;
-        if request.messages.is_empty() {
-            return Err(Failure::invalid("MESSAGES", "at least one message is published").into());
-        }
-        let records: Vec<_> = request.messages.into_iter().map(super::publisher::record).collect();
-        let place = Place { subscription: &request.subscription, topic: &request.topic, partition: request.partition };
-        let publish = |answer| Command::AcknowledgeWithPublish {
-            offset: request.offset,
-            to: to.clone(),
-            records: records.clone(),
-            answer,
+        let what = if request.give_back {
+            if !request.to.is_empty() || !request.messages.is_empty() {
+                let text = "a dead letter that is given back needs neither a topic nor messages: it names its own";
+                return Err(Failure::invalid("MESSAGES", text).into());
+            }
+            ToPublish::GiveBack
+        } else {
+            if request.messages.is_empty() {
+                return Err(Failure::invalid("MESSAGES", "at least one message is published").into());
+            }
+            if request.messages.iter().any(|m| m.deliver_at_ms.is_some()) {
+                let text = "what is published with an acknowledgement is published at once: leave deliver_at_ms out";
+                return Err(Failure::invalid("DELAY", text).into());
+            }
+            let records = request.messages.into_iter().map(super::publisher::record).collect();
+            ToPublish::Result { to: full_name(&request.to)?, records }
         };
+        let place = Place {
+            subscription: &request.subscription,
+            topic: &request.topic,
+            partition: request.partition,
+            topic_id: request.topic_id,
+            subscription_id: request.subscription_id,
+        };
+        let publish = |answer| Command::AcknowledgeWithPublish { offset: request.offset, what: what.clone(), answer };
         let outcome = self.ask_hub(place, publish).await.map_err(|f| self.rejected(f))?;
         let response = match outcome {
             Outcome::Published(Published { partition, base_offset }) => {
@@ -314,11 +409,11 @@ impl Subscriber for Context {
     }
 
     async fn nack(&self, request: Request<v1::NackRequest>) -> Result<Response<v1::NackResponse>, Status> {
-        let v1::NackRequest { subscription, partition, offsets, topic } = request.into_inner();
-        let hub = self
-            .hub(Place { subscription: &subscription, topic: &topic, partition })
-            .await
-            .map_err(|f| self.rejected(f))?;
+        let v1::NackRequest { subscription, partition, offsets, topic, topic_id, subscription_id } =
+            request.into_inner();
+        bounds::settlement_call(&[], &offsets, &[]).map_err(|f| self.rejected(f))?;
+        let place = Place { subscription: &subscription, topic: &topic, partition, topic_id, subscription_id };
+        let hub = self.hub(place).await.map_err(|f| self.rejected(f))?;
         let _ = hub.send(Command::Adjust { nacks: offsets, extensions: Vec::new() }).await;
         Ok(Response::new(v1::NackResponse {}))
     }
@@ -327,11 +422,11 @@ impl Subscriber for Context {
         &self,
         request: Request<v1::ExtendDeadlineRequest>,
     ) -> Result<Response<v1::ExtendDeadlineResponse>, Status> {
-        let v1::ExtendDeadlineRequest { subscription, partition, offsets, topic } = request.into_inner();
-        let hub = self
-            .hub(Place { subscription: &subscription, topic: &topic, partition })
-            .await
-            .map_err(|f| self.rejected(f))?;
+        let v1::ExtendDeadlineRequest { subscription, partition, offsets, topic, topic_id, subscription_id } =
+            request.into_inner();
+        bounds::settlement_call(&[], &[], &offsets).map_err(|f| self.rejected(f))?;
+        let place = Place { subscription: &subscription, topic: &topic, partition, topic_id, subscription_id };
+        let hub = self.hub(place).await.map_err(|f| self.rejected(f))?;
         let _ = hub.send(Command::Adjust { nacks: Vec::new(), extensions: offsets }).await;
         Ok(Response::new(v1::ExtendDeadlineResponse {}))
     }
@@ -339,22 +434,32 @@ impl Subscriber for Context {
     async fn seek(&self, request: Request<v1::SeekRequest>) -> Result<Response<v1::SeekResponse>, Status> {
         use v1::seek_request::To;
         let request = request.into_inner();
-        let place = Place { subscription: &request.subscription, topic: &request.topic, partition: request.partition };
+        let place = Place {
+            subscription: &request.subscription,
+            topic: &request.topic,
+            partition: request.partition,
+            topic_id: request.topic_id,
+            subscription_id: request.subscription_id,
+        };
+        let nowhere = || {
+            let text = "to must say where: offset, time_ms, earliest, latest or snapshot";
+            Failure::invalid("TO", text)
+        };
+        let to = request.to.filter(|to| !matches!(to, To::Earliest(false) | To::Latest(false)));
+        let to = to.ok_or_else(|| self.rejected(nowhere()))?;
         let Resolved { group, name, .. } = resolve(self, place)?;
         let mut partition = self.led_partition(group).await?;
-        if let Some(To::Snapshot(snapshot)) = &request.to {
-            return self.seek_to_snapshot(place, &name, snapshot).await;
-        }
-        let offset = match request.to {
-            Some(To::Offset(offset)) => offset,
-            Some(To::TimeMs(time)) => partition.offset_at(time).map_err(Failure::from)?,
-            Some(To::Earliest(_)) => partition.tail.start_offset(),
-            Some(To::Latest(_) | To::Snapshot(_)) | None => partition.tail.high_watermark(),
+        let offset = match to {
+            To::Snapshot(snapshot) => return self.seek_to_snapshot(place, &name, &snapshot).await,
+            To::Offset(offset) => offset,
+            To::TimeMs(time) => partition.offset_at(time).map_err(Failure::from)?,
+            To::Earliest(_) => partition.tail.start_offset(),
+            To::Latest(_) => partition.tail.high_watermark(),
         };
         log::check_range(self, &mut partition, offset).await?;
         // through the hub: no ack of before may stand behind the seek
         let seek = |answer| Command::Seek { to: SeekTo::Offset(offset), answer };
         self.ask_hub(place, seek).await.map_err(|f| self.rejected(f))?;
-        Ok(Response::new(v1::SeekResponse { offset }))
+        Ok(Response::new(v1::SeekResponse { offset: Some(offset) }))
     }
 }

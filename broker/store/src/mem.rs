@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use weir_core::entry::{Context, Kind};
 use weir_core::eraftpb::Entry;
-use weir_core::ids::{GroupId, ReplicaId};
+use weir_core::ids::{BrokerId, GroupId, ReplicaId};
+use weir_core::incarnation::Incarnation;
 use weir_core::storage::{Checkpoint, HardState, Store, StoreError, StoredGroup, WriteOp};
 
 #[derive(Clone, Debug, Default)]
@@ -35,7 +36,13 @@ struct Inner {
     unsynced: Vec<Vec<WriteOp>>,
     /// entries that cannot be read any more
     damaged: BTreeSet<(GroupId, u64)>,
+    /// of brokers, written and synced
+    incarnations: (Incarnations, Incarnations),
+    /// why no entry can be read now
+    failing: Option<StoreError>,
 }
+
+type Incarnations = BTreeMap<BrokerId, Incarnation>;
 
 /// See the module.
 #[derive(Default)]
@@ -50,8 +57,25 @@ impl MemStore {
     pub fn crash(&self, kept: usize) {
         let mut inner = self.inner();
         let unsynced = std::mem::take(&mut inner.unsynced);
-        unsynced.iter().take(kept).flatten().for_each(|op| apply(&mut inner.synced, op));
+        for op in unsynced.iter().take(kept).flatten() {
+            apply(&mut inner.synced, op);
+            remember(&mut inner.incarnations.1, op);
+        }
         inner.written = inner.synced.clone();
+        inner.incarnations.0 = inner.incarnations.1.clone();
+    }
+
+    /// A copy of what is synced, as of a volume.
+    pub fn copy(&self) -> Self {
+        let inner = self.inner();
+        let synced = inner.synced.clone();
+        let known = inner.incarnations.1.clone();
+        Self(Mutex::new(Inner {
+            written: synced.clone(),
+            synced,
+            incarnations: (known.clone(), known),
+            ..Default::default()
+        }))
     }
 
     /// Entries that cannot be read any more.
@@ -59,9 +83,25 @@ impl MemStore {
         self.inner().damaged.iter().copied().collect()
     }
 
+    /// Every read of entries fails with this error, until it is called with none.
+    pub fn fail_reads(&self, error: Option<StoreError>) {
+        self.inner().failing = error;
+    }
+
+    /// Damaged entries are as they were written again, as where a file was put back.
+    pub fn repair(&self) {
+        self.inner().damaged.clear();
+    }
+
     /// An entry cannot be read any more, until its group's data is removed or replaced.
     pub fn damage(&self, group: GroupId, index: u64) {
         self.inner().damaged.insert((group, index));
+    }
+}
+
+fn remember(known: &mut Incarnations, op: &WriteOp) {
+    if let WriteOp::Incarnation { broker, incarnation } = op {
+        known.insert(*broker, *incarnation);
     }
 }
 
@@ -74,6 +114,7 @@ fn apply(groups: &mut Groups, op: &WriteOp) {
         WriteOp::Destroy { group, replica } => {
             groups.insert(*group, Held { replica: *replica, destroyed: true, ..Default::default() });
         }
+        WriteOp::Incarnation { .. } => {}
         WriteOp::Append { group, .. }
         | WriteOp::SetHardState { group, .. }
         | WriteOp::PutCheckpoint { group, .. }
@@ -112,7 +153,7 @@ fn apply_to(held: &mut Held, op: &WriteOp) {
             held.checkpoints = BTreeMap::from([(checkpoint.index, checkpoint.clone())]);
         }
         WriteOp::Quarantine { .. } => held.quarantined = true,
-        WriteOp::Create { .. } | WriteOp::Destroy { .. } => {}
+        WriteOp::Create { .. } | WriteOp::Destroy { .. } | WriteOp::Incarnation { .. } => {}
     }
 }
 
@@ -130,8 +171,15 @@ impl Store for MemStore {
         Ok(self.inner().written.iter().map(stored).collect())
     }
 
+    fn incarnations(&self) -> Result<Vec<(BrokerId, Incarnation)>, StoreError> {
+        Ok(self.inner().incarnations.0.iter().map(|(b, i)| (*b, *i)).collect())
+    }
+
     fn entries(&self, group: GroupId, low: u64, high: u64, bytes_max: u64) -> Result<Vec<Entry>, StoreError> {
         let inner = self.inner();
+        if let Some(error) = &inner.failing {
+            return Err(error.clone());
+        }
         let mut out: Vec<Entry> = Vec::new();
         let mut bytes = 0;
         let held = inner.written.get(&group);
@@ -178,6 +226,7 @@ impl Store for MemStore {
         let mut inner = self.inner();
         for op in ops {
             apply(&mut inner.written, op);
+            remember(&mut inner.incarnations.0, op);
             if let WriteOp::Create { group, .. } | WriteOp::Destroy { group, .. } | WriteOp::Install { group, .. } = op
             {
                 inner.damaged.retain(|(g, _)| g != group);
@@ -190,7 +239,10 @@ impl Store for MemStore {
     fn sync(&self) -> Result<(), StoreError> {
         let mut inner = self.inner();
         let unsynced = std::mem::take(&mut inner.unsynced);
-        unsynced.iter().flatten().for_each(|op| apply(&mut inner.synced, op));
+        for op in unsynced.iter().flatten() {
+            apply(&mut inner.synced, op);
+            remember(&mut inner.incarnations.1, op);
+        }
         Ok(())
     }
 }

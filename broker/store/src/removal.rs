@@ -3,6 +3,7 @@
 //! are held open: one that was removed keeps its blocks, and they are cut off its end a piece at a time. Where nothing is held,
 //! as after a kill, the kernel gives all of it back at once, as without this.
 
+use crate::rocks::{files_limit, held_max};
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::MetadataExt as _;
@@ -18,8 +19,6 @@ const PIECE_BYTES: u64 = 1 << 20;
 const PAUSE_MAX: Duration = Duration::from_millis(8);
 /// or less, so that what waits is gone in about this time.
 const GONE_AFTER: Duration = Duration::from_secs(2);
-/// Files held of each kind at most.
-const HELD_MAX: usize = 64;
 /// The folder is looked through when so much was written since.
 const LOOK_BYTES: u64 = 4 << 20;
 /// Between two looks,
@@ -115,8 +114,8 @@ impl Files {
     fn hold(&mut self) {
         let mut names = self.names();
         names.sort_unstable_by_key(|&(kind, number)| (kind, if kind == TABLE { u64::MAX - number } else { number }));
-        let mut left = [HELD_MAX; KINDS.len()];
-        self.held.keys().for_each(|(kind, _)| left[*kind] -= 1);
+        let mut left = [held_max(files_limit()); KINDS.len()];
+        self.held.keys().for_each(|(kind, _)| left[*kind] = left[*kind].saturating_sub(1));
         for name in names {
             let path = self.path(name);
             let large = || name.0 != TABLE || path.metadata().is_ok_and(|m| m.len() > PIECE_BYTES);

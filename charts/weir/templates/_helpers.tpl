@@ -2,6 +2,12 @@
 {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
 {{- end }}
 
+{{- /* Not empty where the platform chooses the users of pods, and refuses those that ask for one. */ -}}
+{{- define "weir.arbitraryUser" -}}
+{{- $there := .Capabilities.APIVersions.Has "security.openshift.io/v1" }}
+{{- if or (eq (toString .Values.openshift) "true") (and (eq (toString .Values.openshift) "auto") $there) }}true{{ end }}
+{{- end }}
+
 {{- define "weir.operator" -}}
 {{ .Release.Name }}-operator
 {{- end }}

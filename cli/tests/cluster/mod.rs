@@ -24,10 +24,11 @@ pub(crate) const WEIR: &str = env!("CARGO_BIN_EXE_weir");
 static TURN: Mutex<()> = Mutex::new(());
 
 pub(crate) struct Cluster {
-    _turn: std::sync::MutexGuard<'static, ()>,
+    _turn: Option<std::sync::MutexGuard<'static, ()>>,
     serve: Child,
     pub(crate) servers: String,
     metrics: Vec<String>,
+    brokers: u32,
     pub(crate) data: tempfile::TempDir,
 }
 
@@ -42,12 +43,26 @@ impl Cluster {
         })
     }
 
+    /// Another cluster of one broker, beside this one.
+    pub(crate) fn another(&self) -> Self {
+        Self::start_in_turn(None, tempfile::tempdir().unwrap(), 1, |serve| {
+            serve.args(["--listen", "127.0.0.1:0"]);
+        })
+    }
+
     /// With more arguments and variables for `weir serve`.
     fn start_with(data: tempfile::TempDir, brokers: u32, more: impl FnOnce(&mut Command)) -> Self {
         let turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let mut serve = Command::new(WEIR);
-        serve.args(["serve", "-o", "json", "--brokers", &brokers.to_string()]);
-        serve.arg("--data").arg(data.path()).env("WEIR_LOG", "warn").stdout(Stdio::piped());
+        Self::start_in_turn(Some(turn), data, brokers, more)
+    }
+
+    fn start_in_turn(
+        turn: Option<std::sync::MutexGuard<'static, ()>>,
+        data: tempfile::TempDir,
+        brokers: u32,
+        more: impl FnOnce(&mut Command),
+    ) -> Self {
+        let mut serve = serve(data.path(), brokers);
         more(&mut serve);
         let mut serve = serve.spawn().unwrap();
         let mut line = String::new();
@@ -56,17 +71,27 @@ impl Cluster {
         let list = said["brokers"].as_array().unwrap().clone();
         let servers: Vec<&str> = list.iter().map(|b| b["client"].as_str().unwrap()).collect();
         let metrics = list.iter().map(|b| b["metrics"].as_str().unwrap().to_owned()).collect();
-        Self { _turn: turn, serve, servers: servers.join(","), metrics, data }
+        Self { _turn: turn, serve, servers: servers.join(","), metrics, brokers, data }
     }
 
     /// The metrics of a broker, as Prometheus reads them.
     pub(crate) async fn metrics(&self, at: usize) -> String {
+        self.get(at, "/metrics").await
+    }
+
+    /// What a broker's HTTP server answers, with its status line.
+    pub(crate) async fn get(&self, at: usize, path: &str) -> String {
+        self.try_get(at, path).await.unwrap()
+    }
+
+    /// As [`Self::get`], of a broker that may not run just now.
+    pub(crate) async fn try_get(&self, at: usize, path: &str) -> std::io::Result<String> {
         use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-        let mut stream = tokio::net::TcpStream::connect(&self.metrics[at]).await.unwrap();
-        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await.unwrap();
+        let mut stream = tokio::net::TcpStream::connect(&self.metrics[at]).await?;
+        stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await?;
         let mut text = String::new();
-        stream.read_to_string(&mut text).await.unwrap();
-        text
+        stream.read_to_string(&mut text).await?;
+        Ok(text)
     }
 
     /// Pid of a broker by name.
@@ -86,18 +111,22 @@ impl Cluster {
 
     /// Everything is killed, first what would start brokers again.
     pub(crate) fn kill_all(mut self) -> Down {
+        let pids: Vec<i32> = ["weir-0", "weir-1", "weir-2"].iter().filter_map(|name| self.pid(name)).collect();
         let _ = self.serve.kill();
         let _ = self.serve.wait();
         for name in ["weir-0", "weir-1", "weir-2"] {
-            if self.pid(name).is_some() {
-                self.kill(name);
+            // they end with what started them: one may have done so by now
+            if let Some(pid) = self.pid(name) {
+                let _ = Command::new("kill").args(["-KILL", &pid.to_string()]).stderr(Stdio::null()).status();
             }
         }
-        while ["weir-0", "weir-1", "weir-2"].iter().any(|name| self.pid(name).is_some()) {
+        let started = |name: &&str| self.pid(name).is_some();
+        while ["weir-0", "weir-1", "weir-2"].iter().any(started) || pids.iter().any(|pid| runs(&pid.to_string())) {
             std::thread::sleep(Duration::from_millis(10));
         }
         let port = self.servers.split([':', ',']).nth(1).unwrap().parse().unwrap();
-        Down { data: std::mem::replace(&mut self.data, tempfile::tempdir().unwrap()), port }
+        let data = std::mem::replace(&mut self.data, tempfile::tempdir().unwrap());
+        Down { data, port, brokers: self.brokers }
     }
 
     pub(crate) fn stop(mut self) -> tempfile::TempDir {
@@ -105,6 +134,14 @@ impl Cluster {
         self.serve.wait().unwrap();
         std::mem::replace(&mut self.data, tempfile::tempdir().unwrap())
     }
+}
+
+/// `weir serve` in a folder.
+fn serve(data: &Path, brokers: u32) -> Command {
+    let mut serve = Command::new(WEIR);
+    serve.args(["serve", "-o", "json", "--brokers", &brokers.to_string()]);
+    serve.arg("--data").arg(data).env("WEIR_LOG", "warn").stdout(Stdio::piped());
+    serve
 }
 
 /// Pid of the broker of a folder, as the process list has it: a restarted one has another than was printed.
@@ -118,28 +155,77 @@ pub(crate) fn pid_of(folder: &Path) -> Option<i32> {
     })
 }
 
-/// Three brokers that do not run, with their data and ports.
+/// Bytes of the files in a folder and in those below it.
+pub(crate) fn disk_bytes(folder: &Path) -> u64 {
+    let Ok(list) = std::fs::read_dir(folder) else { return 0 };
+    let size = |entry: std::fs::DirEntry| match entry.metadata() {
+        Ok(data) if data.is_dir() => disk_bytes(&entry.path()),
+        Ok(data) => data.len(),
+        Err(_) => 0, // it was removed meanwhile
+    };
+    list.flatten().map(size).sum()
+}
+
+/// Whether a process of this pid runs: one that has ended and was not waited for does not, once all its threads have let go of what it
+/// had open.
+pub(crate) fn runs(pid: &str) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let has_ended = stat.rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with('Z'));
+    let threads = || std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    !has_ended || threads() > 1
+}
+
+/// Brokers that do not run, with their data and ports.
 pub(crate) struct Down {
     pub(crate) data: tempfile::TempDir,
     port: u16,
+    brokers: u32,
 }
 
 impl Down {
     /// A cluster that was never started.
     pub(crate) fn new() -> Self {
+        Self::of(3)
+    }
+
+    /// The same with so many brokers, three at most.
+    pub(crate) fn of(brokers: u32) -> Self {
         let free = |port: u16| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
         let all = |port: &u16| (0..3).all(|b| (0..3).all(|p| free(port + 10 * b + p)) && free(port + 40 + b));
         let port = (0..).map(|_| fastrand::u16(20_000..30_000)).find(all).unwrap();
-        Self { data: tempfile::tempdir().unwrap(), port }
+        Self { data: tempfile::tempdir().unwrap(), port, brokers }
     }
 
     /// Starts it, at the same ports each time.
     pub(crate) fn start(self, more: impl FnOnce(&mut Command)) -> Cluster {
-        let (listen, metrics) = (format!("127.0.0.1:{}", self.port), format!("127.0.0.1:{}", self.port + 40));
-        Cluster::start_with(self.data, 3, |serve| {
-            serve.args(["--listen", &listen, "--metrics-listen", &metrics]);
+        let addresses = self.addresses();
+        Cluster::start_with(self.data, self.brokers, |serve| {
+            serve.args(addresses);
             more(serve);
         })
+    }
+
+    /// Starts it where it does not come up: what it says on standard error until it ends.
+    pub(crate) fn refused(&self) -> String {
+        let _turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut serve = serve(self.data.path(), self.brokers);
+        let serve = serve.args(self.addresses()).stderr(Stdio::piped()).spawn().unwrap();
+        // where it comes up all the same, it is ended, and its brokers with it
+        let (pid, (ended, waiting)) = (serve.id().to_string(), std::sync::mpsc::channel::<()>());
+        std::thread::spawn(move || {
+            if waiting.recv_timeout(2 * PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                let _ = Command::new("kill").args(["-KILL", &pid]).status();
+            }
+        });
+        let output = serve.wait_with_output().unwrap();
+        drop(ended);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success(), "{said}");
+        said
+    }
+
+    fn addresses(&self) -> [String; 2] {
+        [format!("--listen=127.0.0.1:{}", self.port), format!("--metrics-listen=127.0.0.1:{}", self.port + 40)]
     }
 }
 
@@ -153,6 +239,14 @@ impl Drop for Cluster {
         let _ = self.serve.kill();
         let _ = self.serve.wait();
     }
+}
+
+/// A cluster with a topic `t` of one partition, of which each broker has a replica.
+pub(crate) async fn start(brokers: u32) -> (Cluster, Client) {
+    let cluster = Cluster::start(brokers);
+    let client = Client::new(&cluster.servers).unwrap();
+    make_topic(&client, "t", 1, brokers).await;
+    (cluster, client)
 }
 
 pub(crate) async fn make_topic(client: &Client, name: &str, partitions: u32, replicas: u32) {
@@ -240,6 +334,15 @@ pub(crate) async fn until<T: std::fmt::Debug>(what: &str, ask: impl AsyncFn() ->
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
+}
+
+/// Asks until the answer is the one that is wanted.
+pub(crate) async fn until_is<T: std::fmt::Debug + PartialEq>(what: &str, wanted: T, ask: impl AsyncFn() -> T) {
+    until(what, async || match ask().await {
+        seen if seen == wanted => Ok(()),
+        seen => Err(seen),
+    })
+    .await;
 }
 
 /// Waits until all partitions of a topic have so many replicas, each with all of it.

@@ -8,10 +8,10 @@ use k8s_openapi::api::apps::v1::{
 };
 use k8s_openapi::api::core::v1::{
     Affinity, Capabilities, ConfigMap, ConfigMapKeySelector, Container, ContainerPort, EnvVar, EnvVarSource,
-    HTTPGetAction, ObjectFieldSelector, PersistentVolumeClaim, PersistentVolumeClaimSpec, PodAffinityTerm,
-    PodAntiAffinity, PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ResourceRequirements, SeccompProfile,
-    SecurityContext, Service, ServiceAccount, ServicePort, ServiceSpec, TopologySpreadConstraint, VolumeMount,
-    VolumeResourceRequirements, WeightedPodAffinityTerm,
+    HTTPGetAction, LocalObjectReference, ObjectFieldSelector, PersistentVolumeClaim, PersistentVolumeClaimSpec,
+    PodAffinityTerm, PodAntiAffinity, PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ResourceRequirements,
+    SeccompProfile, SecurityContext, Service, ServiceAccount, ServicePort, ServiceSpec, TopologySpreadConstraint,
+    VolumeMount, VolumeResourceRequirements, WeightedPodAffinityTerm,
 };
 use k8s_openapi::api::networking::v1::{
     NetworkPolicy, NetworkPolicyIngressRule, NetworkPolicyPeer, NetworkPolicyPort, NetworkPolicySpec,
@@ -26,7 +26,7 @@ use weir_crds::{DeletionPolicy, StreamCluster};
 
 /// Node label of zones where the spec names no other.
 pub const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
-/// User and group brokers run as.
+/// User and group brokers run as, where the platform does not choose them.
 const USER: i64 = 65_532;
 
 /// Everything a cluster owns, in the order it is applied.
@@ -37,12 +37,20 @@ pub struct Children {
     pub config: ConfigMap,
     /// Names of brokers, clients' entrance, administrators' entrance.
     pub services: [Service; 3],
-    /// One broker down at a time.
+    /// One broker down at a time, and none while a replica is missing.
     pub budget: PodDisruptionBudget,
-    /// Who may speak to which port.
-    pub policy: NetworkPolicy,
+    /// Who may speak to which port, unless the spec wants no policy.
+    pub policy: Option<NetworkPolicy>,
     /// The brokers.
     pub brokers: StatefulSet,
+}
+
+impl Children {
+    /// Returns true if the budget lets a pod be evicted.
+    pub fn allows_disruption(&self) -> bool {
+        let most = self.budget.spec.as_ref().and_then(|s| s.max_unavailable.clone());
+        most != Some(IntOrString::Int(0))
+    }
 }
 
 /// Builds them.
@@ -54,10 +62,12 @@ pub fn children(cluster: &StreamCluster, names: &Names, wanted: &Wanted, setting
         owner_references: cluster.controller_owner_ref(&()).map(|owner| vec![owner]),
         ..Default::default()
     };
+    let unhealthy = if wanted.disruption.unready_may_go { "AlwaysAllow" } else { "IfHealthyBudget" };
     Children {
         account: ServiceAccount {
             metadata: meta(names.config()),
             automount_service_account_token: Some(false),
+            image_pull_secrets: pull_secrets(cluster),
             ..Default::default()
         },
         config: ConfigMap {
@@ -73,14 +83,18 @@ pub fn children(cluster: &StreamCluster, names: &Names, wanted: &Wanted, setting
         budget: PodDisruptionBudget {
             metadata: meta(names.config()),
             spec: Some(PodDisruptionBudgetSpec {
-                max_unavailable: Some(IntOrString::Int(1)),
+                max_unavailable: Some(IntOrString::Int(wanted.disruption.pods_max)),
                 selector: Some(names.label_selector()),
-                unhealthy_pod_eviction_policy: Some("AlwaysAllow".to_owned()),
+                unhealthy_pod_eviction_policy: Some(unhealthy.to_owned()),
                 ..Default::default()
             }),
             ..Default::default()
         },
-        policy: NetworkPolicy { metadata: meta(names.config()), spec: Some(network(names)) },
+        policy: cluster
+            .spec
+            .network_policy
+            .enabled
+            .then(|| NetworkPolicy { metadata: meta(names.config()), spec: Some(network(cluster, names, settings)) }),
         brokers: StatefulSet {
             metadata: meta(names.stateful_set()),
             spec: Some(stateful_set(cluster, names, wanted, settings)),
@@ -127,23 +141,43 @@ fn service(metadata: ObjectMeta, names: &Names, ports: &[(&str, i32)], headless:
     }
 }
 
-fn network(names: &Names) -> NetworkPolicySpec {
+fn pull_secrets(cluster: &StreamCluster) -> Option<Vec<LocalObjectReference>> {
+    let secrets = &cluster.spec.image_pull_secrets;
+    (!secrets.is_empty()).then(|| secrets.clone())
+}
+
+fn network(cluster: &StreamCluster, names: &Names, settings: &Settings) -> NetworkPolicySpec {
     let port = |port: i32| NetworkPolicyPort { port: Some(IntOrString::Int(port)), ..Default::default() };
     let anywhere = |p: i32| NetworkPolicyIngressRule { ports: Some(vec![port(p)]), from: None };
     let brokers = NetworkPolicyPeer { pod_selector: Some(names.label_selector()), ..Default::default() };
     let operator = NetworkPolicyPeer {
-        namespace_selector: Some(LabelSelector::default()),
+        // by its name, which Kubernetes puts on it: a label of pods alone is anybody's to set
+        namespace_selector: Some(LabelSelector {
+            match_labels: Some(BTreeMap::from([(
+                "kubernetes.io/metadata.name".to_owned(),
+                settings.namespace.clone(),
+            )])),
+            ..Default::default()
+        }),
         pod_selector: Some(LabelSelector {
             match_labels: Some(BTreeMap::from([("app.kubernetes.io/name".to_owned(), "weir-operator".to_owned())])),
             ..Default::default()
         }),
         ..Default::default()
     };
+    let from = &cluster.spec.network_policy.from;
+    let clients = NetworkPolicyIngressRule {
+        ports: Some(vec![port(CLIENT_PORT)]),
+        from: (!from.is_empty()).then(|| {
+            // who administers the cluster asks the brokers as a client too, and they each other
+            from.iter().cloned().chain([brokers.clone(), operator.clone()]).collect()
+        }),
+    };
     NetworkPolicySpec {
         pod_selector: Some(names.label_selector()),
         policy_types: Some(vec!["Ingress".to_owned()]),
         ingress: Some(vec![
-            anywhere(CLIENT_PORT),
+            clients,
             anywhere(METRICS_PORT),
             NetworkPolicyIngressRule { ports: Some(vec![port(PEER_PORT)]), from: Some(vec![brokers.clone()]) },
             NetworkPolicyIngressRule { ports: Some(vec![port(ADMIN_PORT)]), from: Some(vec![brokers, operator]) },
@@ -211,6 +245,7 @@ fn default_resources() -> ResourceRequirements {
 
 fn pod(cluster: &StreamCluster, names: &Names, settings: &Settings) -> PodSpec {
     let spec = &cluster.spec;
+    let user = (!settings.arbitrary_user).then_some(USER);
     let zone = spec.placement.zone_label.as_deref().unwrap_or(ZONE_LABEL);
     let spread = |key: &str| TopologySpreadConstraint {
         max_skew: 1,
@@ -243,12 +278,13 @@ fn pod(cluster: &StreamCluster, names: &Names, settings: &Settings) -> PodSpec {
             }),
             ..Default::default()
         }),
+        image_pull_secrets: pull_secrets(cluster),
         security_context: Some(PodSecurityContext {
             run_as_non_root: Some(true),
-            run_as_user: Some(USER),
-            run_as_group: Some(USER),
-            fs_group: Some(USER),
-            fs_group_change_policy: Some("OnRootMismatch".to_owned()),
+            run_as_user: user,
+            run_as_group: user,
+            fs_group: user,
+            fs_group_change_policy: user.map(|_| "OnRootMismatch".to_owned()),
             seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".to_owned(), ..Default::default() }),
             ..Default::default()
         }),
@@ -344,9 +380,14 @@ pub fn watch_label() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::plan::Disruption;
     use weir_crds::StreamClusterSpec;
 
     fn built(spec: StreamClusterSpec) -> Children {
+        built_on(spec, false)
+    }
+
+    fn built_on(spec: StreamClusterSpec, arbitrary_user: bool) -> Children {
         let mut cluster = StreamCluster::new("default", spec);
         cluster.metadata.namespace = Some("shop".to_owned());
         cluster.metadata.uid = Some("uid-1".to_owned());
@@ -354,10 +395,13 @@ mod tests {
             image: "weir:0.1.0".to_owned(),
             image_pull_policy: "IfNotPresent".to_owned(),
             domain: "cluster.local".to_owned(),
+            namespace: "weir".to_owned(),
+            arbitrary_user,
         };
         let pods = cluster.spec.brokers;
         let template_storage = cluster.spec.storage.size.clone();
-        let wanted = Wanted { pods, peers: pods, cluster_id: "c1".to_owned(), template_storage };
+        let disruption = Disruption { pods_max: 1, unready_may_go: pods == 1 };
+        let wanted = Wanted { pods, peers: pods, cluster_id: "c1".to_owned(), template_storage, disruption };
         children(&cluster, &Names::new("shop", "default"), &wanted, &settings)
     }
 
@@ -367,7 +411,7 @@ mod tests {
         documents.push(yaml(serde_json::to_value(&c.config).unwrap()));
         documents.extend(c.services.iter().map(|s| yaml(serde_json::to_value(s).unwrap())));
         documents.push(yaml(serde_json::to_value(&c.budget).unwrap()));
-        documents.push(yaml(serde_json::to_value(&c.policy).unwrap()));
+        documents.extend(c.policy.iter().map(|p| yaml(serde_json::to_value(p).unwrap())));
         documents.push(yaml(serde_json::to_value(&c.brokers).unwrap()));
         documents.join("---\n")
     }
@@ -387,6 +431,7 @@ mod tests {
             "brokers: 5
 image: registry.example/weir:2
 imagePullPolicy: Always
+imagePullSecrets: [{name: registry}]
 storage: {size: 1Ti, className: fast}
 resources: {requests: {cpu: '2', memory: 4Gi}, limits: {memory: 4Gi}}
 placement:
@@ -394,12 +439,69 @@ placement:
   tolerations: [{key: streams, operator: Exists, effect: NoSchedule}]
   zoneLabel: rack
 allowedNamespaces: [shop, bank]
+networkPolicy: {from: [{namespaceSelector: {matchLabels: {team: shop}}}]}
 topicDefaults: {replicas: 5, retention: {time: 7d}}
 deletionPolicy: Delete
 logLevel: warn,weir=debug
 ",
         );
         insta::assert_snapshot!(recorded(&built(everything)));
+    }
+
+    #[test]
+    fn where_the_platform_chooses_users_pods_ask_for_none_and_stay_unprivileged() {
+        let pod = |arbitrary| {
+            let set = built_on(spec("{brokers: 3}"), arbitrary).brokers;
+            set.spec.and_then(|s| s.template.spec).unwrap()
+        };
+        let user = |pod: &PodSpec| pod.security_context.as_ref().map(|c| (c.run_as_user, c.run_as_group, c.fs_group));
+        assert_eq!(user(&pod(false)), Some((Some(USER), Some(USER), Some(USER))));
+        let chosen = pod(true);
+        assert_eq!(user(&chosen), Some((None, None, None)));
+        let context = chosen.security_context.as_ref().unwrap();
+        assert_eq!((context.run_as_non_root, context.fs_group_change_policy.as_ref()), (Some(true), None));
+        let container = chosen.containers[0].security_context.as_ref().unwrap();
+        assert_eq!((container.allow_privilege_escalation, container.run_as_user), (Some(false), None));
+        // the rest of OpenShift's class restricted-v2
+        assert_eq!((container.privileged, container.se_linux_options.as_ref()), (None, None));
+        let capabilities = container.capabilities.as_ref().unwrap();
+        assert_eq!((capabilities.drop.as_deref(), &capabilities.add), (Some(&["ALL".to_owned()][..]), &None));
+        assert_eq!(context.seccomp_profile.as_ref().map(|p| p.type_.as_str()), Some("RuntimeDefault"));
+        assert_eq!((chosen.host_network, chosen.host_pid, chosen.host_ipc), (None, None, None));
+        assert_eq!(chosen.volumes, None, "its only volume is a claim");
+        let ports = chosen.containers[0].ports.iter().flatten();
+        assert!(ports.clone().count() == 4 && ports.clone().all(|p| p.host_port.is_none()));
+    }
+
+    #[test]
+    fn a_private_registry_is_reached_by_pods_and_by_their_account() {
+        let children = built(spec("{imagePullSecrets: [{name: registry}]}"));
+        let pod = children.brokers.spec.and_then(|s| s.template.spec).unwrap();
+        let named = |list: Option<Vec<LocalObjectReference>>| list.map(|l| l[0].name.clone());
+        assert_eq!(named(pod.image_pull_secrets).as_deref(), Some("registry"));
+        assert_eq!(named(children.account.image_pull_secrets).as_deref(), Some("registry"));
+    }
+
+    #[test]
+    fn the_administrators_port_is_open_to_the_operator_of_its_own_namespace_only() {
+        let rule = |children: &Children, wanted: i32| {
+            let rules = children.policy.clone().unwrap().spec.unwrap().ingress.unwrap();
+            let of = |r: &NetworkPolicyIngressRule| {
+                r.ports.iter().flatten().any(|p| p.port == Some(IntOrString::Int(wanted)))
+            };
+            rules.into_iter().find(of).unwrap().from
+        };
+        let open = built(spec("{brokers: 3}"));
+        for from in rule(&open, ADMIN_PORT).unwrap() {
+            let name = |s: &LabelSelector| s.match_labels.as_ref()?.get("kubernetes.io/metadata.name").cloned();
+            let namespace = from.namespace_selector.as_ref();
+            // without a namespace selector only the policy's own namespace is meant
+            assert!(namespace.is_none_or(|s| name(s).as_deref() == Some("weir")), "{from:?}");
+        }
+        assert_eq!(rule(&open, CLIENT_PORT), None, "anybody");
+        let from = "{networkPolicy: {from: [{podSelector: {matchLabels: {app: shop}}}]}}";
+        assert_eq!(rule(&built(spec(from)), CLIENT_PORT).unwrap().len(), 3, "those, brokers, and the operator");
+        assert!(built(spec("{networkPolicy: {enabled: false}}")).policy.is_none());
     }
 
     #[test]

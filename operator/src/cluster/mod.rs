@@ -6,11 +6,14 @@ pub mod plan;
 
 use crate::apply;
 use crate::brokers::BrokerError;
-use crate::conditions::{Said, merge};
+use crate::conditions::{Said, merge, merge_known, own};
 use crate::context::Context;
 use build::Children;
 use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::{ConfigMap, Node, PersistentVolumeClaim, Pod};
+use k8s_openapi::api::core::v1::{ConfigMap, Node, PersistentVolumeClaim, Pod, ServiceAccount};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, Preconditions};
 use kube::runtime::controller::Action;
@@ -20,13 +23,16 @@ use plan::{Call, Plan, PodSeen, Seen};
 use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
-use weir_crds::{StreamCluster, quantity};
+use weir_crds::{StreamCluster, StreamClusterStatus, quantity};
 use weir_proto::v1;
 
 /// Looked at again after this long, when nothing is under way.
-const IDLE: Duration = Duration::from_secs(15);
+const IDLE: Duration = Duration::from_secs(10);
 /// Looked at again after this long, while something is.
 const BUSY: Duration = Duration::from_secs(1);
+
+/// Reason of `Progressing` where the brokers refuse a drain.
+const DRAIN_REFUSED: &str = "DrainRefused";
 
 /// A look takes no longer.
 pub const LOOK_MAX: Duration = Duration::from_secs(20);
@@ -66,35 +72,62 @@ async fn bring_about(cluster: Arc<StreamCluster>, context: Arc<Context>) -> Resu
         return paused(&cluster, &context).await;
     }
     let seen = look(&context, &cluster, &names).await?;
-    let plan = plan::plan(&cluster, &names, &seen, Timestamp::now());
+    let mut plan = plan::plan(&cluster, &names, &seen, Timestamp::now());
     let children = build::children(&cluster, &names, &plan.wanted, &context.settings);
-    let settings_changed = match apply_children(&context, &children).await {
+    let settings_changed = match apply_children(&context, &cluster, &children).await {
         Ok(changed) => changed,
         Err(error) => {
-            let said = Said::new("Progressing", false, "ApplyFailed", error.to_string());
-            let conditions = plan.conditions.into_iter().map(|c| if c.kind == said.kind { said.clone() } else { c });
-            let conditions = conditions.collect();
-            report(&context, &cluster, Plan { conditions, ..plan }).await?;
+            plan.say(Said::new("Progressing", false, "ApplyFailed", error.to_string()));
+            report(&context, &cluster, plan).await?;
             return Err(error);
         }
     };
     grow_volumes(&context, &cluster, &names).await?;
-    ask_brokers(&context, &cluster, &names, &plan).await?;
+    if let Some(refusal) = ask_brokers(&context, &cluster, &names, &plan).await? {
+        plan.say(Said::new("Progressing", false, DRAIN_REFUSED, refusal));
+    }
     if settings_changed {
         change_log_level(&context, &cluster, &seen).await;
     }
     if let Some(pod) = &plan.replace {
         replace(&context, &cluster, pod).await?;
     }
-    let busy = !plan.calls.is_empty() || plan.conditions.iter().any(|c| c.kind == "Progressing" && c.holds);
+    // an operator that ends on the way leaves the budget that forbids: what allows is written last
+    let mut has_changed = false;
+    if children.allows_disruption() {
+        has_changed = !is_so_still(&context, &cluster, &names, &plan).await?;
+        if !has_changed {
+            apply::apply(&context.client, &children.budget).await.map_err(kube("applying the PodDisruptionBudget"))?;
+        }
+    }
+    let busy =
+        has_changed || !plan.calls.is_empty() || plan.conditions.iter().any(|c| c.kind == "Progressing" && c.holds);
     let unwell = plan.conditions.iter().any(|c| c.kind == "Ready" && !c.holds);
     report(&context, &cluster, plan).await?;
     Ok(Action::requeue(if busy || unwell { BUSY } else { IDLE }))
 }
 
+/// Whether a second look, right before the budget is raised, says that it may be: the first may be as old as a look lasts. A budget
+/// that allows as much already is not looked at twice.
+async fn is_so_still(
+    context: &Context,
+    cluster: &StreamCluster,
+    names: &Names,
+    plan: &Plan,
+) -> Result<bool, ClusterError> {
+    let budgets: Api<PodDisruptionBudget> = Api::namespaced(context.client.clone(), &names.namespace);
+    let budget = budgets.get_opt(&names.config()).await.map_err(kube("reading the PodDisruptionBudget"))?;
+    let allows = |spec: &PodDisruptionBudgetSpec| spec.max_unavailable != Some(IntOrString::Int(0));
+    if budget.and_then(|b| b.spec).as_ref().is_some_and(allows) {
+        return Ok(true);
+    }
+    let again = plan::plan(cluster, names, &look(context, cluster, names).await?, Timestamp::now());
+    Ok(again.wanted.disruption == plan.wanted.disruption)
+}
+
 async fn paused(cluster: &StreamCluster, context: &Context) -> Result<Action, ClusterError> {
-    let before = cluster.status.clone().unwrap_or_default();
-    let mut status = before.clone();
+    let before = own_status(cluster);
+    let mut status = StreamClusterStatus { observed_generation: cluster.metadata.generation, ..before.clone() };
     let mut said: Vec<Said> = Vec::new();
     for kind in ["Ready", "Degraded"] {
         if let Some(c) = before.conditions.iter().find(|c| c.type_ == kind) {
@@ -102,11 +135,17 @@ async fn paused(cluster: &StreamCluster, context: &Context) -> Result<Action, Cl
         }
     }
     said.push(Said::new("Progressing", false, "Paused", "spec.paused is true: nothing is changed until it is false"));
-    status.conditions = merge(&before.conditions, said, cluster.metadata.generation, Timestamp::now());
-    apply::status(&context.client, cluster, cluster.status.as_ref(), &status)
+    status.conditions = merge_known(&before.conditions, said, cluster.metadata.generation, Timestamp::now());
+    apply::status(&context.client, cluster, cluster.status.as_ref().map(|_| &before), &status)
         .await
         .map_err(kube("writing the status"))?;
     Ok(Action::await_change())
+}
+
+/// What this operator wrote into a cluster's status.
+fn own_status(cluster: &StreamCluster) -> StreamClusterStatus {
+    let status = cluster.status.clone().unwrap_or_default();
+    StreamClusterStatus { conditions: own(&status.conditions), ..status }
 }
 
 /// Dereferences what the plan needs.
@@ -135,10 +174,16 @@ async fn look(context: &Context, cluster: &StreamCluster, names: &Names) -> Resu
     let address = names.admin_address(&context.settings.domain);
     // decisions about pods are made on what is true now
     context.brokers.forget(&address);
-    let answer = if set.is_some() {
-        context.brokers.snapshot(&address).await.map_err(|e| e.to_string())
-    } else {
-        Err("the brokers are being made".to_owned())
+    let (snapshot, rolled_back, unreachable) = match &set {
+        None => (None, Vec::new(), "the brokers are being made".to_owned()),
+        Some(_) => match context.brokers.snapshot(&address).await {
+            Ok(snapshot) => (Some(snapshot.clone()), weir_proto::rolled_back(&snapshot.metadata), String::new()),
+            Err(error) => {
+                let text = error.to_string();
+                let brokers = if let BrokerError::RolledBack { brokers } = error { brokers } else { Vec::new() };
+                (None, brokers, text)
+            }
+        },
     };
     let spec = set.as_ref().and_then(|s| s.spec.as_ref());
     let template = spec.and_then(|s| s.volume_claim_templates.as_ref()?.first()?.spec.as_ref());
@@ -148,8 +193,9 @@ async fn look(context: &Context, cluster: &StreamCluster, names: &Names) -> Resu
         template_observed: observed,
         template_storage: storage,
         pods: seen_pods,
-        unreachable: answer.as_ref().err().cloned().unwrap_or_default(),
-        snapshot: answer.ok(),
+        snapshot,
+        rolled_back,
+        unreachable,
     })
 }
 
@@ -189,9 +235,12 @@ fn pod_seen(pod: &Pod, revision: Option<&str>, zone: Option<String>) -> PodSeen 
 }
 
 /// Applies the child objects; true where what running brokers can be told has changed.
-async fn apply_children(context: &Context, children: &Children) -> Result<bool, ClusterError> {
+async fn apply_children(context: &Context, cluster: &StreamCluster, children: &Children) -> Result<bool, ClusterError> {
     let client = &context.client;
     let Children { account, config, services, budget, policy, brokers } = children;
+    if !children.allows_disruption() {
+        apply::apply(client, budget).await.map_err(kube("applying the PodDisruptionBudget"))?;
+    }
     apply::apply(client, account).await.map_err(kube("applying the ServiceAccount"))?;
     let configs: Api<ConfigMap> = Api::namespaced(client.clone(), &config.namespace().unwrap_or_default());
     let before = configs.get_opt(&config.name_any()).await.map_err(kube("reading the ConfigMap"))?;
@@ -201,10 +250,35 @@ async fn apply_children(context: &Context, children: &Children) -> Result<bool, 
     for service in services {
         apply::apply(client, service).await.map_err(kube("applying a Service"))?;
     }
-    apply::apply(client, budget).await.map_err(kube("applying the PodDisruptionBudget"))?;
-    apply::apply(client, policy).await.map_err(kube("applying the NetworkPolicy"))?;
+    match policy {
+        Some(policy) => drop(apply::apply(client, policy).await.map_err(kube("applying the NetworkPolicy"))?),
+        None => remove_policy(context, cluster, account).await?,
+    }
     apply::apply(client, brokers).await.map_err(kube("applying the StatefulSet"))?;
     Ok(changed)
+}
+
+/// Removes the NetworkPolicy of a cluster that wants none, if there is one and it is this cluster's.
+async fn remove_policy(
+    context: &Context,
+    cluster: &StreamCluster,
+    named_alike: &ServiceAccount,
+) -> Result<(), ClusterError> {
+    let policies: Api<NetworkPolicy> =
+        Api::namespaced(context.client.clone(), &named_alike.namespace().unwrap_or_default());
+    let name = named_alike.name_any();
+    let found = policies.get_metadata_opt(&name).await.map_err(kube("reading the NetworkPolicy"))?;
+    let is_own = |m: &kube::core::ObjectMeta| {
+        m.owner_references.iter().flatten().any(|owner| Some(&owner.uid) == cluster.metadata.uid.as_ref())
+    };
+    let Some(found) = found.filter(|f| is_own(&f.metadata)) else { return Ok(()) };
+    let exactly = Preconditions { uid: found.uid(), resource_version: found.resource_version() };
+    let parameters = DeleteParams { preconditions: Some(exactly), ..Default::default() };
+    match policies.delete(&name, &parameters).await {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(e)) if e.code == 404 || e.code == 409 => Ok(()), // the next look decides again
+        Err(error) => Err(kube("deleting the NetworkPolicy")(error)),
+    }
 }
 
 /// Claims are asked to grow to what the spec says; whether they can is the storage class's to say.
@@ -234,15 +308,18 @@ async fn grow_volumes(context: &Context, cluster: &StreamCluster, names: &Names)
     Ok(())
 }
 
+/// Makes the plan's calls. Returns the brokers' reason where they refuse a drain: the pods stay until another spec, or fewer replicas of
+/// a topic, allow it.
 async fn ask_brokers(
     context: &Context,
     cluster: &StreamCluster,
     names: &Names,
     plan: &Plan,
-) -> Result<(), ClusterError> {
+) -> Result<Option<String>, ClusterError> {
     let address = names.admin_address(&context.settings.domain);
     let about = cluster.object_ref(&());
     let brokers = |doing: &'static str| move |source| ClusterError::Brokers { doing, source };
+    let mut refusal = None;
     for call in &plan.calls {
         match call.clone() {
             Call::Add(name) => {
@@ -251,14 +328,19 @@ async fn ask_brokers(
                 context.brokers.call(&address, call).await.map_err(brokers("adding a broker"))?;
                 context.event(&about, false, "BrokerAdded", "Scale", format!("{name} may join")).await;
             }
+            Call::Drain { .. } if refusal.is_some() => {}
             Call::Drain { id, name } => {
                 let request = v1::DrainBrokerRequest { id, cancel: false };
                 let call =
                     |mut admin: v1::admin_client::AdminClient<_>| async move { admin.drain_broker(request).await };
-                context.brokers.call(&address, call).await.map_err(brokers("draining a broker"))?;
-                context
-                    .event(&about, false, "BrokerDraining", "Scale", format!("{name} hands over its replicas"))
-                    .await;
+                match context.brokers.call(&address, call).await {
+                    Ok(_) => {
+                        let note = format!("{name} hands over its replicas");
+                        context.event(&about, false, "BrokerDraining", "Scale", note).await;
+                    }
+                    Err(BrokerError::Refused { message, .. }) => refusal = Some(message),
+                    Err(error) => return Err(brokers("draining a broker")(error)),
+                }
             }
             Call::Keep { id, name } => {
                 let request = v1::DrainBrokerRequest { id, cancel: true };
@@ -275,7 +357,7 @@ async fn ask_brokers(
             }
         }
     }
-    Ok(())
+    Ok(refusal)
 }
 
 /// Running brokers log as the spec now says; one that does not answer reads it when it starts.
@@ -307,11 +389,17 @@ async fn replace(context: &Context, cluster: &StreamCluster, pod: &PodSeen) -> R
 }
 
 async fn report(context: &Context, cluster: &StreamCluster, plan: Plan) -> Result<(), ClusterError> {
-    let before = cluster.status.clone().unwrap_or_default();
-    let Plan { mut status, conditions, .. } = plan;
+    let before = own_status(cluster);
+    let Plan { mut status, conditions, rebuilt, .. } = plan;
+    for note in rebuilt {
+        context.event(&cluster.object_ref(&()), true, "BrokerRebuilt", "Rebuild", note).await;
+    }
     for said in &conditions {
         let old = before.conditions.iter().find(|c| c.type_ == said.kind);
         let is = if said.holds { "True" } else { "False" };
+        if said.reason == DRAIN_REFUSED && old.is_none_or(|c| c.reason != DRAIN_REFUSED || c.message != said.message) {
+            context.event(&cluster.object_ref(&()), true, DRAIN_REFUSED, "Scale", said.message.clone()).await;
+        }
         if old.is_some_and(|c| c.status != is) && said.kind != "Progressing" {
             let warning = said.holds == (said.kind == "Degraded");
             let note = if said.message.is_empty() { said.reason.to_owned() } else { said.message.clone() };
@@ -327,5 +415,6 @@ async fn report(context: &Context, cluster: &StreamCluster, plan: Plan) -> Resul
     }
     status.conditions = merge(&before.conditions, conditions, cluster.metadata.generation, Timestamp::now());
     let client = &context.client;
-    apply::status(client, cluster, cluster.status.as_ref(), &status).await.map_err(kube("writing the status"))
+    let known = cluster.status.as_ref().map(|_| &before);
+    apply::status(client, cluster, known, &status).await.map_err(kube("writing the status"))
 }

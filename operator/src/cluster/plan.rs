@@ -3,7 +3,9 @@
 use super::names::Names;
 use crate::brokers::Snapshot;
 use crate::conditions::Said;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use k8s_openapi::jiff::Timestamp;
+use std::collections::BTreeSet;
 use weir_crds::StreamCluster;
 use weir_crds::cluster::{Member, Moves, StreamClusterStatus};
 use weir_proto::v1;
@@ -11,7 +13,11 @@ use weir_proto::v1;
 /// A new pod that is not ready after this long holds a roll up, and people are told.
 pub const STUCK_AFTER_SECONDS: i64 = 300;
 
-/// An outdated pod that is not ready for this long is replaced though others are not whole.
+/// A broker that is not ready because it fills its replicas is given this time before its pod counts as one that does not become ready.
+pub const CATCHES_UP_SECONDS_MAX: i64 = 1_800;
+
+/// A pod that is not ready for this long does not become so by itself: a drained node may take it while its replicas are whole
+/// elsewhere, and an outdated one is replaced though others are not whole. One whose broker still fills its replicas is not broken.
 pub const BROKEN_AFTER_SECONDS: i64 = 30;
 
 /// A broker's pod as seen.
@@ -50,6 +56,8 @@ pub struct Seen {
     pub snapshot: Option<std::sync::Arc<Snapshot>>,
     /// Why none did.
     pub unreachable: String,
+    /// Brokers whose volumes are older than their data once was.
+    pub rolled_back: Vec<String>,
 }
 
 /// What the child objects should say.
@@ -63,6 +71,18 @@ pub struct Wanted {
     pub cluster_id: String,
     /// Storage that volume claims are made with; claims grow afterwards.
     pub template_storage: String,
+    /// What a drained node may take.
+    pub disruption: Disruption,
+}
+
+/// Which pods may be evicted, for the PodDisruptionBudget.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Disruption {
+    /// Pods that may be away at one time.
+    pub pods_max: i32,
+    /// Pods that are not ready may go whatever the budget says. Eviction does not count them then, so this is only where there is
+    /// nothing to lose: any pod may be unready for a moment, and the broker in it vote and hold what is needed.
+    pub unready_may_go: bool,
 }
 
 /// A call to the brokers.
@@ -91,6 +111,15 @@ pub struct Plan {
     pub status: StreamClusterStatus,
     /// Its conditions.
     pub conditions: Vec<Said>,
+    /// Brokers that began with an empty disk since the status was written, for people.
+    pub rebuilt: Vec<String>,
+}
+
+impl Plan {
+    /// Replaces the condition of one kind.
+    pub fn say(&mut self, said: Said) {
+        self.conditions.iter_mut().filter(|c| c.kind == said.kind).for_each(|c| *c = said.clone());
+    }
 }
 
 /// Decides.
@@ -116,11 +145,16 @@ pub fn plan(cluster: &StreamCluster, names: &Names, seen: &Seen, now: Timestamp)
         peers: pods.max(spec.brokers),
         cluster_id: cluster_id.clone(),
         template_storage: seen.template_storage.clone().unwrap_or_else(|| spec.storage.size.clone()),
+        disruption: Disruption::default(),
     };
     let health = Health::of(names, seen, pods);
     let (replace, roll) = roll(seen, &health, pods, now);
+    let disruption = disruption(names, seen, pods, &wanted.cluster_id, replace.is_some(), now);
+    let wanted = Wanted { disruption, ..wanted };
+    let rebuilt = snapshot.map(|s| rebuilt(&before.members, s)).unwrap_or_default();
     let moving = snapshot.map(|s| moves(s, names)).unwrap_or_default();
-    let conditions = conditions(&health, spec.brokers, seen, &moving, &roll);
+    let mut conditions = conditions(&health, spec.brokers, seen, &moving, &roll);
+    conditions.extend(rolled_back(seen, &before.conditions));
     let status = StreamClusterStatus {
         observed_generation: cluster.metadata.generation,
         conditions: before.conditions,
@@ -133,9 +167,22 @@ pub fn plan(cluster: &StreamCluster, names: &Names, seen: &Seen, now: Timestamp)
         leaderless: snapshot.map(|_| health.leaderless as i32),
         under_replicated: snapshot.map(|_| health.under_replicated as i32),
         moves: snapshot.is_some().then_some(moving),
-        members: snapshot.map(members).unwrap_or_default(),
+        members: snapshot.map_or(before.members, members),
     };
-    Plan { wanted, calls, replace, status, conditions }
+    Plan { wanted, calls, replace, status, conditions, rebuilt }
+}
+
+/// Members that are new under the name of an earlier one, and why.
+fn rebuilt(before: &[Member], snapshot: &Snapshot) -> Vec<String> {
+    let is_new = |b: &&v1::Broker| {
+        let mut earlier = before.iter().filter(|m| m.name == b.name && m.phase != "expected").peekable();
+        b.phase == "active" && earlier.peek().is_some() && earlier.all(|m| m.id < b.id as i64)
+    };
+    let say = |b: &v1::Broker| {
+        let why = if b.rebuilt_because.is_empty() { "its volume was empty" } else { &b.rebuilt_because };
+        format!("{} is rebuilt from the other brokers, under id {}: {why}", b.name, b.id)
+    };
+    snapshot.metadata.brokers.iter().filter(is_new).map(say).collect()
 }
 
 /// Pods that the brokers last known need.
@@ -162,11 +209,12 @@ fn scale(wanted: i32, had: i32, names: &Names, snapshot: &Snapshot, calls: &mut 
     // also those beyond the StatefulSet: it may have been made anew with fewer
     let ordinals = snapshot.metadata.brokers.iter().filter_map(|b| names.ordinal(&b.name));
     let beyond = ordinals.max().map_or(0, |highest| highest + 1);
-    for ordinal in wanted..had.max(beyond) {
+    // a StatefulSet gives up its highest pods first, so a broker is drained only if those above it are
+    for ordinal in (wanted..had.max(beyond)).rev() {
         let name = names.broker(ordinal);
         // lost ones too: their replicas are still being replaced
         if let Some(b) = snapshot.metadata.brokers.iter().find(|b| b.name == name) {
-            keep = ordinal + 1;
+            keep = keep.max(ordinal + 1);
             if b.phase == "active" || b.phase == "expected" {
                 calls.push(Call::Drain { id: b.id, name });
             }
@@ -233,9 +281,10 @@ enum Roll {
 
 /// The pod to replace now. One that serves goes only when nothing else is missing; one that does not serve harms nobody by going.
 fn roll(seen: &Seen, health: &Health, pods: i32, now: Timestamp) -> (Option<PodSeen>, Roll) {
-    let unready = |p: &PodSeen| match p.unready_since {
-        Some(since) if !p.ready => now.as_second() - since.as_second(),
-        _ => 0,
+    // one that fills its replicas becomes ready by itself
+    let unready = |p: &PodSeen| match &seen.snapshot {
+        Some(snapshot) if snapshot.catches_up(&p.name) && unready_seconds(p, now) < CATCHES_UP_SECONDS_MAX => 0,
+        _ => unready_seconds(p, now),
     };
     let stuck = |p: &&PodSeen| p.current && unready(p) > STUCK_AFTER_SECONDS;
     if !seen.template_observed {
@@ -264,6 +313,50 @@ fn roll(seen: &Seen, health: &Health, pods: i32, now: Timestamp) -> (Option<PodS
         return (None, running(what));
     }
     (old.last().map(|p| (*p).clone()), running("its replicas to be in sync again".to_owned()))
+}
+
+/// What a drained node may take. Eviction counts pods that are ready, and brokers are ready only once they have had everything; what has
+/// fallen behind since, or moves, only the brokers know.
+fn disruption(names: &Names, seen: &Seen, pods: i32, cluster_id: &str, replaces: bool, now: Timestamp) -> Disruption {
+    const ANY: Disruption = Disruption { pods_max: 1, unready_may_go: true };
+    if pods <= 1 || (cluster_id.is_empty() && seen.snapshot.is_none()) {
+        return ANY; // with one broker a drain has to stop it, and brokers that form no cluster yet hold nothing
+    }
+    let Some(snapshot) = seen.snapshot.as_deref() else { return Disruption::default() };
+    let all = || snapshot.partitions().chain(&snapshot.metadata.metadata_group);
+    let is_there = |name: &str| seen.pods.iter().any(|p| p.name == name && p.ready && !p.terminating);
+    let holds = |id: u64| all().any(|p| p.replicas.contains(&id));
+    let ours = |b: &&v1::Broker| names.ordinal(&b.name).is_some() && b.phase != "expected" && holds(b.id);
+    let away = snapshot.metadata.brokers.iter().filter(ours).filter(|b| !is_there(&b.name));
+    // one whose disk was lost is there twice: with its old replicas, and with those that replace them
+    let away: BTreeSet<&str> = away.map(|b| b.name.as_str()).collect();
+    let allows = match Vec::from_iter(away)[..] {
+        [] => snapshot.leaderless(all()) == 0 && snapshot.under_replicated(all()) == 0,
+        // a budget of one lets it go, and no pod that is ready
+        [name] => {
+            let is_broken = |p: &PodSeen| p.name == name && unready_seconds(p, now) > BROKEN_AFTER_SECONDS;
+            seen.pods.iter().any(is_broken)
+                && snapshot.leaderless(all()) == 0
+                && all().all(|p| whole_without(snapshot, p, name))
+        }
+        _ => false,
+    };
+    Disruption { pods_max: i32::from(allows && !replaces), unready_may_go: false }
+}
+
+/// Whether all other replicas of a partition are in sync, and a majority, without those of the broker of this name.
+fn whole_without(snapshot: &Snapshot, partition: &v1::Partition, name: &str) -> bool {
+    let in_sync = snapshot.in_sync(partition);
+    let others: Vec<u64> = partition.replicas.iter().copied().filter(|id| snapshot.name(*id) != Some(name)).collect();
+    others.iter().all(|id| in_sync.contains(id)) && others.len() > partition.replicas.len() / 2
+}
+
+/// For how long a pod is not ready; 0 where it is.
+fn unready_seconds(pod: &PodSeen, now: Timestamp) -> i64 {
+    match pod.unready_since {
+        Some(since) if !pod.ready => now.as_second() - since.as_second(),
+        _ => 0,
+    }
 }
 
 fn moves(snapshot: &Snapshot, names: &Names) -> Moves {
@@ -357,6 +450,20 @@ fn conditions(health: &Health, brokers: i32, seen: &Seen, moving: &Moves, roll: 
     vec![ready, progressing, degraded]
 }
 
+/// The condition that volumes were rolled back; while no broker answers, what was known last.
+fn rolled_back(seen: &Seen, before: &[Condition]) -> Option<Said> {
+    const KIND: &str = "VolumesRolledBack";
+    let said = |text: String| Said::new(KIND, true, "OlderThanKnown", text);
+    if seen.rolled_back.is_empty() {
+        let known = before.iter().find(|c| c.type_ == KIND && c.status == "True");
+        return known.filter(|_| seen.snapshot.is_none()).map(|c| said(c.message.clone()));
+    }
+    Some(said(format!(
+        "the volumes of {} are older than their data once was; these brokers neither vote nor append with them, see the runbook",
+        seen.rolled_back.join(", ")
+    )))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -399,7 +506,7 @@ mod tests {
             topics: vec![v1::Topic { partitions: vec![partition], ..Default::default() }],
             ..Default::default()
         };
-        Snapshot { metadata, statuses: [(7, status)].into() }
+        Snapshot { metadata, statuses: [(7, status)].into(), answered: BTreeSet::new() }
     }
 
     fn seen(count: i32, snapshot: Snapshot) -> Seen {
@@ -410,6 +517,7 @@ mod tests {
             pods: pods(count),
             snapshot: Some(Arc::new(snapshot)),
             unreachable: String::new(),
+            rolled_back: Vec::new(),
         }
     }
 
@@ -430,6 +538,26 @@ mod tests {
     }
 
     #[test]
+    fn volumes_that_were_rolled_back_are_named_also_where_the_cluster_has_stopped() {
+        let kinds = |plan: &Plan| plan.conditions.iter().map(|c| c.kind).collect::<Vec<_>>();
+        assert!(!kinds(&decide(3, &seen(3, snapshot(3)))).contains(&"VolumesRolledBack"));
+        let mut stopped = seen(3, snapshot(3));
+        (stopped.snapshot, stopped.rolled_back) = (None, vec![NAMES().broker(0), NAMES().broker(2)]);
+        let plan = decide(3, &stopped);
+        let find = |plan: &Plan| plan.conditions.iter().find(|c| c.kind == "VolumesRolledBack").cloned();
+        let said = find(&plan).unwrap();
+        assert!(said.holds && said.message.contains(&format!("{}, {}", NAMES().broker(0), NAMES().broker(2))));
+        // it is known until a broker says otherwise
+        let mut known = cluster(3);
+        let now = Timestamp::from_second(10_000).unwrap();
+        let conditions = crate::conditions::merge(&[], plan.conditions, None, now);
+        known.status = Some(StreamClusterStatus { conditions, ..Default::default() });
+        stopped.rolled_back.clear();
+        assert_eq!(find(&super::plan(&known, &NAMES(), &stopped, now)), Some(said));
+        assert_eq!(find(&super::plan(&known, &NAMES(), &seen(3, snapshot(3)), now)), None);
+    }
+
+    #[test]
     fn brokers_are_named_before_their_pods_come() {
         let plan = decide(5, &seen(3, snapshot(3)));
         assert_eq!(plan.wanted.pods, 5);
@@ -442,7 +570,7 @@ mod tests {
         let first = decide(3, &s);
         assert_eq!(first.wanted.pods, 5);
         let drain = |o: i32| Call::Drain { id: 10 + o as u64, name: NAMES().broker(o) };
-        assert_eq!(first.calls, vec![drain(3), drain(4)]);
+        assert_eq!(first.calls, vec![drain(4), drain(3)]);
         let mut later = snapshot(5);
         later.metadata.brokers[3].phase = "draining".into();
         later.metadata.brokers.remove(4);
@@ -535,11 +663,137 @@ mod tests {
         assert_eq!(decide(3, &s).replace.map(|p| p.uid), Some("uid-2".into()));
     }
 
+    /// So many seconds before the time of [`decide`].
+    fn ago(seconds: i64) -> Option<Timestamp> {
+        Some(Timestamp::from_second(10_000 - seconds).unwrap())
+    }
+
+    #[test]
+    fn nothing_may_be_evicted_while_a_replica_is_missing_though_every_pod_is_ready() {
+        let allowed = |s: &Seen, brokers| decide(brokers, s).wanted.disruption;
+        let (one, none) = (Disruption { pods_max: 1, unready_may_go: false }, Disruption::default());
+        assert_eq!(allowed(&seen(3, snapshot(3)), 3), one);
+        let mut behind = snapshot(3);
+        behind.statuses.get_mut(&7).unwrap().replicas[2].in_sync = false;
+        assert_eq!(allowed(&seen(3, behind.clone()), 3), none);
+        let mut moving = snapshot(3);
+        moving.metadata.topics[0].partitions[0].settled = false;
+        assert_eq!(allowed(&seen(3, moving), 3), none);
+        let mut leaderless = snapshot(3);
+        leaderless.metadata.topics[0].partitions[0].leader = 0;
+        assert_eq!(allowed(&seen(3, leaderless), 3), none);
+        let mut unformed = seen(3, snapshot(3));
+        unformed.snapshot = None;
+        let any = Disruption { pods_max: 1, unready_may_go: true };
+        assert_eq!(allowed(&unformed, 3), any, "nothing was formed yet");
+        let mut known = cluster(3);
+        known.status = Some(StreamClusterStatus { cluster_id: Some("c1".into()), ..Default::default() });
+        let now = Timestamp::from_second(10_000).unwrap();
+        let blind = plan(&known, &NAMES(), &unformed, now).wanted.disruption;
+        assert_eq!(blind, none, "nobody says how it stands");
+        let mut rolling = seen(3, snapshot(3));
+        rolling.pods[0].current = false;
+        let step = decide(3, &rolling);
+        assert_eq!((step.replace.is_some(), step.wanted.disruption), (true, none), "one at a time");
+        let mut joining = seen(4, snapshot(4));
+        joining.pods.pop();
+        joining.snapshot = Some(Arc::new({
+            let mut state = snapshot(4);
+            state.metadata.brokers[3].phase = "expected".into();
+            state
+        }));
+        assert_eq!(allowed(&joining, 4), one, "a broker that never came holds nothing");
+    }
+
+    #[test]
+    fn a_pod_that_stays_unready_may_go_while_all_it_holds_is_whole_elsewhere_and_nobody_else_may() {
+        let allowed = |s: &Seen| decide(3, s).wanted.disruption;
+        // a budget of one that counts what is unready: the unready pod may go, and no other
+        let (that_one, none) = (Disruption { pods_max: 1, unready_may_go: false }, Disruption::default());
+        let mut behind = snapshot(3);
+        behind.statuses.get_mut(&7).unwrap().replicas[1].in_sync = false;
+        let mut away = seen(3, behind.clone());
+        (away.pods[1].ready, away.pods[1].unready_since) = (false, ago(BROKEN_AFTER_SECONDS));
+        assert_eq!(allowed(&away), none, "it may be back in a moment");
+        away.pods[1].unready_since = ago(BROKEN_AFTER_SECONDS + 1);
+        assert_eq!(allowed(&away), that_one);
+        let mut other = away.clone();
+        (other.pods[2].ready, other.pods[2].unready_since) = (false, ago(100));
+        assert_eq!(allowed(&other), none, "two are away");
+        behind.statuses.get_mut(&7).unwrap().replicas[2].in_sync = false;
+        away.snapshot = Some(Arc::new(behind));
+        assert_eq!(allowed(&away), none, "it may hold the last whole replica beside the leader's");
+        let mut single = snapshot(3);
+        single.metadata.topics[0].partitions[0].replicas = vec![11];
+        away.snapshot = Some(Arc::new(single));
+        assert_eq!(allowed(&away), none, "it holds the only one");
+        // its disk was lost, and the broker on the new one is about to take the replicas over
+        let mut rebuilt = snapshot(3);
+        rebuilt.metadata.brokers[1].phase = "lost".into();
+        let new = v1::Broker { id: 20, phase: "active".into(), ..rebuilt.metadata.brokers[1].clone() };
+        rebuilt.metadata.brokers.push(new);
+        let mut second = rebuilt.metadata.topics[0].partitions[0].clone();
+        (second.group, second.replicas[1]) = (8, 20);
+        rebuilt.metadata.topics[0].partitions.push(second);
+        let mut status = rebuilt.statuses[&7].clone();
+        status.replicas.remove(1);
+        rebuilt.statuses = [(7, status.clone()), (8, status)].into();
+        away.snapshot = Some(Arc::new(rebuilt));
+        assert_eq!(allowed(&away), that_one, "it is one broker, twice");
+    }
+
+    #[test]
+    fn a_pod_whose_broker_fills_its_replicas_is_neither_stuck_nor_broken() {
+        let mut behind = snapshot(3);
+        behind.statuses.get_mut(&7).unwrap().replicas[2].in_sync = false;
+        let mut s = seen(3, behind.clone());
+        (s.pods[2].ready, s.pods[2].unready_since) = (false, ago(STUCK_AFTER_SECONDS + 1));
+        assert_eq!(reason(&decide(3, &s), "Progressing"), "RollStuck", "its broker does not answer");
+        behind.answered = [10, 12].into();
+        s.snapshot = Some(Arc::new(behind));
+        assert_eq!(reason(&decide(3, &s), "Progressing"), "Settled");
+        assert_eq!(reason(&decide(3, &s), "Degraded"), "UnderReplicated");
+        s.pods[2].current = false;
+        assert_eq!(decide(3, &s).replace, None, "it would begin again");
+    }
+
+    #[test]
+    fn one_broker_may_always_be_evicted() {
+        let mut state = snapshot(1);
+        state.metadata.topics[0].partitions[0].leader = 0;
+        let mut alone = seen(1, state);
+        alone.pods[0].ready = false;
+        assert_eq!(decide(1, &alone).wanted.disruption, Disruption { pods_max: 1, unready_may_go: true });
+    }
+
     #[test]
     fn brokers_are_told_their_zone() {
         let mut state = snapshot(3);
         state.metadata.brokers[1].rack.clear();
         assert_eq!(decide(3, &seen(3, state)).calls, vec![Call::SetRack { id: 11, rack: "z1".into() }]);
+    }
+
+    #[test]
+    fn a_broker_that_is_new_under_its_name_is_told_of_once_and_why() {
+        let mut known = cluster(3);
+        let at = |known: &StreamCluster, s: &Seen| plan(known, &NAMES(), s, Timestamp::from_second(10_000).unwrap());
+        let before = at(&known, &seen(3, snapshot(3)));
+        assert!(before.rebuilt.is_empty(), "a cluster that was formed");
+        known.status = Some(before.status);
+        let mut state = snapshot(3);
+        state.metadata.brokers[1].phase = "lost".into();
+        let why = "its store was damaged: 000012.sst".to_owned();
+        let new =
+            v1::Broker { id: 20, phase: "active".into(), rebuilt_because: why, ..state.metadata.brokers[1].clone() };
+        state.metadata.brokers.push(new);
+        let after = at(&known, &seen(3, state.clone()));
+        let said = "default-broker-1 is rebuilt from the other brokers, under id 20: its store was damaged: 000012.sst";
+        assert_eq!(after.rebuilt, [said]);
+        known.status = Some(after.status);
+        assert_eq!(at(&known, &seen(3, state.clone())).rebuilt.len(), 0, "once");
+        state.metadata.brokers.remove(1);
+        assert_eq!(at(&known, &seen(3, state)).rebuilt.len(), 0);
+        assert_eq!(at(&known, &seen(5, snapshot(5))).rebuilt.len(), 0, "others that joined");
     }
 
     #[test]

@@ -4,12 +4,13 @@ use crate::apply;
 use crate::brokers::{BrokerError, Snapshot};
 use crate::cluster::LOOK_MAX;
 use crate::cluster::plan::people_bytes;
-use crate::conditions::{Said, merge};
+use crate::conditions::{Said, alike, figures_are_due, holds, merge, merge_known, own};
 use crate::context::Context;
 use crate::locate::{
     Blocked, FORCE_DELETE, Located, OUTDATED, check_current, locate, locate_to_delete, waits_to_be_deleted,
 };
 use crate::topic::{TopicError, blocked, has_finalizer, told};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::controller::Action;
 use kube::runtime::finalizer::{self, Event, finalizer};
@@ -58,23 +59,53 @@ async fn bring_about(subscription: &Subscription, context: &Context) -> Result<A
         Ok(located) => apply_to(subscription, context, &located).await,
         Err(blocked) => Err(blocked),
     };
-    let before = subscription.status.clone().unwrap_or_default();
+    let before = own_status(subscription);
     let (status, said) = match &outcome {
         Ok((wanted, snapshot)) => status(wanted, snapshot),
         Err(Blocked { reason: OUTDATED, .. }) => return Ok(Action::requeue(BUSY)),
-        Err(Blocked { reason, message }) => (before.clone(), Said::new("Ready", false, reason, message.clone())),
+        Err(Blocked { reason, message }) => (before.clone(), vec![Said::new("Ready", false, reason, message.clone())]),
     };
     if let Err(blocked) = &outcome
         && !before.conditions.iter().any(|c| c.reason == blocked.reason)
     {
         context.event(&subscription.object_ref(&()), true, blocked.reason, "Apply", blocked.message.clone()).await;
     }
-    let settled = said.holds;
-    let conditions = merge(&before.conditions, vec![said], subscription.metadata.generation, Timestamp::now());
+    let settled = said.iter().all(|s| s.kind != "Ready" || s.holds);
+    if let Some(missing) = said.iter().find(|s| s.kind == DEAD_LETTERS && !holds(&before.conditions, DEAD_LETTERS)) {
+        context.event(&subscription.object_ref(&()), true, DEAD_LETTERS, "Observe", missing.message.clone()).await;
+    }
+    let now = Timestamp::now();
+    let merge = if outcome.is_ok() { merge } else { merge_known };
+    let conditions = merge(&before.conditions, said, subscription.metadata.generation, now);
     let observed_generation = subscription.metadata.generation;
-    let status = SubscriptionStatus { conditions, observed_generation, ..status };
-    apply::status(&context.client, subscription, subscription.status.as_ref(), &status).await?;
+    let status = quiet(&before, SubscriptionStatus { conditions, observed_generation, ..status }, now);
+    apply::status(&context.client, subscription, subscription.status.as_ref().map(|_| &before), &status).await?;
     Ok(Action::requeue(if settled { IDLE } else { BUSY }))
+}
+
+/// What this operator wrote into a subscription's status.
+fn own_status(subscription: &Subscription) -> SubscriptionStatus {
+    let status = subscription.status.clone().unwrap_or_default();
+    SubscriptionStatus { conditions: own(&status.conditions), ..status }
+}
+
+/// A status whose figures are those of before where only they have changed, and lately.
+fn quiet(before: &SubscriptionStatus, after: SubscriptionStatus, now: Timestamp) -> SubscriptionStatus {
+    let figures = |s: &SubscriptionStatus| (s.backlog, s.backlog_size.clone(), s.oldest_unacked_seconds);
+    let kept = SubscriptionStatus {
+        backlog: before.backlog,
+        backlog_size: before.backlog_size.clone(),
+        oldest_unacked_seconds: before.oldest_unacked_seconds,
+        measured_at: before.measured_at.clone(),
+        conditions: before.conditions.clone(),
+        observed_generation: after.observed_generation,
+    };
+    let same = kept == *before && alike(&before.conditions, &after.conditions);
+    if same && (figures(&after) == figures(before) || !figures_are_due(before.measured_at.as_ref(), now)) {
+        return SubscriptionStatus { conditions: after.conditions, ..kept };
+    }
+    let measured_at = after.measured_at.clone().or_else(|| after.backlog.is_some().then_some(Time(now)));
+    SubscriptionStatus { measured_at, ..after }
 }
 
 async fn apply_to(
@@ -101,32 +132,8 @@ async fn apply_to(
         context.brokers.call(&located.address, call).await.map_err(blocked)?;
     }
     if !same {
-        let spec = v1::SubscriptionSpec {
-            topic: wanted.topic.clone(),
-            from_earliest: wanted.from_earliest,
-            start_ms: wanted.start_ms,
-            ack_deadline_ms: wanted.ack_deadline_ms,
-            mode: wanted.mode as i32,
-            backoff_min_ms: wanted.backoff_min_ms,
-            backoff_max_ms: wanted.backoff_max_ms,
-            in_flight_max: wanted.in_flight_max,
-            deliveries_max: wanted.deliveries_max,
-            dead_letter_topic: wanted.dead_letter_topic.clone(),
-            filter: wanted.filter.clone(),
-            messages_per_second: wanted.messages_per_second,
-            bytes_per_second: wanted.bytes_per_second,
-            burst_messages: wanted.burst_messages,
-            in_flight_member_max: wanted.in_flight_member_max,
-            priorities: wanted.priorities,
-            routing_keys: wanted.routing_keys.clone(),
-            push: wanted.push.clone().map(|(endpoint, concurrency, timeout_ms)| v1::Push {
-                endpoint,
-                concurrency,
-                timeout_ms,
-            }),
-        };
-        let request =
-            v1::ApplySubscriptionRequest { name: wanted.name.clone(), spec: Some(spec), owner_uid: uid, generation };
+        let (name, spec) = (wanted.name.clone(), Some(wanted.spec.clone()));
+        let request = v1::ApplySubscriptionRequest { name, spec, owner_uid: uid, generation };
         let call = |mut admin: v1::admin_client::AdminClient<_>| async move { admin.apply_subscription(request).await };
         context.brokers.call(&located.address, call).await.map_err(blocked)?;
         snapshot = context.brokers.snapshot(&located.address).await.map_err(blocked)?;
@@ -134,17 +141,31 @@ async fn apply_to(
     Ok((wanted, snapshot))
 }
 
-fn status(wanted: &ValidatedSubscription, snapshot: &Snapshot) -> (SubscriptionStatus, Said) {
+/// The condition of a subscription whose dead-letter topic does not exist.
+const DEAD_LETTERS: &str = "DeadLetterTopicMissing";
+
+fn dead_letters(wanted: &ValidatedSubscription, snapshot: &Snapshot) -> Option<Said> {
+    let topic = &wanted.spec.dead_letter_topic;
+    let missing = !topic.is_empty() && !snapshot.metadata.topics.iter().any(|t| t.name == *topic);
+    missing.then(|| {
+        let text = format!(
+            "topic {topic} does not exist: messages that fail too often stay, and are tried again, until it does"
+        );
+        Said::new(DEAD_LETTERS, true, "TopicNotFound", text)
+    })
+}
+
+fn status(wanted: &ValidatedSubscription, snapshot: &Snapshot) -> (SubscriptionStatus, Vec<Said>) {
     let applied = snapshot.metadata.subscriptions.iter().find(|s| s.name == wanted.name);
     let topics = applied.map(|s| s.topics.as_slice()).unwrap_or_default();
     let read = snapshot.metadata.topics.iter().filter(|t| topics.contains(&t.name));
     let groups: Vec<u64> = read.flat_map(|t| t.partitions.iter().map(|p| p.group)).collect();
-    let by_pattern = weir_proto::is_pattern(&wanted.topic);
+    let by_pattern = weir_proto::is_pattern(&wanted.spec.topic);
     let statuses = groups.iter().filter_map(|g| snapshot.statuses.get(g));
     let mine: Vec<&v1::SubscriptionStatus> =
         statuses.filter_map(|s| s.subscriptions.iter().find(|x| x.subscription == wanted.name)).collect();
     let now_ms = Timestamp::now().as_millisecond();
-    let oldest = mine.iter().filter(|s| s.oldest_ms > 0).map(|s| now_ms - s.oldest_ms as i64).max();
+    let oldest = mine.iter().filter_map(|s| Some(now_ms.saturating_sub(s.oldest_ms? as i64))).max();
     let status = SubscriptionStatus {
         backlog: Some(mine.iter().map(|s| s.backlog as i64).sum()),
         backlog_size: Some(people_bytes(mine.iter().map(|s| s.backlog_bytes).sum())),
@@ -152,16 +173,16 @@ fn status(wanted: &ValidatedSubscription, snapshot: &Snapshot) -> (SubscriptionS
         oldest_unacked_seconds: Some(oldest.unwrap_or(0).max(0) / 10_000 * 10),
         ..Default::default()
     };
-    let said = if groups.is_empty() && by_pattern && applied.is_some() {
-        Said::new("Ready", true, "Serving", format!("reads all topics of {}; there is none yet", wanted.topic))
+    let ready = if groups.is_empty() && by_pattern && applied.is_some() {
+        Said::new("Ready", true, "Serving", format!("reads all topics of {}; there is none yet", wanted.spec.topic))
     } else if mine.len() == groups.len() && !groups.is_empty() {
         let many = if by_pattern { format!(", {} topics now", topics.len()) } else { String::new() };
-        Said::new("Ready", true, "Serving", format!("reads {}{many}", wanted.topic))
+        Said::new("Ready", true, "Serving", format!("reads {}{many}", wanted.spec.topic))
     } else {
         let text = format!("{} of {} partitions have its position", mine.len(), groups.len());
         Said::new("Ready", false, "Creating", text)
     };
-    (status, said)
+    (status, std::iter::once(ready).chain(dead_letters(wanted, snapshot)).collect())
 }
 
 async fn clean_up(subscription: &Subscription, context: &Context) -> Result<Action, TopicError> {
@@ -190,9 +211,9 @@ async fn clean_up(subscription: &Subscription, context: &Context) -> Result<Acti
 async fn wait(subscription: &Subscription, context: &Context, why: Blocked) -> Result<Action, TopicError> {
     let message = waits_to_be_deleted(&why.message);
     let said = vec![Said::new("Ready", false, why.reason, message.clone())];
-    let before = subscription.status.clone().unwrap_or_default();
-    let conditions = merge(&before.conditions, said, subscription.metadata.generation, Timestamp::now());
-    let status = SubscriptionStatus { conditions, ..before };
-    apply::status(&context.client, subscription, subscription.status.as_ref(), &status).await?;
+    let before = own_status(subscription);
+    let conditions = merge_known(&before.conditions, said, subscription.metadata.generation, Timestamp::now());
+    let status = SubscriptionStatus { conditions, ..before.clone() };
+    apply::status(&context.client, subscription, subscription.status.as_ref().map(|_| &before), &status).await?;
     Err(BrokerError::Unreachable { address: subscription.namespace().unwrap_or_default(), cause: message }.into())
 }

@@ -4,11 +4,12 @@ use crate::apply;
 use crate::brokers::{BrokerError, Snapshot};
 use crate::cluster::LOOK_MAX;
 use crate::cluster::plan::people_bytes;
-use crate::conditions::{Said, merge};
+use crate::conditions::{Said, alike, figures_are_due, merge, merge_known, own};
 use crate::context::Context;
 use crate::locate::{
     Blocked, FORCE_DELETE, Located, OUTDATED, check_current, locate, locate_to_delete, waits_to_be_deleted,
 };
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::controller::Action;
 use kube::runtime::finalizer::{self, Event, finalizer};
@@ -83,7 +84,7 @@ async fn bring_about(topic: &Topic, context: &Context) -> Result<Action, TopicEr
         Ok(located) => apply_to(topic, context, &located).await,
         Err(blocked) => Err(blocked),
     };
-    let before = topic.status.clone().unwrap_or_default();
+    let before = own_status(topic);
     let (status, said) = match &outcome {
         Ok((wanted, snapshot)) => status(topic, wanted, snapshot),
         Err(Blocked { reason: OUTDATED, .. }) => return Ok(Action::requeue(BUSY)),
@@ -98,10 +99,30 @@ async fn bring_about(topic: &Topic, context: &Context) -> Result<Action, TopicEr
     {
         context.event(&topic.object_ref(&()), true, blocked.reason, "Apply", blocked.message.clone()).await;
     }
-    let conditions = merge(&before.conditions, said, topic.metadata.generation, Timestamp::now());
-    let status = TopicStatus { conditions, ..status };
-    apply::status(&context.client, topic, topic.status.as_ref(), &status).await?;
+    let now = Timestamp::now();
+    let merge = if outcome.is_ok() { merge } else { merge_known };
+    let conditions = merge(&before.conditions, said, topic.metadata.generation, now);
+    let status = quiet(&before, TopicStatus { conditions, ..status }, now);
+    apply::status(&context.client, topic, topic.status.as_ref().map(|_| &before), &status).await?;
     Ok(Action::requeue(if settled { IDLE } else { BUSY }))
+}
+
+/// What this operator wrote into a topic's status.
+fn own_status(topic: &Topic) -> TopicStatus {
+    let status = topic.status.clone().unwrap_or_default();
+    TopicStatus { conditions: own(&status.conditions), ..status }
+}
+
+/// A status whose figures are those of before where only they have changed, and lately.
+fn quiet(before: &TopicStatus, after: TopicStatus, now: Timestamp) -> TopicStatus {
+    let (size, measured_at) = (before.size.clone(), before.measured_at.clone());
+    let kept = TopicStatus { size, measured_at, conditions: before.conditions.clone(), ..after.clone() };
+    let same = kept == *before && alike(&before.conditions, &after.conditions);
+    if same && (after.size == before.size || !figures_are_due(before.measured_at.as_ref(), now)) {
+        return TopicStatus { conditions: after.conditions, ..kept };
+    }
+    let measured_at = after.measured_at.clone().or_else(|| after.size.is_some().then_some(Time(now)));
+    TopicStatus { measured_at, ..after }
 }
 
 /// What a topic should be, its cluster's defaults filled in.
@@ -113,18 +134,6 @@ pub fn validate(topic: &Topic, cluster: &StreamCluster) -> Result<ValidatedTopic
     whole.validate().map_err(|e| Blocked { reason: "Invalid", message: e.to_string() })
 }
 
-/// The spec as the brokers take it.
-pub fn to_wire(wanted: &ValidatedTopic) -> v1::TopicSpec {
-    v1::TopicSpec {
-        partitions: wanted.partitions,
-        replicas: wanted.replicas,
-        retention_ms: wanted.retention_ms,
-        retention_bytes: wanted.retention_bytes,
-        message_bytes_max: wanted.message_bytes_max,
-        quorum_memory: wanted.quorum_memory,
-    }
-}
-
 async fn apply_to(
     topic: &Topic,
     context: &Context,
@@ -132,7 +141,7 @@ async fn apply_to(
 ) -> Result<(ValidatedTopic, Arc<Snapshot>), Blocked> {
     let wanted = validate(topic, &located.cluster)?;
     let uid = topic.uid().unwrap_or_default();
-    let spec = to_wire(&wanted);
+    let spec = wanted.spec;
     let mut snapshot = context.brokers.snapshot(&located.address).await.map_err(blocked)?;
     let there = snapshot.metadata.topics.iter().find(|t| t.name == wanted.name);
     let same = there.is_some_and(|t| t.spec == Some(spec) && t.owner_uid == uid);
@@ -159,7 +168,7 @@ async fn apply_to(
 /// A failure as a condition says it.
 pub fn blocked(error: BrokerError) -> Blocked {
     let reason = match &error {
-        BrokerError::Unreachable { .. } => "ClusterUnreachable",
+        BrokerError::Unreachable { .. } | BrokerError::RolledBack { .. } => "ClusterUnreachable",
         BrokerError::Refused { reason, .. } if reason == "CONFLICT" => "Conflict",
         BrokerError::Refused { reason, .. } if reason == "TOO_FEW_BROKERS" => "TooFewBrokers",
         BrokerError::Refused { reason, .. } if reason == "NOT_FOUND" => "TopicNotFound",
@@ -183,13 +192,14 @@ fn status(topic: &Topic, wanted: &ValidatedTopic, snapshot: &Snapshot) -> (Topic
     let status = TopicStatus {
         observed_generation: topic.metadata.generation,
         conditions: Vec::new(),
-        replicas: Some(wanted.replicas),
+        replicas: Some(wanted.spec.replicas),
         leaderless: Some(leaderless as u32),
         under_replicated: Some(behind as u32),
         size: Some(people_bytes(sizes.sum())),
+        measured_at: None,
         partitions: listed.collect(),
     };
-    let ready = if partitions.len() < wanted.partitions as usize {
+    let ready = if partitions.len() < wanted.spec.partitions as usize {
         Said::new("Ready", false, "Creating", "the brokers are making its partitions")
     } else if leaderless > 0 {
         Said::new("Ready", false, "Leaderless", format!("{leaderless} partitions have no leader now"))
@@ -231,9 +241,10 @@ async fn clean_up(topic: &Topic, context: &Context) -> Result<Action, TopicError
 async fn wait(topic: &Topic, context: &Context, why: Blocked) -> Result<Action, TopicError> {
     let message = waits_to_be_deleted(&why.message);
     let said = vec![Said::new("Ready", false, why.reason, message.clone())];
-    let before = topic.status.clone().unwrap_or_default();
-    let conditions = merge(&before.conditions, said, topic.metadata.generation, Timestamp::now());
-    apply::status(&context.client, topic, topic.status.as_ref(), &TopicStatus { conditions, ..before }).await?;
+    let before = own_status(topic);
+    let conditions = merge_known(&before.conditions, said, topic.metadata.generation, Timestamp::now());
+    let status = TopicStatus { conditions, ..before.clone() };
+    apply::status(&context.client, topic, topic.status.as_ref().map(|_| &before), &status).await?;
     Err(BrokerError::Unreachable { address: topic.namespace().unwrap_or_default(), cause: message }.into())
 }
 

@@ -29,7 +29,11 @@ struct State {
     /// how things stood some looks ago, newest first; reads are answered from one of them
     views: VecDeque<Objects>,
     behind: usize,
+    /// what happens when this path is read next
+    when_read: Option<(String, Change)>,
 }
+
+type Change = Box<dyn FnOnce(&mut Objects) + Send>;
 
 /// The server, shared by a client and a test.
 #[derive(Clone, Default)]
@@ -78,6 +82,9 @@ impl State {
         self.requests.push((method.clone(), path.to_owned()));
         if self.ended {
             return self.gone();
+        }
+        if let Some((_, change)) = self.when_read.take_if(|(at, _)| *method == Method::GET && at == path) {
+            change(&mut self.objects);
         }
         let answered = match *method {
             Method::GET => self.read(path),
@@ -209,6 +216,11 @@ impl Server {
     /// What people and other controllers change.
     pub(crate) fn change<T>(&self, change: impl FnOnce(&mut Objects) -> T) -> T {
         change(&mut self.state().objects)
+    }
+
+    /// What others change when the operator reads a path next.
+    pub(crate) fn when_read(&self, path: &str, change: impl FnOnce(&mut Objects) + Send + 'static) {
+        self.state().when_read = Some((path.to_owned(), Box::new(change)));
     }
 
     /// Somebody's change of a spec.

@@ -17,6 +17,8 @@ pub(crate) struct State {
     pub(crate) alive: BTreeSet<String>,
     pub(crate) applied: Vec<v1::ApplyTopicRequest>,
     pub(crate) deleted: Vec<v1::DeleteRequest>,
+    /// messages that nobody has acknowledged, and bytes of log, in each partition
+    pub(crate) traffic: u64,
     ids: u64,
 }
 
@@ -41,6 +43,19 @@ impl State {
     /// True where a broker holds something.
     pub(crate) fn holds(&self, id: u64) -> bool {
         self.topics.values().flat_map(|t| &t.partitions).any(|p| p.replicas.contains(&id))
+    }
+
+    /// As brokers do it: each topic has three replicas, or those it was made with.
+    fn check_drain(&self, id: u64) -> Result<(), Status> {
+        let is_active = |b: &&v1::Broker| b.phase == "active";
+        let left = self.brokers.iter().filter(is_active).filter(|b| b.id != id).count();
+        let drained = self.brokers.iter().filter(is_active).any(|b| b.id == id);
+        let partitions = self.topics.values().flat_map(|t| &t.partitions);
+        let wanted = partitions.map(|p| p.replicas.len()).max().unwrap_or(1);
+        if drained && wanted > left {
+            return Err(Status::failed_precondition(format!("{wanted} replicas need {wanted} brokers, {left} would be left")));
+        }
+        Ok(())
     }
 
     fn in_sync(&self, id: u64) -> bool {
@@ -113,23 +128,32 @@ impl Scripted {
     }
 }
 
+/// Topics of a page.
+const PAGE_MAX: usize = 2;
+
 fn done() -> Applied {
     Ok(Response::new(v1::ApplyResponse::default()))
 }
 
 #[tonic::async_trait]
 impl v1::metadata_server::Metadata for Scripted {
-    async fn get(&self, _: Request<v1::GetMetadataRequest>) -> Result<Response<v1::GetMetadataResponse>, Status> {
+    async fn get(&self, request: Request<v1::GetMetadataRequest>) -> Result<Response<v1::GetMetadataResponse>, Status> {
+        let after = request.into_inner().page_token;
         let state = self.state();
         if state.alive.is_empty() {
             return Err(Status::unavailable("no broker runs"));
         }
         let with_address = |b: &v1::Broker| v1::Broker { admin_address: "any:1".into(), ..b.clone() };
+        let mut topics: Vec<v1::Topic> = state.topics.values().filter(|t| t.name > after).cloned().collect();
+        topics.sort_by(|a, b| a.name.cmp(&b.name));
+        let is_last = topics.len() <= PAGE_MAX;
+        topics.truncate(PAGE_MAX);
         Ok(Response::new(v1::GetMetadataResponse {
             cluster_id: "c".into(),
             brokers: state.brokers.iter().map(with_address).collect(),
-            topics: state.topics.values().cloned().collect(),
-            subscriptions: state.subscriptions.values().cloned().collect(),
+            next_page_token: topics.last().filter(|_| !is_last).map_or(String::new(), |last| last.name.clone()),
+            topics,
+            subscriptions: if is_last { state.subscriptions.values().cloned().collect() } else { Vec::new() },
             ..Default::default()
         }))
     }
@@ -146,8 +170,13 @@ impl v1::metadata_server::Metadata for Scripted {
         for topic in state.topics.values() {
             let of = state.subscriptions.values();
             let of = of.filter(|s| s.spec.as_ref().is_some_and(|x| x.topic == topic.name));
-            let named =
-                |s: &v1::Subscription| v1::SubscriptionStatus { subscription: s.name.clone(), ..Default::default() };
+            let named = |s: &v1::Subscription| v1::SubscriptionStatus {
+                subscription: s.name.clone(),
+                backlog: state.traffic,
+                backlog_bytes: state.traffic,
+                oldest_ms: Some(1),
+                ..Default::default()
+            };
             let subscriptions: Vec<_> = of.map(named).collect();
             partitions.extend(topic.partitions.iter().map(|p| v1::PartitionStatus {
                 topic: topic.name.clone(),
@@ -155,6 +184,7 @@ impl v1::metadata_server::Metadata for Scripted {
                 term: 1,
                 replicas: p.replicas.iter().map(replica).collect(),
                 subscriptions: subscriptions.clone(),
+                log_bytes: state.traffic,
                 ..Default::default()
             }));
         }
@@ -238,6 +268,9 @@ impl v1::admin_server::Admin for Scripted {
 
     async fn drain_broker(&self, request: Request<v1::DrainBrokerRequest>) -> Applied {
         let v1::DrainBrokerRequest { id, cancel } = request.into_inner();
+        if !cancel {
+            self.state().check_drain(id)?;
+        }
         let phase = if cancel { "active" } else { "draining" };
         let changes = self.state().brokers.iter().any(|b| b.id == id && b.phase != phase);
         self.changed(changes, |state| {
@@ -254,6 +287,13 @@ impl v1::admin_server::Admin for Scripted {
 
     async fn delete_snapshot(&self, _: Request<v1::SnapshotRequest>) -> Applied {
         done()
+    }
+
+    async fn open_redrive(
+        &self,
+        _: Request<v1::OpenRedriveRequest>,
+    ) -> Result<Response<v1::OpenRedriveResponse>, Status> {
+        Ok(Response::new(v1::OpenRedriveResponse::default()))
     }
 
     async fn set_broker_rack(&self, _: Request<v1::SetBrokerRackRequest>) -> Applied {

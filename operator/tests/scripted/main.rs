@@ -3,6 +3,8 @@
 
 mod api;
 mod brokers;
+mod disruption;
+mod statuses;
 mod world;
 
 use api::Server;
@@ -19,7 +21,7 @@ use weir_crds::StreamCluster;
 use weir_operator::brokers::Brokers;
 use weir_operator::context::{Context, Settings};
 use weir_operator::{cluster, subscription, topic};
-use world::{CLUSTER, World, cluster_object};
+use world::{CLUSTER, World, cluster_object, condition};
 
 const TOPIC: &str = "/apis/weir.dev/v1alpha1/namespaces/shop/topics/orders";
 const SUBSCRIPTION: &str = "/apis/weir.dev/v1alpha1/namespaces/shop/subscriptions/mail";
@@ -36,6 +38,8 @@ fn context(server: &Server, brokers: Brokers) -> Arc<Context> {
             image: "weir:test".into(),
             image_pull_policy: "IfNotPresent".into(),
             domain: "cluster.local".into(),
+            namespace: "weir".into(),
+            arbitrary_user: false,
         },
     })
 }
@@ -65,8 +69,30 @@ async fn a_look_at_what_is_right_changes_nothing_and_asks_a_constant_number_of_t
 async fn a_paused_cluster_is_left_alone() {
     let server = Server::with(&[(CLUSTER, cluster_object())]);
     server.change_spec(CLUSTER, "paused", json!(true));
+    server.change_spec(CLUSTER, "brokers", json!(5));
     assert!(look_at_cluster(&server).await);
     assert_eq!(server.take_requests(), [(Method::PATCH, format!("{CLUSTER}/status"))]);
+    // whoever waits for a generation to be seen does not wait for ever
+    let object = server.get(CLUSTER).unwrap();
+    assert_eq!(object["status"]["observedGeneration"], object["metadata"]["generation"]);
+    assert!(look_at_cluster(&server).await);
+    assert_eq!(server.take_requests(), [], "it is written once");
+}
+
+#[tokio::test]
+async fn a_network_policy_that_is_not_wanted_any_more_goes_and_another_owners_stays() {
+    const POLICY: &str = "/apis/networking.k8s.io/v1/namespaces/shop/networkpolicies/default-broker";
+    let server = Server::with(&[(CLUSTER, cluster_object())]);
+    look_at_cluster(&server).await;
+    assert!(server.get(POLICY).is_some());
+    server.change_spec(CLUSTER, "networkPolicy", json!({"enabled": false}));
+    look_at_cluster(&server).await;
+    assert!(server.get(POLICY).is_none());
+    let own =
+        json!({"metadata": {"name": "default-broker", "namespace": "shop", "uid": "mine", "resourceVersion": "7"}});
+    server.change(|objects| objects.insert(POLICY.to_owned(), own.clone()));
+    look_at_cluster(&server).await;
+    assert_eq!(server.get(POLICY), Some(own), "it was written by somebody else");
 }
 
 #[tokio::test]
@@ -99,6 +125,29 @@ async fn an_operator_that_ends_after_any_change_of_a_clusters_life_converges_whe
         assert_eq!(is.0.len(), wanted.0.len(), "after an end at change {at}");
     }
     println!("{changes} changes of a cluster's life, the operator ended after each");
+}
+
+#[tokio::test]
+async fn a_scale_down_that_topics_do_not_allow_goes_as_far_as_it_may_and_says_why_it_waits() {
+    let world = World::new().await;
+    world.until_settled(3, &mut |_| 0).await;
+    world.server.change_spec(CLUSTER, "brokers", json!(5));
+    world.until_settled(5, &mut |_| 0).await;
+    world.server.change_spec(CLUSTER, "brokers", json!(1));
+    for _ in 0..60 {
+        world.turn();
+        world.look(0).await;
+    }
+    let (_, names) = world.outcome();
+    assert_eq!(names, ["default-broker-0", "default-broker-1", "default-broker-2"], "the topic has three replicas");
+    let cluster = world.server.get(CLUSTER).unwrap();
+    let progressing = condition(&cluster, "Progressing");
+    assert_eq!((&progressing["status"], &progressing["reason"]), (&json!("False"), &json!("DrainRefused")));
+    assert!(progressing["message"].as_str().unwrap().contains("3 replicas"), "{progressing}");
+    assert_eq!(condition(&cluster, "Ready")["status"], "True");
+    assert_eq!(cluster["status"]["observedGeneration"], cluster["metadata"]["generation"]);
+    world.server.change_spec(CLUSTER, "brokers", json!(3));
+    world.until_settled(3, &mut |_| 0).await;
 }
 
 /// Reads that are up to five looks behind may delay what is wanted, and never harm.
@@ -145,7 +194,7 @@ fn subscription_object() -> Value {
         "spec": {"topic": "orders"}})
 }
 
-async fn look_at(object: Value, context: &Arc<Context>) -> Result<(), String> {
+pub(crate) async fn look_at(object: Value, context: &Arc<Context>) -> Result<(), String> {
     let done = match object["kind"].as_str() {
         Some("Topic") => topic::reconcile(Arc::new(serde_json::from_value(object).unwrap()), context.clone()).await,
         _ => subscription::reconcile(Arc::new(serde_json::from_value(object).unwrap()), context.clone()).await,

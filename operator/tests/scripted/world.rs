@@ -13,10 +13,12 @@ use weir_proto::v1;
 
 pub(crate) const CLUSTER: &str = "/apis/weir.dev/v1alpha1/namespaces/shop/streamclusters/default";
 const SET: &str = "/apis/apps/v1/namespaces/shop/statefulsets/default-broker";
+const BUDGET: &str = "/apis/policy/v1/namespaces/shop/poddisruptionbudgets/default-broker";
 const PODS: &str = "/api/v1/namespaces/shop/pods/default-broker-";
-/// Turns until a pod that was made is ready, and until its broker has all it should have.
+/// Turns until a pod that was made is ready, and until its broker has all it should have. Brokers are ready only then; the operator
+/// alone must hold a second drain back too.
 const READY_AFTER: usize = 2;
-const IN_SYNC_AFTER: usize = 5;
+pub(crate) const IN_SYNC_AFTER: usize = 5;
 /// Looks a step of a cluster's life takes at most.
 const TURNS_MAX: usize = 150;
 
@@ -30,6 +32,8 @@ pub(crate) struct World {
     pub(crate) server: Server,
     pub(crate) brokers: Scripted,
     context: Arc<Context>,
+    /// turns until a pod that was made is ready
+    pub(crate) ready_after: usize,
     /// turns a pod has run
     ages: Mutex<BTreeMap<String, usize>>,
 }
@@ -55,7 +59,7 @@ fn is_ready(pod: &Value) -> bool {
     pod["status"]["conditions"][0]["status"] == "True"
 }
 
-fn condition<'a>(cluster: &'a Value, kind: &str) -> &'a Value {
+pub(crate) fn condition<'a>(cluster: &'a Value, kind: &str) -> &'a Value {
     let conditions = cluster["status"]["conditions"].as_array();
     conditions.and_then(|c| c.iter().find(|c| c["type"] == kind)).unwrap_or(&Value::Null)
 }
@@ -65,7 +69,7 @@ impl World {
         let server = Server::with(&[(CLUSTER, cluster_object())]);
         let (brokers, at) = Scripted::serve(&server).await;
         let context = context(&server, at);
-        Self { server, brokers, context, ages: Mutex::default() }
+        Self { server, brokers, context, ready_after: READY_AFTER, ages: Mutex::default() }
     }
 
     /// The other controllers do their part. Checks that the operator let no pod go that is needed.
@@ -104,7 +108,7 @@ impl World {
                         set_ready(&mut fresh, false, next());
                         self.server.change(|o| o.insert(path, fresh));
                     }
-                    Some(mut there) if !is_ready(&there) && *age >= READY_AFTER => {
+                    Some(mut there) if !is_ready(&there) && *age >= self.ready_after => {
                         set_ready(&mut there, true, next());
                         self.server.change(|o| o.insert(path, there));
                     }
@@ -130,6 +134,49 @@ impl World {
         assert!(state.in_sync_min() >= 2, "two of a partition's three replicas are away");
     }
 
+    /// A drain asks once for a pod to be evicted, as the API server answers by the PodDisruptionBudget; true where it goes. Its disk is
+    /// lost with its node.
+    pub(crate) fn evict(&self, ordinal: usize) -> bool {
+        let pods = (0..8).filter_map(|o| self.server.get(&format!("{PODS}{o}")));
+        let healthy = pods.filter(is_ready).count() as i64;
+        let (Some(set), Some(budget)) = (self.server.get(SET), self.server.get(BUDGET)) else { return false };
+        let number = |object: &Value, field: &str| object["spec"][field].as_i64().unwrap();
+        let wanted = number(&set, "replicas") - number(&budget, "maxUnavailable");
+        let path = format!("{PODS}{ordinal}");
+        let Some(pod) = self.server.get(&path) else { return false };
+        let goes = match budget["spec"]["unhealthyPodEvictionPolicy"].as_str().unwrap() {
+            "AlwaysAllow" if !is_ready(&pod) => true,
+            _ if !is_ready(&pod) => healthy >= wanted && wanted > 0,
+            _ => healthy > wanted,
+        };
+        if goes {
+            self.server.change(|o| o.remove(&path));
+            self.brokers.state().alive.remove(&format!("default-broker-{ordinal}"));
+        }
+        goes
+    }
+
+    /// Pods that may be away, as the PodDisruptionBudget says.
+    pub(crate) fn budget(&self) -> i64 {
+        self.server.get(BUDGET).unwrap()["spec"]["maxUnavailable"].as_i64().unwrap()
+    }
+
+    /// Every pod is ready, and its broker has everything.
+    pub(crate) fn is_whole(&self) -> bool {
+        let ready = (0..3).all(|o| self.server.get(&format!("{PODS}{o}")).is_some_and(|p| is_ready(&p)));
+        ready && self.brokers.state().in_sync_min() == 3
+    }
+
+    /// A pod's probe fails for a turn, though its broker serves; said at once, or when the operator reads `reads` next.
+    pub(crate) fn probe_fails(&self, ordinal: usize, reads: Option<&str>) {
+        let (path, version) = (format!("{PODS}{ordinal}"), self.server.next_version());
+        let fail = move |objects: &mut Objects| set_ready(objects.get_mut(&path).unwrap(), false, version);
+        match reads {
+            Some(reads) => self.server.when_read(reads, fail),
+            None => self.server.change(fail),
+        }
+    }
+
     fn form(&self, state: &mut crate::brokers::State) {
         let names: Vec<String> = state.alive.iter().cloned().collect();
         let replicas: Vec<u64> = names.iter().map(|name| state.expect(name)).collect();
@@ -143,7 +190,7 @@ impl World {
         state.topics.insert(topic.name.clone(), topic);
     }
 
-    async fn look(&self, behind: usize) {
+    pub(crate) async fn look(&self, behind: usize) {
         self.server.read_behind(behind);
         if let Some(object) = self.server.seen(CLUSTER) {
             let object: StreamCluster = serde_json::from_value(object).unwrap();
@@ -167,7 +214,7 @@ impl World {
             && status["members"].as_array().is_some_and(|m| m.len() == brokers)
     }
 
-    async fn until_settled(&self, brokers: usize, behind: &mut impl FnMut(usize) -> usize) {
+    pub(crate) async fn until_settled(&self, brokers: usize, behind: &mut impl FnMut(usize) -> usize) {
         for turn in 0..TURNS_MAX {
             self.turn();
             let views = behind(turn);

@@ -2,23 +2,31 @@
 /// One message as a person or a small client writes it.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Message {
-    /// Messages of one key keep their order: the key chooses the partition.
-    #[prost(bytes = "bytes", tag = "1")]
-    pub key: ::prost::bytes::Bytes,
-    #[prost(bytes = "bytes", tag = "2")]
-    pub value: ::prost::bytes::Bytes,
-    #[prost(map = "string, bytes", tag = "3")]
-    pub headers: ::std::collections::HashMap<
-        ::prost::alloc::string::String,
-        ::prost::bytes::Bytes,
-    >,
-    /// When it happened, ms since the epoch; 0 for now.
-    #[prost(int64, tag = "4")]
-    pub timestamp_ms: i64,
-    /// Not to be published before, ms since the epoch; 0 for at once. Only in Publish; all messages of a call have one, or none has.
-    /// Until then it lies in the topic `NAME.scheduled`.
-    #[prost(uint64, tag = "5")]
-    pub deliver_at_ms: u64,
+    /// Messages of one key keep their order: the key chooses the partition. An empty key is a key; absent, there is none.
+    #[prost(bytes = "bytes", optional, tag = "1")]
+    pub key: ::core::option::Option<::prost::bytes::Bytes>,
+    /// Absent, the message has no value: a tombstone.
+    #[prost(bytes = "bytes", optional, tag = "2")]
+    pub value: ::core::option::Option<::prost::bytes::Bytes>,
+    /// In order; names may repeat. Where one value is needed (routing key, priority, filter), the last of its name counts.
+    #[prost(message, repeated, tag = "3")]
+    pub headers: ::prost::alloc::vec::Vec<Header>,
+    /// When it happened, ms since the epoch. Absent: now.
+    #[prost(int64, optional, tag = "4")]
+    pub timestamp_ms: ::core::option::Option<i64>,
+    /// Not to be published before, ms since the epoch, at most ten years from now. Absent: at once. Only in Publish; all messages of a
+    /// call have one, or none has. Until then it is held in an internal topic, and can be taken back with CancelScheduled.
+    #[prost(uint64, optional, tag = "5")]
+    pub deliver_at_ms: ::core::option::Option<u64>,
+}
+/// One header of a message.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Header {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Absent, the header has no value.
+    #[prost(bytes = "bytes", optional, tag = "2")]
+    pub value: ::core::option::Option<::prost::bytes::Bytes>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PublishRequest {
@@ -33,6 +41,9 @@ pub struct PublishRequest {
     /// With it the call may be repeated, anywhere: the messages are stored once. Needs the partition to be named.
     #[prost(message, optional, tag = "4")]
     pub producer: ::core::option::Option<ProducerStamp>,
+    /// Refused if the topic has another id; 0 for any.
+    #[prost(uint64, tag = "5")]
+    pub topic_id: u64,
 }
 /// Who publishes, and which of its messages to one partition come next. A repeated call carries the same stamp.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -54,6 +65,9 @@ pub struct PublishResponse {
     /// They were scheduled: partition and offset are those of CancelScheduled, not of the topic.
     #[prost(bool, tag = "3")]
     pub scheduled: bool,
+    /// Of the topic that was published to, or scheduled for.
+    #[prost(uint64, tag = "4")]
+    pub topic_id: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CancelScheduledRequest {
@@ -64,6 +78,9 @@ pub struct CancelScheduledRequest {
     pub partition: u32,
     #[prost(uint64, tag = "3")]
     pub offset: u64,
+    /// Refused if the topic has another id; 0 for any.
+    #[prost(uint64, tag = "4")]
+    pub topic_id: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CancelScheduledResponse {}
@@ -79,6 +96,9 @@ pub struct PublishBatch {
     pub partition: u32,
     #[prost(bytes = "bytes", tag = "4")]
     pub batch: ::prost::bytes::Bytes,
+    /// Refused if the topic has another id; 0 for any.
+    #[prost(uint64, tag = "5")]
+    pub topic_id: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PublishAck {
@@ -106,7 +126,8 @@ pub struct Error {
     /// What happened and what to do, for people.
     #[prost(string, tag = "2")]
     pub message: ::prost::alloc::string::String,
-    /// Stable, for programs: NOT_LEADER, SEQUENCE, OVERLOADED, LEADERSHIP_LOST, TOO_LARGE, ...
+    /// Stable, for programs: NOT_LEADER, SEQUENCE, OVERLOADED, LEADERSHIP_LOST, TOO_LARGE, TOPIC_RECREATED,
+    /// SUBSCRIPTION_RECREATED, ...
     #[prost(string, tag = "3")]
     pub reason: ::prost::alloc::string::String,
     /// Address of the leader, with NOT_LEADER, where known.
@@ -133,12 +154,15 @@ pub struct FetchRequest {
     /// Below the start or past the end: OUT_OF_RANGE with both bounds.
     #[prost(uint64, tag = "3")]
     pub offset: u64,
-    /// Bytes wanted at most; one batch comes even if it is larger. 0 for 1 MiB.
-    #[prost(uint32, tag = "4")]
-    pub bytes_max: u32,
-    /// How long to wait for a record, ms.
+    /// Bytes wanted at most; one batch comes even if it is larger. Absent: 1 MiB; an answer has 3 MiB at most. 0 is refused.
+    #[prost(uint32, optional, tag = "4")]
+    pub bytes_max: ::core::option::Option<u32>,
+    /// How long to wait for a record, ms; 30 s at most. 0: not at all.
     #[prost(uint32, tag = "5")]
     pub wait_ms: u32,
+    /// Of the topic that `offset` is of: refused if the topic has another id; 0 for any.
+    #[prost(uint64, tag = "6")]
+    pub topic_id: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct FetchResponse {
@@ -150,6 +174,9 @@ pub struct FetchResponse {
     /// Offset of the first record kept.
     #[prost(uint64, tag = "3")]
     pub start_offset: u64,
+    /// Of the topic that was read.
+    #[prost(uint64, tag = "4")]
+    pub topic_id: u64,
 }
 /// A record batch out of the log.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -174,9 +201,12 @@ pub struct ListOffsetsRequest {
     pub topic: ::prost::alloc::string::String,
     #[prost(uint32, tag = "2")]
     pub partition: u32,
-    /// Wanted: the first record at or after this time, ms; 0 for only the ends.
-    #[prost(uint64, tag = "3")]
-    pub time_ms: u64,
+    /// Wanted: the first record at or after this time, ms since the epoch. Absent: only the ends.
+    #[prost(uint64, optional, tag = "3")]
+    pub time_ms: ::core::option::Option<u64>,
+    /// Refused if the topic has another id; 0 for any.
+    #[prost(uint64, tag = "4")]
+    pub topic_id: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListOffsetsResponse {
@@ -187,6 +217,9 @@ pub struct ListOffsetsResponse {
     /// The record asked for, or the high watermark where there is none.
     #[prost(uint64, tag = "3")]
     pub offset: u64,
+    /// Of the topic that was asked about.
+    #[prost(uint64, tag = "4")]
+    pub topic_id: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PullMessagesRequest {
@@ -198,9 +231,9 @@ pub struct PullMessagesRequest {
     /// Who pulls; the same name goes on where it was. Empty: one name for all that say none.
     #[prost(string, tag = "3")]
     pub member: ::prost::alloc::string::String,
-    /// At most so many; 0 for 100.
-    #[prost(uint32, tag = "4")]
-    pub messages_max: u32,
+    /// At most this number, and at most 1000. Absent: 100. 0 is refused.
+    #[prost(uint32, optional, tag = "4")]
+    pub messages_max: ::core::option::Option<u32>,
     /// How long to wait for the first one, ms; 30 s at most.
     #[prost(uint32, tag = "5")]
     pub wait_ms: u32,
@@ -231,6 +264,12 @@ pub struct ReceivedMessage {
     /// Where the subscription reads several topics.
     #[prost(string, tag = "6")]
     pub topic: ::prost::alloc::string::String,
+    /// Of the topic it is of; a call about the message may repeat it.
+    #[prost(uint64, tag = "7")]
+    pub topic_id: u64,
+    /// Of the subscription that delivers it; the same.
+    #[prost(uint64, tag = "8")]
+    pub subscription_id: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AcknowledgeRequest {
@@ -238,11 +277,18 @@ pub struct AcknowledgeRequest {
     pub subscription: ::prost::alloc::string::String,
     #[prost(uint32, tag = "2")]
     pub partition: u32,
+    /// At least one; the same below.
     #[prost(message, repeated, tag = "3")]
     pub offsets: ::prost::alloc::vec::Vec<OffsetRange>,
     /// Of a subscription that reads several topics; the same below.
     #[prost(string, tag = "4")]
     pub topic: ::prost::alloc::string::String,
+    /// Of the topic that the offsets are of: refused if the topic has another id; 0 for any. The same below.
+    #[prost(uint64, tag = "5")]
+    pub topic_id: u64,
+    /// Of the subscription that delivered them: refused if the subscription has another id; 0 for any. The same below.
+    #[prost(uint64, tag = "6")]
+    pub subscription_id: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AcknowledgeWithPublishRequest {
@@ -261,6 +307,14 @@ pub struct AcknowledgeWithPublishRequest {
     /// At least one; all go to one partition, that of the first one's key, in order.
     #[prost(message, repeated, tag = "6")]
     pub messages: ::prost::alloc::vec::Vec<Message>,
+    /// Instead of `to` and `messages`: the message is a dead letter, and goes back as it was to the topic that it came from, with the header
+    /// weir-only-for of the subscription that failed at it. FAILED_PRECONDITION where it cannot: it stays what it is.
+    #[prost(bool, tag = "7")]
+    pub give_back: bool,
+    #[prost(uint64, tag = "8")]
+    pub topic_id: u64,
+    #[prost(uint64, tag = "9")]
+    pub subscription_id: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct AcknowledgeWithPublishResponse {
@@ -289,6 +343,10 @@ pub struct NackRequest {
     pub offsets: ::prost::alloc::vec::Vec<Nacked>,
     #[prost(string, tag = "4")]
     pub topic: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "5")]
+    pub topic_id: u64,
+    #[prost(uint64, tag = "6")]
+    pub subscription_id: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct NackResponse {}
@@ -302,6 +360,10 @@ pub struct ExtendDeadlineRequest {
     pub offsets: ::prost::alloc::vec::Vec<Extension>,
     #[prost(string, tag = "4")]
     pub topic: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "5")]
+    pub topic_id: u64,
+    #[prost(uint64, tag = "6")]
+    pub subscription_id: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ExtendDeadlineResponse {}
@@ -312,9 +374,13 @@ pub struct Nacked {
     pub start: u64,
     #[prost(uint64, tag = "2")]
     pub end: u64,
-    /// Come again after this; absent: as the subscription's back-off says.
+    /// Redelivered after this, a day at most. Absent: after the subscription's backoff.
     #[prost(uint64, optional, tag = "3")]
     pub delay_ms: ::core::option::Option<u64>,
+    /// No handler saw them, such as what a consumer had prefetched when it leaves: they return to their places at once, whatever the delay
+    /// says, and no failed delivery is counted.
+    #[prost(bool, tag = "4")]
+    pub uncounted: bool,
 }
 /// Messages that need longer; end exclusive.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -323,7 +389,7 @@ pub struct Extension {
     pub start: u64,
     #[prost(uint64, tag = "2")]
     pub end: u64,
-    /// The new deadline, from now.
+    /// The new deadline, from now, 1 ms to a day. 0 is refused: a Nack gives a message back.
     #[prost(uint64, tag = "3")]
     pub deadline_ms: u64,
 }
@@ -344,6 +410,10 @@ pub struct PullRequest {
     /// These need longer.
     #[prost(message, repeated, tag = "5")]
     pub extensions: ::prost::alloc::vec::Vec<Extension>,
+    /// Of whole batches, those whose records cannot be decoded. The broker decodes them itself: it passes over a batch that it cannot decode
+    /// either, and delivers another one again.
+    #[prost(message, repeated, tag = "6")]
+    pub unreadable: ::prost::alloc::vec::Vec<OffsetRange>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PullOpen {
@@ -360,6 +430,12 @@ pub struct PullOpen {
     /// Of a subscription that reads several topics.
     #[prost(string, tag = "5")]
     pub topic: ::prost::alloc::string::String,
+    /// Refused if the topic has another id; 0 for any.
+    #[prost(uint64, tag = "6")]
+    pub topic_id: u64,
+    /// The same for the subscription.
+    #[prost(uint64, tag = "7")]
+    pub subscription_id: u64,
 }
 /// start inclusive, end exclusive.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -405,11 +481,17 @@ pub struct SeekRequest {
     /// Of a subscription that reads several topics.
     #[prost(string, tag = "7")]
     pub topic: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "9")]
+    pub topic_id: u64,
+    #[prost(uint64, tag = "10")]
+    pub subscription_id: u64,
+    /// Required: without a place the request is refused.
     #[prost(oneof = "seek_request::To", tags = "3, 4, 5, 6, 8")]
     pub to: ::core::option::Option<seek_request::To>,
 }
 /// Nested message and enum types in `SeekRequest`.
 pub mod seek_request {
+    /// Required: without a place the request is refused.
     #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum To {
         #[prost(uint64, tag = "3")]
@@ -427,24 +509,31 @@ pub mod seek_request {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SeekResponse {
-    /// The new position; 0 where it is a snapshot's.
-    #[prost(uint64, tag = "1")]
-    pub offset: u64,
+    /// The new position. Absent: a snapshot's, which the partition's log decides.
+    #[prost(uint64, optional, tag = "1")]
+    pub offset: ::core::option::Option<u64>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DescribeRequest {
     /// Only these; none for all.
     #[prost(string, repeated, tag = "1")]
     pub topics: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Of the page before; empty for the first page.
+    #[prost(string, tag = "2")]
+    pub page_token: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DescribeResponse {
     /// The broker that answered.
     #[prost(uint64, tag = "1")]
     pub broker: u64,
-    /// Those it leads; the metadata group, where it leads that, has an empty topic.
+    /// Those it leads, by group; the metadata group, where it leads that, has an empty topic. A partition whose subscriptions are too many for
+    /// one page is listed on several, with the next ones of them on each.
     #[prost(message, repeated, tag = "2")]
     pub partitions: ::prost::alloc::vec::Vec<PartitionStatus>,
+    /// Empty on the last page.
+    #[prost(string, tag = "3")]
+    pub next_page_token: ::prost::alloc::string::String,
 }
 /// A partition as its leader sees it.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -471,6 +560,9 @@ pub struct PartitionStatus {
     pub replicas: ::prost::alloc::vec::Vec<ReplicaStatus>,
     #[prost(message, repeated, tag = "9")]
     pub subscriptions: ::prost::alloc::vec::Vec<SubscriptionStatus>,
+    /// Percent by which publishers are slowed, so that a replica that is far behind catches up.
+    #[prost(uint64, tag = "10")]
+    pub slowed_percent: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReplicaStatus {
@@ -503,18 +595,21 @@ pub struct SubscriptionStatus {
     /// Records acknowledged above the position.
     #[prost(uint64, tag = "4")]
     pub acked_above: u64,
-    /// When the record at the position was appended, ms since the epoch; 0 where all is acknowledged.
-    #[prost(uint64, tag = "5")]
-    pub oldest_ms: u64,
+    /// When the record at the position was appended, ms since the epoch. Absent: everything is acknowledged.
+    #[prost(uint64, optional, tag = "5")]
+    pub oldest_ms: ::core::option::Option<u64>,
     /// Bytes of log they take, by the partition's average.
     #[prost(uint64, tag = "6")]
     pub backlog_bytes: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetMetadataRequest {
-    /// Only these; none for all.
+    /// Only these; none for all. Subscriptions are always listed.
     #[prost(string, repeated, tag = "1")]
     pub topics: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Of the page before; empty for the first page.
+    #[prost(string, tag = "2")]
+    pub page_token: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GetMetadataResponse {
@@ -525,8 +620,10 @@ pub struct GetMetadataResponse {
     pub version: u64,
     #[prost(message, repeated, tag = "3")]
     pub brokers: ::prost::alloc::vec::Vec<Broker>,
+    /// By name, on the first pages.
     #[prost(message, repeated, tag = "4")]
     pub topics: ::prost::alloc::vec::Vec<Topic>,
+    /// By name, behind all topics. One that reads too many topics for one page is listed on several, with the next ones of them on each.
     #[prost(message, repeated, tag = "5")]
     pub subscriptions: ::prost::alloc::vec::Vec<Subscription>,
     /// The broker that answered.
@@ -538,6 +635,12 @@ pub struct GetMetadataResponse {
     /// The metadata group itself.
     #[prost(message, optional, tag = "8")]
     pub metadata_group: ::core::option::Option<Partition>,
+    /// Brokers whose volumes are known to be older than their data once was. They neither vote nor append.
+    #[prost(uint64, repeated, tag = "9")]
+    pub rolled_back_brokers: ::prost::alloc::vec::Vec<u64>,
+    /// Empty on the last page. All other fields but topics and subscriptions are on each page.
+    #[prost(string, tag = "10")]
+    pub next_page_token: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Broker {
@@ -554,6 +657,9 @@ pub struct Broker {
     /// active, draining, lost or expected.
     #[prost(string, tag = "6")]
     pub phase: ::prost::alloc::string::String,
+    /// Why the data was set aside that a broker of this name had, where it was: this one is rebuilt from the others.
+    #[prost(string, tag = "7")]
+    pub rebuilt_because: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Topic {
@@ -570,6 +676,12 @@ pub struct Topic {
     pub owner_uid: ::prost::alloc::string::String,
     #[prost(uint64, tag = "6")]
     pub generation: u64,
+    /// Kept by brokers for themselves; tools hide it unless they are asked for all.
+    #[prost(bool, tag = "7")]
+    pub internal: bool,
+    /// Of a topic that holds scheduled messages, full name of the topic they are for.
+    #[prost(string, tag = "8")]
+    pub scheduled_for: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Partition {
@@ -586,21 +698,24 @@ pub struct Partition {
     #[prost(bool, tag = "5")]
     pub settled: bool,
 }
+/// A number outside of its bounds is refused with INVALID_ARGUMENT, and the message names the bounds.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TopicSpec {
+    /// 1 to 10000.
     #[prost(uint32, tag = "1")]
     pub partitions: u32,
+    /// 1 to 7.
     #[prost(uint32, tag = "2")]
     pub replicas: u32,
-    /// 0 keeps for ever.
-    #[prost(uint64, tag = "3")]
-    pub retention_ms: u64,
-    /// For each partition; 0 for no limit.
-    #[prost(uint64, tag = "4")]
-    pub retention_bytes: u64,
-    /// Largest batch taken; 0 for 1 MiB.
-    #[prost(uint32, tag = "5")]
-    pub message_bytes_max: u32,
+    /// 1 s to 36500 days. Absent: no limit by time.
+    #[prost(uint64, optional, tag = "3")]
+    pub retention_ms: ::core::option::Option<u64>,
+    /// For each partition, 1 byte to 1024 TiB. Absent: no limit by size.
+    #[prost(uint64, optional, tag = "4")]
+    pub retention_bytes: ::core::option::Option<u64>,
+    /// Largest batch taken, 64 bytes to 32 MiB. Absent: 1 MiB.
+    #[prost(uint32, optional, tag = "5")]
+    pub message_bytes_max: ::core::option::Option<u32>,
     /// An ack waits for a majority's memory, not for its disks.
     #[prost(bool, tag = "6")]
     pub quorum_memory: bool,
@@ -623,6 +738,15 @@ pub struct Subscription {
     /// Full names of the topics it reads now.
     #[prost(string, repeated, tag = "7")]
     pub topics: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Kept by brokers for themselves; tools hide it unless they are asked for all.
+    #[prost(bool, tag = "8")]
+    pub internal: bool,
+    /// Of a snapshot, its name among those of its subscription.
+    #[prost(string, tag = "9")]
+    pub snapshot: ::prost::alloc::string::String,
+    /// Of the position of a redrive, the id of its subscription.
+    #[prost(uint64, tag = "10")]
+    pub redrive_of: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SubscriptionSpec {
@@ -633,23 +757,24 @@ pub struct SubscriptionSpec {
     /// Start with the oldest record kept, not with the next one.
     #[prost(bool, tag = "2")]
     pub from_earliest: bool,
-    /// 0 for 30 s.
-    #[prost(uint64, tag = "3")]
-    pub ack_deadline_ms: u64,
+    /// 1 ms to a day. Absent: 30 s.
+    #[prost(uint64, optional, tag = "3")]
+    pub ack_deadline_ms: ::core::option::Option<u64>,
     #[prost(enumeration = "SubscriptionMode", tag = "4")]
     pub mode: i32,
-    /// Wait before the first redelivery; it doubles with each.
+    /// Wait before the first redelivery, a day at most; it doubles with each. 0: none.
     #[prost(uint64, tag = "5")]
     pub backoff_min_ms: u64,
-    /// 0 for a minute.
-    #[prost(uint64, tag = "6")]
-    pub backoff_max_ms: u64,
-    /// Messages held at one time in each partition; 0 for 100000.
-    #[prost(uint32, tag = "7")]
-    pub in_flight_max: u32,
-    /// Failed deliveries of one message after which it is put into the dead-letter topic (dropped where there is none); 0 for never.
-    #[prost(uint32, tag = "8")]
-    pub deliveries_max: u32,
+    /// Longest wait, 1 ms to a day, not below backoff_min_ms. Absent: a minute, or backoff_min_ms where that is longer.
+    #[prost(uint64, optional, tag = "6")]
+    pub backoff_max_ms: ::core::option::Option<u64>,
+    /// Messages held at one time in each partition, 1 to 1000000. Absent: 100000.
+    #[prost(uint32, optional, tag = "7")]
+    pub in_flight_max: ::core::option::Option<u32>,
+    /// Failed deliveries of one message, 1 to 1000, after which it is put into the dead-letter topic (dropped where there is none).
+    /// Absent: any number.
+    #[prost(uint32, optional, tag = "8")]
+    pub deliveries_max: ::core::option::Option<u32>,
     /// `namespace/name` of the topic that takes what failed too often. The reason and the origin stand in the headers
     /// weir-dead-reason, weir-dead-subscription, weir-dead-topic, weir-dead-partition, weir-dead-offset, weir-dead-deliveries.
     #[prost(string, tag = "9")]
@@ -658,18 +783,18 @@ pub struct SubscriptionSpec {
     /// passed over. Empty for all.
     #[prost(string, tag = "10")]
     pub filter: ::prost::alloc::string::String,
-    /// Messages delivered each second, over all partitions; 0 for any number.
-    #[prost(uint64, tag = "11")]
-    pub messages_per_second: u64,
-    /// Bytes of keys and values delivered each second, over all partitions; 0 for any number.
-    #[prost(uint64, tag = "12")]
-    pub bytes_per_second: u64,
-    /// Messages that may go out at once after a pause; 0 for a tenth of a second's.
-    #[prost(uint64, tag = "13")]
-    pub burst_messages: u64,
-    /// Messages held at one time by one member in each partition; 0 for any number.
-    #[prost(uint32, tag = "14")]
-    pub in_flight_member_max: u32,
+    /// Messages delivered each second, over all partitions, 1 to 10^9. Absent: any number.
+    #[prost(uint64, optional, tag = "11")]
+    pub messages_per_second: ::core::option::Option<u64>,
+    /// Bytes of keys and values delivered each second, over all partitions, 1 to 1 TiB. Absent: any number.
+    #[prost(uint64, optional, tag = "12")]
+    pub bytes_per_second: ::core::option::Option<u64>,
+    /// Messages that may go out at once after a pause, 1 to 10^9. Absent: a tenth of a second's.
+    #[prost(uint64, optional, tag = "13")]
+    pub burst_messages: ::core::option::Option<u64>,
+    /// Messages held at one time by one member in each partition, 1 to 1000000. Absent: any number.
+    #[prost(uint32, optional, tag = "14")]
+    pub in_flight_member_max: ::core::option::Option<u32>,
     /// Messages go out by the digit in their header weir-priority, 9 first; every eighth is the oldest. Only SHARED.
     #[prost(bool, tag = "15")]
     pub priorities: bool,
@@ -679,9 +804,9 @@ pub struct SubscriptionSpec {
     /// Messages are pushed; absent: members come for them.
     #[prost(message, optional, tag = "17")]
     pub push: ::core::option::Option<Push>,
-    /// Start with the first record appended at or after this time, ms since the epoch; 0: as `from_earliest` says.
-    #[prost(uint64, tag = "18")]
-    pub start_ms: u64,
+    /// Start with the first record appended at or after this time, ms since the epoch. Absent: as `from_earliest` says.
+    #[prost(uint64, optional, tag = "18")]
+    pub start_ms: ::core::option::Option<u64>,
 }
 /// Messages as HTTP POSTs, CloudEvents 1.0 in binary content mode. An answer of 2xx acknowledges.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -689,12 +814,12 @@ pub struct Push {
     /// http: or https:.
     #[prost(string, tag = "1")]
     pub endpoint: ::prost::alloc::string::String,
-    /// Requests under way at one time from each partition; 0 for 1. EXCLUSIVE and FAILOVER: 1.
-    #[prost(uint32, tag = "2")]
-    pub concurrency: u32,
-    /// How long an answer may take; 0 for 10 s.
-    #[prost(uint64, tag = "3")]
-    pub timeout_ms: u64,
+    /// Requests under way at one time from each partition, 1 to 100. Absent: 1. EXCLUSIVE and FAILOVER: always 1.
+    #[prost(uint32, optional, tag = "2")]
+    pub concurrency: ::core::option::Option<u32>,
+    /// How long an answer may take, 1 ms to 10 minutes. Absent: 10 s.
+    #[prost(uint64, optional, tag = "3")]
+    pub timeout_ms: ::core::option::Option<u64>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct InboxRequest {}
@@ -712,9 +837,6 @@ pub struct ReplyRequest {
     pub address: ::prost::alloc::string::String,
     #[prost(message, optional, tag = "2")]
     pub message: ::core::option::Option<Message>,
-    /// Passed on by another broker: it is not passed on again.
-    #[prost(bool, tag = "3")]
-    pub forwarded: bool,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReplyResponse {}
@@ -748,6 +870,17 @@ pub struct SnapshotRequest {
     /// Among the snapshots of the subscription.
     #[prost(string, tag = "2")]
     pub name: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct OpenRedriveRequest {
+    #[prost(string, tag = "1")]
+    pub subscription: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct OpenRedriveResponse {
+    /// Full name under which the Subscriber service delivers the subscription's dead-letter topic.
+    #[prost(string, tag = "1")]
+    pub position: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DeleteRequest {
@@ -795,6 +928,52 @@ pub struct ApplyResponse {
     #[prost(uint64, tag = "1")]
     pub version: u64,
 }
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PassReplyRequest {
+    #[prost(message, optional, tag = "1")]
+    pub hello: ::core::option::Option<PeerHello>,
+    #[prost(string, tag = "2")]
+    pub address: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "3")]
+    pub message: ::core::option::Option<Message>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CommittedRequest {
+    #[prost(message, optional, tag = "1")]
+    pub hello: ::core::option::Option<PeerHello>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct CommittedResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub groups: ::prost::alloc::vec::Vec<CommittedGroup>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CommittedGroup {
+    #[prost(uint64, tag = "1")]
+    pub group: u64,
+    /// Index of the last committed entry.
+    #[prost(uint64, tag = "2")]
+    pub index: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ForwardRequest {
+    #[prost(message, optional, tag = "1")]
+    pub hello: ::core::option::Option<PeerHello>,
+    #[prost(string, tag = "2")]
+    pub topic: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "3")]
+    pub partition: u32,
+    #[prost(bytes = "bytes", tag = "4")]
+    pub batch: ::prost::bytes::Bytes,
+    /// The batch carries messages that another topic accepted before: the topic's own limit does not apply to them.
+    #[prost(bool, tag = "5")]
+    pub carried: bool,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ForwardResponse {
+    #[prost(uint64, tag = "1")]
+    pub base_offset: u64,
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HelloRequest {
     #[prost(string, tag = "1")]
@@ -817,6 +996,9 @@ pub struct HelloResponse {
     /// The cluster's brokers, as it knows them.
     #[prost(message, repeated, tag = "5")]
     pub members: ::prost::alloc::vec::Vec<PeerMember>,
+    /// Whether the other replicas of all that the caller's broker holds are a majority and live: its data can be rebuilt from them.
+    #[prost(bool, tag = "6")]
+    pub caller_is_replaceable: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PeerMember {
@@ -847,6 +1029,15 @@ pub struct JoinRequest {
     pub admin_address: ::prost::alloc::string::String,
     #[prost(string, tag = "5")]
     pub rack: ::prost::alloc::string::String,
+    /// The cluster the broker asks to join, as its members named it.
+    #[prost(string, tag = "6")]
+    pub cluster_id: ::prost::alloc::string::String,
+    /// The member that passes the request on to the metadata leader; absent where the broker asks by itself.
+    #[prost(message, optional, tag = "7")]
+    pub passed_on: ::core::option::Option<PeerHello>,
+    /// Why the data was set aside that the broker had, where it was.
+    #[prost(string, tag = "8")]
+    pub rebuilt_because: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct JoinResponse {
@@ -860,6 +1051,8 @@ pub struct ProposeRequest {
     /// A command as the core encodes it.
     #[prost(bytes = "bytes", tag = "1")]
     pub command: ::prost::bytes::Bytes,
+    #[prost(message, optional, tag = "2")]
+    pub hello: ::core::option::Option<PeerHello>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ProposeResponse {
@@ -884,6 +1077,65 @@ pub struct PeerFrame {
     /// Groups the sender leads that are idle: no heartbeats come until there is something to do. After the messages in `raft`.
     #[prost(message, repeated, tag = "5")]
     pub asleep: ::prost::alloc::vec::Vec<Asleep>,
+    /// With each heartbeat between brokers.
+    #[prost(message, optional, tag = "6")]
+    pub pulse: ::core::option::Option<BrokerPulse>,
+    /// From a broker that does not take part yet.
+    #[prost(message, optional, tag = "7")]
+    pub incarnation_query: ::core::option::Option<IncarnationQuery>,
+    #[prost(message, optional, tag = "8")]
+    pub incarnation_answer: ::core::option::Option<IncarnationAnswer>,
+}
+/// What a broker reports of itself.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BrokerPulse {
+    /// Incarnation of its data; 0 while it does not take part.
+    #[prost(uint64, tag = "1")]
+    pub incarnation: u64,
+    /// Its log time, ms since the epoch.
+    #[prost(uint64, tag = "2")]
+    pub log_ms: u64,
+    /// Median of its last syncs, ms; 0 where it synced too little to tell.
+    #[prost(uint32, tag = "3")]
+    pub sync_ms: u32,
+    /// Its syncs are an order of magnitude slower than those of the other brokers.
+    #[prost(bool, tag = "4")]
+    pub slow: bool,
+}
+/// Asks which incarnation of the sender the receiver knows: data of a volume that was rolled back is never used.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct IncarnationQuery {
+    /// Incarnation of the sender's data.
+    #[prost(uint64, tag = "1")]
+    pub incarnation: u64,
+    /// Of the sender's process; the answer repeats it.
+    #[prost(uint64, tag = "2")]
+    pub nonce: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct IncarnationAnswer {
+    #[prost(uint64, tag = "1")]
+    pub nonce: u64,
+    /// The newest incarnation of the asking broker that the sender knows.
+    #[prost(uint64, tag = "2")]
+    pub newest: u64,
+    /// Whether the sender itself takes part.
+    #[prost(bool, tag = "3")]
+    pub takes_part: bool,
+    /// Version of the metadata that `members` is from.
+    #[prost(uint64, tag = "4")]
+    pub version: u64,
+    #[prost(uint64, repeated, tag = "5")]
+    pub members: ::prost::alloc::vec::Vec<u64>,
+    /// Whether the others have everything without the asking broker, as the metadata leader sees it.
+    #[prost(bool, tag = "6")]
+    pub rebuild: bool,
+    /// Brokers whose volumes are known to be rolled back.
+    #[prost(uint64, repeated, tag = "7")]
+    pub rolled_back: ::prost::alloc::vec::Vec<u64>,
+    /// Log time of the sender, ms since the epoch.
+    #[prost(uint64, tag = "8")]
+    pub log_ms: u64,
 }
 /// An idle group: all its replicas have all of its log.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -906,6 +1158,9 @@ pub struct PeerHello {
     /// Whom the sender means to reach: a new broker may listen where one that lost its disk did.
     #[prost(uint64, tag = "3")]
     pub to_broker_id: u64,
+    /// Incarnation of the sender's data; 0 while it does not take part.
+    #[prost(uint64, tag = "4")]
+    pub incarnation: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LeaderInfo {
@@ -2143,7 +2398,8 @@ pub mod subscriber_client {
                 .insert(GrpcMethod::new("weir.v1.Subscriber", "StreamingPull"));
             self.inner.streaming(req, path, codec).await
         }
-        /// Takes messages in one call, for small clients and for grpcurl. They are leased until the ack deadline.
+        /// Takes messages in one call, for small clients and for grpcurl. They are leased until the ack deadline. An answer has at most 3 MiB, or
+        /// one message where that alone is larger; the same holds for each response of a stream.
         pub async fn pull(
             &mut self,
             request: impl tonic::IntoRequest<super::PullMessagesRequest>,
@@ -2307,7 +2563,8 @@ pub mod subscriber_server {
             tonic::Response<Self::StreamingPullStream>,
             tonic::Status,
         >;
-        /// Takes messages in one call, for small clients and for grpcurl. They are leased until the ack deadline.
+        /// Takes messages in one call, for small clients and for grpcurl. They are leased until the ack deadline. An answer has at most 3 MiB, or
+        /// one message where that alone is larger; the same holds for each response of a stream.
         async fn pull(
             &self,
             request: tonic::Request<super::PullMessagesRequest>,
@@ -2791,7 +3048,9 @@ pub mod metadata_client {
     )]
     use tonic::codegen::*;
     use tonic::codegen::http::Uri;
-    /// What there is and where.
+    /// What there is and where. Answers are pages of at most 3 MiB: where `next_page_token` is not empty, the same request with that token gets
+    /// the next page (of Describe, at the same broker). Each page is of the time of its request: what exists from the first page to the last
+    /// is listed, provided that no page has a lower version than the first.
     #[derive(Debug, Clone)]
     pub struct MetadataClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -2948,7 +3207,9 @@ pub mod metadata_server {
             tonic::Status,
         >;
     }
-    /// What there is and where.
+    /// What there is and where. Answers are pages of at most 3 MiB: where `next_page_token` is not empty, the same request with that token gets
+    /// the next page (of Describe, at the same broker). Each page is of the time of its request: what exists from the first page to the last
+    /// is listed, provided that no page has a lower version than the first.
     #[derive(Debug)]
     pub struct MetadataServer<T> {
         inner: Arc<T>,
@@ -3744,6 +4005,31 @@ pub mod admin_client {
                 .insert(GrpcMethod::new("weir.v1.Admin", "DeleteSnapshot"));
             self.inner.unary(req, path, codec).await
         }
+        /// Makes, if it is not there, the position that remembers which dead letters of a subscription were redriven. It is deleted with the
+        /// subscription, and holds no records: what retention removes before it is put back is not.
+        pub async fn open_redrive(
+            &mut self,
+            request: impl tonic::IntoRequest<super::OpenRedriveRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::OpenRedriveResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/weir.v1.Admin/OpenRedrive",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("weir.v1.Admin", "OpenRedrive"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Names a broker that may join.
         pub async fn add_broker(
             &mut self,
@@ -3766,7 +4052,8 @@ pub mod admin_client {
             req.extensions_mut().insert(GrpcMethod::new("weir.v1.Admin", "AddBroker"));
             self.inner.unary(req, path, codec).await
         }
-        /// Moves all replicas off a broker, then removes it. Watch it with Metadata.Get.
+        /// Moves all replicas off a broker, then removes it. Watch it with Metadata.Get. Refused with TOO_FEW_BROKERS if the other active brokers
+        /// are fewer than the replicas of a topic.
         pub async fn drain_broker(
             &mut self,
             request: impl tonic::IntoRequest<super::DrainBrokerRequest>,
@@ -3871,6 +4158,15 @@ pub mod admin_server {
             &self,
             request: tonic::Request<super::SnapshotRequest>,
         ) -> std::result::Result<tonic::Response<super::ApplyResponse>, tonic::Status>;
+        /// Makes, if it is not there, the position that remembers which dead letters of a subscription were redriven. It is deleted with the
+        /// subscription, and holds no records: what retention removes before it is put back is not.
+        async fn open_redrive(
+            &self,
+            request: tonic::Request<super::OpenRedriveRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::OpenRedriveResponse>,
+            tonic::Status,
+        >;
         /// Names a broker that may join.
         async fn add_broker(
             &self,
@@ -3879,7 +4175,8 @@ pub mod admin_server {
             tonic::Response<super::AddBrokerResponse>,
             tonic::Status,
         >;
-        /// Moves all replicas off a broker, then removes it. Watch it with Metadata.Get.
+        /// Moves all replicas off a broker, then removes it. Watch it with Metadata.Get. Refused with TOO_FEW_BROKERS if the other active brokers
+        /// are fewer than the replicas of a topic.
         async fn drain_broker(
             &self,
             request: tonic::Request<super::DrainBrokerRequest>,
@@ -4217,6 +4514,49 @@ pub mod admin_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = DeleteSnapshotSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weir.v1.Admin/OpenRedrive" => {
+                    #[allow(non_camel_case_types)]
+                    struct OpenRedriveSvc<T: Admin>(pub Arc<T>);
+                    impl<T: Admin> tonic::server::UnaryService<super::OpenRedriveRequest>
+                    for OpenRedriveSvc<T> {
+                        type Response = super::OpenRedriveResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::OpenRedriveRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Admin>::open_redrive(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = OpenRedriveSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
@@ -4655,6 +4995,70 @@ pub mod peer_client {
             req.extensions_mut().insert(GrpcMethod::new("weir.v1.Peer", "Exchange"));
             self.inner.client_streaming(req, path, codec).await
         }
+        /// Publishes a batch of a broker's own (a dead letter, a result, a scheduled message) to a partition that the receiver leads.
+        pub async fn forward(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ForwardRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ForwardResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/weir.v1.Peer/Forward");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("weir.v1.Peer", "Forward"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Puts an answer into an inbox of the receiver, for a client of the sender. NOT_FOUND where the asker is gone.
+        pub async fn pass_reply(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PassReplyRequest>,
+        ) -> std::result::Result<tonic::Response<super::ReplyResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/weir.v1.Peer/PassReply");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("weir.v1.Peer", "PassReply"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// How far the groups are committed that the receiver leads and the caller is a member of. A broker that has started asks, to know
+        /// whether it has everything.
+        pub async fn committed(
+            &mut self,
+            request: impl tonic::IntoRequest<super::CommittedRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CommittedResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/weir.v1.Peer/Committed");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("weir.v1.Peer", "Committed"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -4700,6 +5104,25 @@ pub mod peer_server {
             &self,
             request: tonic::Request<tonic::Streaming<super::PeerFrame>>,
         ) -> std::result::Result<tonic::Response<super::PeerDone>, tonic::Status>;
+        /// Publishes a batch of a broker's own (a dead letter, a result, a scheduled message) to a partition that the receiver leads.
+        async fn forward(
+            &self,
+            request: tonic::Request<super::ForwardRequest>,
+        ) -> std::result::Result<tonic::Response<super::ForwardResponse>, tonic::Status>;
+        /// Puts an answer into an inbox of the receiver, for a client of the sender. NOT_FOUND where the asker is gone.
+        async fn pass_reply(
+            &self,
+            request: tonic::Request<super::PassReplyRequest>,
+        ) -> std::result::Result<tonic::Response<super::ReplyResponse>, tonic::Status>;
+        /// How far the groups are committed that the receiver leads and the caller is a member of. A broker that has started asks, to know
+        /// whether it has everything.
+        async fn committed(
+            &self,
+            request: tonic::Request<super::CommittedRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CommittedResponse>,
+            tonic::Status,
+        >;
     }
     /// Between brokers.
     #[derive(Debug)]
@@ -5032,6 +5455,135 @@ pub mod peer_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.client_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weir.v1.Peer/Forward" => {
+                    #[allow(non_camel_case_types)]
+                    struct ForwardSvc<T: Peer>(pub Arc<T>);
+                    impl<T: Peer> tonic::server::UnaryService<super::ForwardRequest>
+                    for ForwardSvc<T> {
+                        type Response = super::ForwardResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ForwardRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Peer>::forward(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ForwardSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weir.v1.Peer/PassReply" => {
+                    #[allow(non_camel_case_types)]
+                    struct PassReplySvc<T: Peer>(pub Arc<T>);
+                    impl<T: Peer> tonic::server::UnaryService<super::PassReplyRequest>
+                    for PassReplySvc<T> {
+                        type Response = super::ReplyResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::PassReplyRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Peer>::pass_reply(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = PassReplySvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weir.v1.Peer/Committed" => {
+                    #[allow(non_camel_case_types)]
+                    struct CommittedSvc<T: Peer>(pub Arc<T>);
+                    impl<T: Peer> tonic::server::UnaryService<super::CommittedRequest>
+                    for CommittedSvc<T> {
+                        type Response = super::CommittedResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::CommittedRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Peer>::committed(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = CommittedSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

@@ -1,8 +1,12 @@
 //! Commands to the metadata group and what applying them does. Placement is decided by the leader before it proposes
 //! (see [`super::placement`]), so that applying stays the same in every version of the program.
 
+use super::check::check;
+use super::names;
+use super::placement::{self, PlacementError};
 use super::state::*;
 use crate::pattern;
+use crate::producer::OWN_PRODUCERS;
 use std::collections::BTreeMap;
 use thiserror::Error;
 
@@ -62,11 +66,12 @@ pub struct TakeSnapshot {
     pub name: String,
 }
 
-impl TakeSnapshot {
-    /// Its name among subscriptions: no ordinary one has an `@`.
-    pub fn full_name(&self) -> String {
-        format!("{}@{}", self.subscription, self.name)
-    }
+/// Makes the position that remembers which dead letters of a subscription were redriven.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct OpenRedrive {
+    /// Full name of the subscription.
+    #[prost(string, tag = "1")]
+    pub subscription: String,
 }
 
 /// Deletes by name, if the owner agrees.
@@ -128,11 +133,22 @@ pub struct SetPhase {
     pub removed: bool,
 }
 
+/// Records that a broker was started: see [`crate::incarnation`].
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct SetIncarnation {
+    /// The broker.
+    #[prost(uint64, tag = "1")]
+    pub broker: u64,
+    /// Incarnation of its data; a lower one than is recorded changes nothing.
+    #[prost(uint64, tag = "2")]
+    pub incarnation: u64,
+}
+
 /// One command.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Command {
     /// Which.
-    #[prost(oneof = "Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
+    #[prost(oneof = "Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
     pub kind: Option<Kind>,
 }
 
@@ -166,7 +182,7 @@ pub enum Kind {
     /// See [`Settled`].
     #[prost(message, tag = "9")]
     Settled(Settled),
-    /// Gives so many producer ids.
+    /// Gives so many producer ids, at least one.
     #[prost(uint32, tag = "10")]
     AllocateProducers(u32),
     /// An administrator names a broker that may join.
@@ -175,6 +191,12 @@ pub enum Kind {
     /// See [`TakeSnapshot`].
     #[prost(message, tag = "12")]
     TakeSnapshot(TakeSnapshot),
+    /// See [`SetIncarnation`].
+    #[prost(message, tag = "13")]
+    SetIncarnation(SetIncarnation),
+    /// See [`OpenRedrive`].
+    #[prost(message, tag = "14")]
+    OpenRedrive(OpenRedrive),
 }
 
 /// Snapshots of one subscription.
@@ -203,6 +225,9 @@ pub enum MetaError {
     /// A change that is not allowed.
     #[error("{0}")]
     Invalid(String),
+    /// The brokers left cannot hold all replicas.
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
     /// Decided on what has changed since; decide again.
     #[error("decided on an old version")]
     Stale,
@@ -210,6 +235,14 @@ pub enum MetaError {
 
 fn not_found(kind: &'static str, name: &str) -> MetaError {
     MetaError::NotFound { kind, name: name.to_owned() }
+}
+
+/// Refuses what a client may not touch, in case a broker did not.
+fn check_not_internal(name: &str) -> Result<(), MetaError> {
+    if names::is_internal(name) {
+        return Err(MetaError::Invalid(format!("{name} is internal: brokers keep it for themselves")));
+    }
+    Ok(())
 }
 
 fn check_owner(name: &str, owner: &str, uid: &str) -> Result<(), MetaError> {
@@ -231,25 +264,46 @@ impl MetaState {
         let before = self.version;
         let answer = match &command.kind {
             None => Ok(Answer::Done), // from a newer version: ignored by all alike
-            Some(Kind::Register(b)) => self.register(b),
-            Some(Kind::UpdateBroker(b)) => self.update_broker(b),
-            Some(Kind::Expect(b)) => self.expect(b),
-            Some(Kind::SetPhase(c)) => self.set_phase(c),
-            Some(Kind::ApplyTopic(c)) => self.apply_topic(c),
-            Some(Kind::DeleteTopic(c)) => self.delete_topic(c),
-            Some(Kind::ApplySubscription(c)) => self.apply_subscription(c),
-            Some(Kind::DeleteSubscription(c)) => self.delete_subscription(c),
-            Some(Kind::TakeSnapshot(c)) => self.take_snapshot(c),
-            Some(Kind::Reassign(c)) => self.reassign(c),
-            Some(Kind::Settled(c)) => self.settle(c),
-            Some(Kind::AllocateProducers(count)) => {
-                let first = self.next_producer_id;
-                self.next_producer_id += u64::from((*count).max(1));
-                Ok(Answer::Producers(first))
-            }
+            Some(kind) => check(kind).and_then(|()| self.carry_out(kind)),
         };
         self.version = before + 1;
         answer
+    }
+
+    fn carry_out(&mut self, kind: &Kind) -> Result<Answer, MetaError> {
+        match kind {
+            Kind::Register(b) => self.register(b),
+            Kind::UpdateBroker(b) => self.update_broker(b),
+            Kind::Expect(b) => self.expect(b),
+            Kind::SetPhase(c) => self.set_phase(c),
+            Kind::ApplyTopic(c) => self.apply_topic(c),
+            Kind::DeleteTopic(c) => self.delete_topic(c),
+            Kind::ApplySubscription(c) => self.apply_subscription(c),
+            Kind::DeleteSubscription(c) => self.delete_subscription(c),
+            Kind::TakeSnapshot(c) => self.take_snapshot(c),
+            Kind::SetIncarnation(c) => self.set_incarnation(c),
+            Kind::OpenRedrive(c) => self.open_redrive(c),
+            Kind::Reassign(c) => self.reassign(c),
+            Kind::Settled(c) => self.settle(c),
+            Kind::AllocateProducers(count) => self.allocate_producers(*count),
+        }
+    }
+
+    fn allocate_producers(&mut self, count: u32) -> Result<Answer, MetaError> {
+        let first = self.next_producer_id;
+        let next = first.saturating_add(u64::from(count.max(1)));
+        if next > OWN_PRODUCERS {
+            return Err(MetaError::Invalid("all producer ids are given".to_owned()));
+        }
+        self.next_producer_id = next;
+        Ok(Answer::Producers(first))
+    }
+
+    fn set_incarnation(&mut self, change: &SetIncarnation) -> Result<Answer, MetaError> {
+        let broker = self.brokers.get_mut(&change.broker);
+        let broker = broker.ok_or_else(|| not_found("broker", &change.broker.to_string()))?;
+        broker.incarnation = broker.incarnation.max(change.incarnation);
+        Ok(Answer::Done)
     }
 
     fn register(&mut self, broker: &Broker) -> Result<Answer, MetaError> {
@@ -262,13 +316,19 @@ impl MetaState {
             self.brokers.entry(old.id).and_modify(|b| b.phase = Phase::Lost.into());
         }
         let id = self.take_id();
-        self.brokers.insert(id, Broker { id, phase: Phase::Active.into(), ..broker.clone() });
+        self.brokers.insert(id, Broker { id, phase: Phase::Active.into(), incarnation: 0, ..broker.clone() });
         Ok(Answer::Broker(id))
     }
 
     fn update_broker(&mut self, broker: &Broker) -> Result<Answer, MetaError> {
         let old = self.brokers.get_mut(&broker.id).ok_or_else(|| not_found("broker", &broker.name))?;
-        *old = Broker { phase: old.phase, name: old.name.clone(), ..broker.clone() };
+        *old = Broker {
+            phase: old.phase,
+            name: old.name.clone(),
+            incarnation: old.incarnation,
+            rebuilt_because: old.rebuilt_because.clone(),
+            ..broker.clone()
+        };
         Ok(Answer::Done)
     }
 
@@ -277,28 +337,44 @@ impl MetaState {
             return Ok(Answer::Broker(old.id));
         }
         let id = self.take_id();
-        self.brokers.insert(id, Broker { id, phase: Phase::Expected.into(), ..broker.clone() });
+        self.brokers.insert(id, Broker { id, phase: Phase::Expected.into(), incarnation: 0, ..broker.clone() });
         Ok(Answer::Broker(id))
     }
 
     fn set_phase(&mut self, change: &SetPhase) -> Result<Answer, MetaError> {
         let name = change.broker.to_string();
-        if !self.brokers.contains_key(&change.broker) {
+        let Some(phase) = self.brokers.get(&change.broker).map(Broker::phase) else {
             return if change.removed { Ok(Answer::Done) } else { Err(not_found("broker", &name)) };
-        }
+        };
         if change.removed {
+            if phase == Phase::Active {
+                return Err(MetaError::Invalid(format!("broker {name} is active: it is drained before it is removed")));
+            }
             let holds = |a: &Assignment| a.replicas.iter().chain(&a.leaving).any(|r| r.broker == change.broker);
             if let Some((group, _)) = self.groups.iter().find(|(_, a)| holds(a)) {
                 return Err(MetaError::Invalid(format!("broker {name} still holds a replica of group {group}")));
             }
             self.brokers.remove(&change.broker);
-        } else if let Some(broker) = self.brokers.get_mut(&change.broker) {
-            broker.phase = change.phase;
+            return Ok(Answer::Done);
         }
+        if !matches!(phase, Phase::Active | Phase::Draining) {
+            let text = format!("broker {name} is {phase:?}: only an active or draining one is changed");
+            return Err(MetaError::Invalid(text));
+        }
+        // here and not only where it is decided: another drain may have been applied since
+        if change.phase() == Phase::Draining && self.brokers[&change.broker].phase() == Phase::Active {
+            placement::check_drain(self, change.broker)?;
+        }
+        self.brokers.entry(change.broker).and_modify(|b| b.phase = change.phase);
         Ok(Answer::Done)
     }
 
     fn apply_topic(&mut self, change: &ApplyTopic) -> Result<Answer, MetaError> {
+        if change.spec.schedule_for.is_empty() {
+            check_not_internal(&change.name)?;
+        } else if self.topics.get(&change.spec.schedule_for).is_none_or(|t| change.name != names::scheduled(t.id)) {
+            return Err(MetaError::Stale); // decided for a topic that was deleted, or re-created, meanwhile
+        }
         let existing = self.topics.get(&change.name).cloned();
         if let Some(topic) = &existing {
             check_owner(&change.name, &topic.owner_uid, &change.owner_uid)?;
@@ -314,6 +390,10 @@ impl MetaState {
         }
         let unknown = |b: &&u64| !self.brokers.contains_key(b);
         if change.placements.iter().flat_map(|p| &p.brokers).find(unknown).is_some() {
+            return Err(MetaError::Stale);
+        }
+        // a broker was drained since: a topic that needs it would keep the drain from ending
+        if self.brokers.values().filter(|b| b.phase() == Phase::Active).count() < change.spec.replicas as usize {
             return Err(MetaError::Stale);
         }
         let mut topic = existing.unwrap_or_else(|| Topic { name: change.name.clone(), ..Default::default() });
@@ -333,32 +413,71 @@ impl MetaState {
         if !change.owner_uid.is_empty() {
             topic.owner_uid = change.owner_uid.clone();
         }
+        if topic.spec.schedule_for.is_empty() {
+            self.follow_topic(&topic);
+        } else {
+            self.add_schedule_position(&topic);
+        }
         self.topics.insert(change.name.clone(), topic);
         Ok(Answer::Done)
     }
 
+    /// What is scheduled for a topic is kept as safely as the topic says now. Partitions are added by the next message that needs them.
+    fn follow_topic(&mut self, topic: &Topic) {
+        if let Some(schedule) = self.topics.get_mut(&names::scheduled(topic.id)) {
+            let TopicSpec { replicas, quorum_memory, .. } = topic.spec;
+            schedule.spec = TopicSpec { replicas, quorum_memory, ..schedule.spec.clone() };
+        }
+    }
+
+    fn add_schedule_position(&mut self, schedule: &Topic) {
+        if self.subscriptions.contains_key(&schedule.name) {
+            return;
+        }
+        let spec =
+            SubscriptionSpec { topic: schedule.name.clone(), start: Start::Earliest.into(), ..Default::default() };
+        let (id, name) = (self.take_id(), schedule.name.clone());
+        let position = Subscription { id, name, spec, topic_id: schedule.id, ..Default::default() };
+        self.subscriptions.insert(schedule.name.clone(), position);
+    }
+
     fn delete_topic(&mut self, change: &Delete) -> Result<Answer, MetaError> {
+        check_not_internal(&change.name)?;
         let topic = self.topics.get(&change.name).ok_or_else(|| not_found("topic", &change.name))?;
         check_owner(&change.name, &topic.owner_uid, &change.owner_uid)?;
         if change.release {
             self.topics.entry(change.name.clone()).and_modify(|t| t.owner_uid.clear());
             return Ok(Answer::Done);
         }
-        let topic = self.topics.remove(&change.name).expect("just found");
+        // what was scheduled for it has nowhere to go
+        let schedule = names::scheduled(topic.id);
+        self.remove_topic(&change.name);
+        self.remove_topic(&schedule);
+        Ok(Answer::Done)
+    }
+
+    fn remove_topic(&mut self, name: &str) {
+        let Some(topic) = self.topics.remove(name) else { return };
         for group in topic.groups {
             self.groups.remove(&group);
             self.deleted_groups.insert(group, true);
         }
-        self.subscriptions.retain(|_, s| s.topic_id != topic.id);
-        // what was scheduled for it has nowhere to go
-        let scheduled = self.topics.values().find(|t| t.spec.schedule_for == change.name).map(|t| t.name.clone());
-        if let Some(name) = scheduled {
-            self.delete_topic(&Delete { name, ..Default::default() })?;
+        let readers = self.subscriptions.values().filter(|s| s.topic_id == topic.id);
+        let readers: Vec<String> = readers.map(|s| s.name.clone()).collect();
+        readers.iter().for_each(|name| self.remove_subscription(name));
+    }
+
+    /// Removes a subscription with its snapshots and the position of its redrive.
+    fn remove_subscription(&mut self, name: &str) {
+        if let Some(Subscription { id, .. }) = self.subscriptions.remove(name) {
+            self.subscriptions.retain(|_, s| s.snapshot_of != id && s.redrive_of != id);
         }
-        Ok(Answer::Done)
     }
 
     fn apply_subscription(&mut self, change: &ApplySubscription) -> Result<Answer, MetaError> {
+        for name in [&change.name, &change.spec.topic, &change.spec.dead_letter_topic] {
+            check_not_internal(name)?;
+        }
         let topic = if pattern::is_pattern(&change.spec.topic) {
             0 // also topics that are made later
         } else {
@@ -381,16 +500,17 @@ impl MetaState {
             topic_id: topic,
             owner_uid: change.owner_uid.clone(),
             generation: change.generation,
-            snapshot_of: 0,
+            ..Default::default()
         };
         self.subscriptions.insert(change.name.clone(), subscription);
         Ok(Answer::Done)
     }
 
     fn take_snapshot(&mut self, change: &TakeSnapshot) -> Result<Answer, MetaError> {
-        let of = self.subscriptions.get(&change.subscription).filter(|s| s.snapshot_of == 0).cloned();
+        check_not_internal(&change.subscription)?;
+        let of = self.subscriptions.get(&change.subscription).cloned();
         let of = of.ok_or_else(|| not_found("subscription", &change.subscription))?;
-        let name = change.full_name();
+        let name = names::snapshot(of.id, &change.name);
         if self.subscriptions.contains_key(&name) {
             return Err(MetaError::Invalid(format!("{} has a snapshot {}; delete it first", of.name, change.name)));
         }
@@ -399,21 +519,50 @@ impl MetaState {
             return Err(MetaError::Invalid(text));
         }
         let id = self.take_id();
-        let snapshot =
-            Subscription { id, name: name.clone(), snapshot_of: of.id, owner_uid: String::new(), generation: 0, ..of };
+        let snapshot = Subscription {
+            id,
+            name: name.clone(),
+            snapshot_of: of.id,
+            snapshot_name: change.name.clone(),
+            owner_uid: String::new(),
+            generation: 0,
+            ..of
+        };
         self.subscriptions.insert(name, snapshot);
+        Ok(Answer::Done)
+    }
+
+    fn open_redrive(&mut self, change: &OpenRedrive) -> Result<Answer, MetaError> {
+        check_not_internal(&change.subscription)?;
+        let of = self.subscriptions.get(&change.subscription);
+        let of = of.ok_or_else(|| not_found("subscription", &change.subscription))?;
+        if of.spec.dead_letter_topic.is_empty() {
+            return Err(MetaError::Invalid(format!("subscription {} has no dead-letter topic", of.name)));
+        }
+        let topic = self.topics.get(&of.spec.dead_letter_topic);
+        let topic = topic.ok_or_else(|| not_found("topic", &of.spec.dead_letter_topic))?;
+        let (name, topic_id, redrive_of) = (names::redrive(of.id), topic.id, of.id);
+        // where the subscription names another dead-letter topic now, the position in the one before means nothing
+        if self.subscriptions.get(&name).is_none_or(|known| known.topic_id != topic_id) {
+            let spec =
+                SubscriptionSpec { topic: topic.name.clone(), start: Start::Earliest.into(), ..Default::default() };
+            let id = self.take_id();
+            let position = Subscription { id, name: name.clone(), spec, topic_id, redrive_of, ..Default::default() };
+            self.subscriptions.insert(name, position);
+        }
         Ok(Answer::Done)
     }
 
     fn delete_subscription(&mut self, change: &Delete) -> Result<Answer, MetaError> {
         let old = self.subscriptions.get(&change.name).ok_or_else(|| not_found("subscription", &change.name))?;
+        if old.snapshot_of == 0 {
+            check_not_internal(&change.name)?;
+        }
         check_owner(&change.name, &old.owner_uid, &change.owner_uid)?;
         if change.release {
             self.subscriptions.entry(change.name.clone()).and_modify(|s| s.owner_uid.clear());
         } else {
-            let id = old.id;
-            self.subscriptions.remove(&change.name);
-            self.subscriptions.retain(|_, s| s.snapshot_of != id);
+            self.remove_subscription(&change.name);
         }
         Ok(Answer::Done)
     }
@@ -422,7 +571,7 @@ impl MetaState {
         let Some(mut assignment) = self.groups.get(&change.group).cloned() else {
             return Err(not_found("group", &change.group.to_string()));
         };
-        if assignment.epoch != change.expected_epoch || change.brokers.is_empty() {
+        if assignment.epoch != change.expected_epoch {
             return Err(MetaError::Stale);
         }
         if change.brokers.iter().any(|b| !self.brokers.contains_key(b)) {
@@ -495,6 +644,37 @@ mod tests {
     }
 
     #[test]
+    fn what_puts_dead_letters_back_goes_with_its_subscription_and_begins_anew_in_another_topic() {
+        let mut state = MetaState::form("c", &[broker(1), broker(2)]);
+        let made = |name: &str| {
+            let (spec, placements) =
+                (TopicSpec { partitions: 1, replicas: 1, ..Default::default() }, vec![Placement { brokers: vec![1] }]);
+            Kind::ApplyTopic(ApplyTopic { name: name.into(), spec, placements, ..Default::default() })
+        };
+        let redrive = || Kind::OpenRedrive(OpenRedrive { subscription: "default/s".into() });
+        let mut apply = |kind: Kind| state.apply(&kind.into()).map(|_| state.clone()).unwrap();
+        for topic in ["default/t", "default/dead", "default/dead-2"] {
+            apply(made(topic));
+        }
+        let name =
+            names::redrive(apply(subscribe("default/s", "default/t", "default/dead")).subscriptions["default/s"].id);
+        let first = apply(redrive()).subscriptions[&name].id;
+        let again = apply(redrive()).subscriptions[&name].id;
+        apply(subscribe("default/s", "default/t", "default/dead-2"));
+        let moved = apply(redrive()).subscriptions[&name].clone();
+        assert_eq!(again, first);
+        assert_ne!(moved.id, first, "its position was one in another topic");
+        let deleted = |name: &str| Delete { name: name.to_owned(), ..Default::default() };
+        assert!(apply(Kind::DeleteSubscription(deleted("default/s"))).subscriptions.is_empty());
+        apply(subscribe("default/s", "default/t", "default/dead"));
+        apply(redrive());
+        assert!(
+            apply(Kind::DeleteTopic(deleted("default/t"))).subscriptions.is_empty(),
+            "also with the topic of its subscription"
+        );
+    }
+
+    #[test]
     fn a_new_disk_under_an_old_name_is_a_new_broker_and_strangers_are_refused() {
         let mut state = MetaState::form("c", &[broker(1), broker(2)]);
         let Ok(Answer::Broker(id)) = state.apply(&Kind::Register(broker(2)).into()) else { panic!() };
@@ -523,6 +703,145 @@ mod tests {
         assert_ne!(state.groups[&group].replicas[0].id, before[0].id);
         state.apply(&Kind::Settled(Settled { group, epoch: 2 }).into()).unwrap();
         assert!(state.groups[&group].leaving.is_empty());
+    }
+
+    fn apply(state: &mut MetaState, kind: Kind) -> Result<Answer, MetaError> {
+        state.apply(&kind.into())
+    }
+
+    fn schedule(state: &MetaState, partitions: u32) -> Kind {
+        let topic = &state.topics["default/t"];
+        let name = names::scheduled(topic.id);
+        let had = state.topics.get(&name).map_or(0, |t| t.groups.len());
+        let placements = vec![Placement { brokers: vec![1, 2] }; partitions as usize - had];
+        let spec = TopicSpec {
+            partitions,
+            replicas: 2,
+            schedule_for: "default/t".into(),
+            message_bytes_max: 9,
+            ..Default::default()
+        };
+        Kind::ApplyTopic(ApplyTopic { name, spec, placements, ..Default::default() })
+    }
+
+    fn subscribe(name: &str, topic: &str, dead: &str) -> Kind {
+        let spec = SubscriptionSpec { topic: topic.into(), dead_letter_topic: dead.into(), ..Default::default() };
+        Kind::ApplySubscription(ApplySubscription { name: name.into(), spec, ..Default::default() })
+    }
+
+    #[test]
+    fn the_schedule_of_a_topic_follows_the_topic_and_goes_with_it() {
+        let mut state = MetaState::form("c", &[broker(1), broker(2)]);
+        topic(&mut state, 1, "").unwrap();
+        let made = schedule(&state, 1);
+        apply(&mut state, made).unwrap();
+        let name = names::scheduled(state.topics["default/t"].id);
+        let position = state.subscriptions[&name].clone();
+        assert_eq!((position.topic_id, position.spec.start()), (state.topics[&name].id, Start::Earliest));
+        topic(&mut state, 3, "").unwrap();
+        let grown = schedule(&state, 3);
+        apply(&mut state, grown.clone()).unwrap();
+        assert_eq!(state.subscriptions[&name], position, "it keeps its position as it grows");
+        let spec = TopicSpec { partitions: 3, replicas: 1, quorum_memory: true, retention_ms: 5, ..Default::default() };
+        let change = ApplyTopic { name: "default/t".into(), spec, ..Default::default() };
+        apply(&mut state, Kind::ApplyTopic(change)).unwrap();
+        let kept = &state.topics[&name].spec;
+        assert_eq!((kept.replicas, kept.quorum_memory), (1, true), "as safe as its topic");
+        assert_eq!((kept.retention_ms, kept.message_bytes_max, kept.partitions), (0, 9, 3), "the rest is its own");
+        let groups = state.topics[&name].groups.clone();
+        apply(&mut state, Kind::DeleteTopic(Delete { name: "default/t".into(), ..Default::default() })).unwrap();
+        assert!(state.topics.is_empty() && state.subscriptions.is_empty());
+        assert!(groups.iter().all(|g| state.deleted_groups.contains_key(g)));
+        topic(&mut state, 1, "").unwrap();
+        assert_eq!(apply(&mut state, grown), Err(MetaError::Stale), "decided for the topic that was deleted");
+    }
+
+    #[test]
+    fn nobody_makes_changes_reads_or_deletes_an_internal_object() {
+        let mut state = MetaState::form("c", &[broker(1), broker(2)]);
+        topic(&mut state, 1, "").unwrap();
+        let made = schedule(&state, 1);
+        apply(&mut state, made).unwrap();
+        apply(&mut state, subscribe("default/s", "default/t", "default/t")).unwrap();
+        let take = TakeSnapshot { subscription: "default/s".into(), name: "x".into() };
+        apply(&mut state, Kind::TakeSnapshot(take)).unwrap();
+        apply(&mut state, Kind::OpenRedrive(OpenRedrive { subscription: "default/s".into() })).unwrap();
+        let internal: Vec<String> =
+            state.topics.keys().chain(state.subscriptions.keys()).filter(|n| names::is_internal(n)).cloned().collect();
+        assert_eq!(internal.len(), 4, "a topic, its position, a snapshot and a redrive: {internal:?}");
+        let before = state.clone();
+        let new = format!("{}/mine", names::INTERNAL_NAMESPACE);
+        for name in internal.iter().chain([&new]) {
+            let spec = TopicSpec { partitions: 1, replicas: 1, ..Default::default() };
+            let placements = vec![Placement { brokers: vec![1] }];
+            let delete = Delete { name: name.clone(), ..Default::default() };
+            let mut refused = vec![
+                Kind::ApplyTopic(ApplyTopic { name: name.clone(), spec, placements, ..Default::default() }),
+                Kind::DeleteTopic(delete.clone()),
+                subscribe(name, "default/t", ""),
+                subscribe("default/new", name, ""),
+                subscribe("default/new", "default/t", name),
+                Kind::TakeSnapshot(TakeSnapshot { subscription: name.clone(), name: "y".into() }),
+                Kind::OpenRedrive(OpenRedrive { subscription: name.clone() }),
+            ];
+            if state.subscriptions.get(name).is_none_or(|s| s.snapshot_of == 0) {
+                refused.push(Kind::DeleteSubscription(delete)); // a snapshot is deleted by its owner, through a call of its own
+            }
+            for kind in refused {
+                assert!(apply(&mut state, kind.clone()).is_err(), "{kind:?}");
+            }
+        }
+        let same = MetaState { version: before.version, ..state.clone() };
+        assert_eq!(same, before, "what is refused changes nothing");
+    }
+
+    #[test]
+    fn snapshots_and_the_redrive_of_a_subscription_go_with_it_and_names_of_users_are_their_own() {
+        let mut state = MetaState::form("c", &[broker(1), broker(2)]);
+        topic(&mut state, 1, "").unwrap();
+        for name in ["default/s", "default/s.redrive", "default/s.scheduled"] {
+            apply(&mut state, subscribe(name, "default/t", "default/t")).unwrap();
+        }
+        let open = || Kind::OpenRedrive(OpenRedrive { subscription: "default/s".into() });
+        apply(&mut state, open()).unwrap();
+        let name = names::redrive(state.subscriptions["default/s"].id);
+        let first = state.subscriptions[&name].clone();
+        apply(&mut state, open()).unwrap();
+        assert_eq!(state.subscriptions[&name], first, "opened again it goes on where it was");
+        let take = TakeSnapshot { subscription: "default/s".into(), name: "x".into() };
+        apply(&mut state, Kind::TakeSnapshot(take)).unwrap();
+        assert_eq!(state.snapshot("default/s", "x").unwrap().snapshot_name, "x");
+        let delete = Delete { name: "default/s".into(), ..Default::default() };
+        apply(&mut state, Kind::DeleteSubscription(delete)).unwrap();
+        let left: Vec<&String> = state.subscriptions.keys().collect();
+        assert_eq!(left, ["default/s.redrive", "default/s.scheduled"]);
+    }
+
+    #[test]
+    fn a_broker_that_cannot_be_spared_is_not_drained_also_where_another_drain_was_decided_with_it() {
+        let three: Vec<Broker> = (1..=3).map(broker).collect();
+        let drain = |id| Kind::SetPhase(SetPhase { broker: id, phase: Phase::Draining.into(), removed: false }).into();
+        let mut state = MetaState::form("c", &three);
+        topic(&mut state, 1, "").unwrap();
+        assert_eq!(state.apply(&drain(1)), Ok(Answer::Done));
+        let (broker, name) = ("b-2".to_owned(), "default/t".to_owned());
+        let needed = PlacementError::NeededBroker { broker, topic: name, replicas: 2, left: 1 };
+        assert_eq!(state.apply(&drain(2)), Err(needed.into()), "one active broker would be left for two replicas");
+        assert_eq!(state.brokers[&2].phase(), Phase::Active);
+        assert_eq!(state.apply(&drain(1)), Ok(Answer::Done), "a drain may be repeated");
+        let stay = Kind::SetPhase(SetPhase { broker: 1, phase: Phase::Active.into(), removed: false });
+        state.apply(&stay.into()).unwrap();
+        assert_eq!(state.apply(&drain(2)), Ok(Answer::Done));
+        let mut alone = MetaState::form("c", &[super::tests::broker(1)]);
+        let last = PlacementError::LastBroker { broker: "b-1".to_owned() };
+        assert_eq!(alone.apply(&drain(1)), Err(last.into()), "also where no topic exists");
+    }
+
+    #[test]
+    fn a_topic_that_was_decided_before_a_drain_does_not_keep_it_from_ending() {
+        let mut state = MetaState::form("c", &[broker(1), broker(2)]);
+        state.apply(&Kind::SetPhase(SetPhase { broker: 1, phase: Phase::Draining.into(), removed: false }).into()).unwrap();
+        assert_eq!(topic(&mut state, 1, ""), Err(MetaError::Stale));
     }
 
     #[test]

@@ -12,6 +12,15 @@ pub enum PlacementError {
     /// More replicas than brokers.
     #[error("{replicas} replicas need {replicas} brokers, {brokers} are active")]
     TooFewBrokers { replicas: u32, brokers: u32 },
+    /// No broker would be left.
+    #[error("broker {broker} cannot be drained, since no other broker is active: add one first (`weir cluster add NAME`)")]
+    LastBroker { broker: String },
+    /// A topic wants more replicas than brokers would be left.
+    #[error(
+        "broker {broker} cannot be drained: topic {topic} wants {replicas} replicas, and {left} active brokers would be left; \
+         add a broker first (`weir cluster add NAME`), or apply the topic with fewer replicas"
+    )]
+    NeededBroker { broker: String, topic: String, replicas: u32, left: u32 },
 }
 
 /// A broker as placement sees it.
@@ -44,6 +53,24 @@ pub fn candidates(meta: &MetaState) -> Vec<Candidate> {
             Candidate { id: BrokerId(b.id), rack: b.rack.clone(), replicas, leaders }
         })
         .collect()
+}
+
+/// Checks that the other active brokers can take all replicas of a broker, so that a drain of it ends.
+pub fn check_drain(meta: &MetaState, broker: u64) -> Result<(), PlacementError> {
+    let left = meta.brokers.values().filter(|b| b.phase() == Phase::Active && b.id != broker).count() as u32;
+    let broker = meta.brokers.get(&broker).map_or_else(|| broker.to_string(), |b| b.name.clone());
+    if left == 0 {
+        return Err(PlacementError::LastBroker { broker });
+    }
+    // internal topics have as many replicas as the topics they are kept for
+    let topics = meta.topics.values().filter(|t| t.spec.schedule_for.is_empty());
+    match topics.max_by_key(|t| t.spec.replicas) {
+        Some(topic) if topic.spec.replicas > left => {
+            let (topic, replicas) = (topic.name.clone(), topic.spec.replicas);
+            Err(PlacementError::NeededBroker { broker, topic, replicas, left })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Brokers for `partitions` new partitions, the preferred leader first.

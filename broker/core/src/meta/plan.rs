@@ -275,8 +275,8 @@ mod tests {
     #[test]
     fn a_drain_without_a_place_to_go_waits() {
         let mut state = cluster(3, 2);
-        let phase = Phase::Draining.into();
-        state.apply(&Kind::SetPhase(SetPhase { broker: 3, phase, removed: false }).into()).unwrap();
+        // refused by now; accepted by earlier versions
+        state.brokers.get_mut(&3).unwrap().phase = Phase::Draining.into();
         run(&mut state);
         assert!(state.brokers.contains_key(&3));
     }

@@ -1,7 +1,8 @@
 //! The metadata state. It is a protobuf message, so that a checkpoint of it is its own encoding; tags are stable.
 
 use crate::delivery::{Mode, Policy};
-use crate::ids::{BrokerId, GroupId, META_GROUP, Replica, ReplicaId, SubscriptionId, TopicId};
+use crate::ids::{BrokerId, GroupId, META_GROUP, Replica, ReplicaId};
+use crate::meta::names;
 use crate::pattern;
 use std::collections::BTreeMap;
 
@@ -43,6 +44,12 @@ pub struct Broker {
     /// See [`Phase`].
     #[prost(enumeration = "Phase", tag = "7")]
     pub phase: i32,
+    /// The newest [`Incarnation`](crate::incarnation::Incarnation) recorded of its data; at least that of its last start.
+    #[prost(uint64, tag = "8")]
+    pub incarnation: u64,
+    /// Why the data was set aside that a broker of this name had, where it was; for people.
+    #[prost(string, tag = "9")]
+    pub rebuilt_because: String,
 }
 
 /// What a topic promises.
@@ -218,9 +225,9 @@ pub struct SubscriptionSpec {
     /// Where messages are pushed to; none where members come for them.
     #[prost(message, optional, tag = "17")]
     pub push: Option<Push>,
-    /// It starts with the first record appended at or after this time, ms since the epoch; 0 for what `start` says.
-    #[prost(uint64, tag = "18")]
-    pub start_ms: u64,
+    /// It starts with the first record appended at or after this time, ms since the epoch; `None` for what `start` says.
+    #[prost(uint64, optional, tag = "18")]
+    pub start_ms: Option<u64>,
 }
 
 /// Where and how messages are pushed.
@@ -256,13 +263,12 @@ impl SubscriptionSpec {
         }
     }
 
-    /// Whether it reads a topic of this full name.
+    /// Whether it reads a topic.
     pub fn reads(&self, topic: &Topic) -> bool {
         if !pattern::is_pattern(&self.topic) {
             return self.topic == topic.name;
         }
-        // what is scheduled comes through the topic it is scheduled for
-        topic.spec.schedule_for.is_empty() && pattern::matches_topic(&self.topic, &topic.name)
+        !names::is_internal(&topic.name) && pattern::matches_topic(&self.topic, &topic.name)
     }
 }
 
@@ -290,6 +296,13 @@ pub struct Subscription {
     /// The subscription whose position this one keeps as it was, and is not delivered itself; 0 for an ordinary one.
     #[prost(uint64, tag = "7")]
     pub snapshot_of: u64,
+    /// Of a snapshot, its name among the snapshots of that subscription.
+    #[prost(string, tag = "8")]
+    pub snapshot_name: String,
+    /// The subscription whose redriven dead letters this one remembers: it is deleted with that one, and retention does not wait for it.
+    /// 0 for all others.
+    #[prost(uint64, tag = "9")]
+    pub redrive_of: u64,
 }
 
 /// Everything the metadata group knows.
@@ -358,40 +371,19 @@ impl MetaState {
         self.groups.get(&group.0)
     }
 
-    /// The topic a group belongs to.
-    pub fn topic_of(&self, group: GroupId) -> Option<&Topic> {
-        let topic = TopicId(self.assignment(group)?.topic);
-        self.topics.values().find(|t| t.id == topic.0)
-    }
-
     /// The group of a topic's partition.
     pub fn group_of(&self, topic: &str, partition: u32) -> Option<GroupId> {
         self.topics.get(topic)?.groups.get(partition as usize).map(|g| GroupId(*g))
     }
 
-    /// Subscriptions that read one topic, snapshots among them.
-    pub fn subscriptions_of(&self, topic: TopicId) -> impl Iterator<Item = &Subscription> {
-        let by_pattern = self.subscriptions.values().any(|s| s.topic_id == 0);
-        let found = by_pattern.then(|| self.topics.values().find(|t| t.id == topic.0)).flatten();
-        let reads = move |s: &&Subscription| match s.topic_id {
-            0 => found.is_some_and(|t| s.spec.reads(t)),
-            id => id == topic.0,
-        };
-        self.subscriptions.values().filter(reads)
+    /// The topic that holds the scheduled messages of a topic, once there is one.
+    pub fn schedule_of(&self, topic: &Topic) -> Option<&Topic> {
+        self.topics.get(&names::scheduled(topic.id))
     }
 
-    /// Topics that a subscription reads.
-    pub fn topics_of<'a>(&'a self, spec: &'a SubscriptionSpec) -> impl Iterator<Item = &'a Topic> {
-        let (one, all) = match pattern::is_pattern(&spec.topic) {
-            false => (self.topics.get(&spec.topic), None),
-            true => (None, Some(self.topics.values().filter(|t| spec.reads(t)))),
-        };
-        one.into_iter().chain(all.into_iter().flatten())
-    }
-
-    /// A subscription by id.
-    pub fn subscription_by_id(&self, id: SubscriptionId) -> Option<&Subscription> {
-        self.subscriptions.values().find(|s| s.id == id.0)
+    /// A snapshot of a subscription.
+    pub fn snapshot(&self, subscription: &str, name: &str) -> Option<&Subscription> {
+        self.subscriptions.get(&names::snapshot(self.subscriptions.get(subscription)?.id, name))
     }
 
     pub(crate) fn take_id(&mut self) -> u64 {

@@ -1,5 +1,6 @@
 //! Keys and values, one file for each kind. All integers big-endian, so that keys sort as their numbers do.
 
+pub mod incarnations;
 pub mod log;
 pub mod offsets;
 pub mod state;

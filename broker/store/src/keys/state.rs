@@ -45,14 +45,14 @@ pub fn checkpoint_key(group: u64, index: u64) -> [u8; 17] {
     out
 }
 
-fn seal(key: &[u8], body: &[u8]) -> Vec<u8> {
+pub(super) fn seal(key: &[u8], body: &[u8]) -> Vec<u8> {
     let crc = crc32c::crc32c_append(crc32c::crc32c(key), body);
     let mut out = crc.to_be_bytes().to_vec();
     out.extend_from_slice(body);
     out
 }
 
-fn unseal<'a>(key: &[u8], value: &'a [u8]) -> Option<&'a [u8]> {
+pub(super) fn unseal<'a>(key: &[u8], value: &'a [u8]) -> Option<&'a [u8]> {
     let said = u32::from_be_bytes(value.get(..4)?.try_into().ok()?);
     (crc32c::crc32c_append(crc32c::crc32c(key), &value[4..]) == said).then_some(&value[4..])
 }

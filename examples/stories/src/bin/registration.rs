@@ -13,7 +13,7 @@ async fn main() -> anyhow::Result<()> {
     let client = client()?;
     let signup = |at: usize| {
         let mut signup = record(&format!("user-{at}"), format!("user-{at}"));
-        signup.headers.push(("mail".into(), if at.is_multiple_of(5) { "no".into() } else { "yes".into() }));
+        signup.set_header("mail", if at.is_multiple_of(5) { "no" } else { "yes" });
         signup
     };
     let begun = std::time::Instant::now();
@@ -73,7 +73,7 @@ async fn main() -> anyhow::Result<()> {
     }
     anyhow::ensure!(dead.len() == 1, "{} dead letters, not one", dead.len());
     for (name, value) in dead[0].record.headers.iter().filter(|(name, _)| name.starts_with("weir-dead-")) {
-        println!("  {name}: {}", String::from_utf8_lossy(value));
+        println!("  {name}: {}", String::from_utf8_lossy(value.as_deref().unwrap_or_default()));
     }
     println!("its sign-up waits in signups-dead for somebody to look at");
     Ok(())

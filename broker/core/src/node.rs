@@ -895,20 +895,17 @@ impl Node {
         let Envelope { group: id, message } = envelope;
         let assigned = self.meta.assignment(id).and_then(|a| a.broker_of(ReplicaId(message.from)));
         let salt = self.salt();
-        if id == META_GROUP && !self.groups.contains_key(&id) && self.damaged.get(&id).is_none_or(|d| d.0 < message.to)
-        {
-            // a broker that joined, or whose replica was damaged, learns its replica's id from the leader that calls it
-            if self.damaged.contains_key(&id) {
-                self.destroy(id);
-            }
-            self.create_meta(ReplicaId(message.to), None);
-        }
-        let held = self.held_replica(id).filter(|held| *held != ReplicaId(0));
+        let held = self.held_replica(id);
         let renewed = held.is_some_and(|held| {
             let mine = self.meta.assignment(id).and_then(|a| a.replica_on(self.broker));
             mine.is_some_and(|mine| mine.id == message.to && mine.id > held.0)
         });
-        if id != META_GROUP && renewed {
+        // a broker that joined, or whose replica was damaged, learns its replica's id from the leader that calls it
+        let is_new = !self.groups.contains_key(&id) && held.is_none_or(|d| d.0 < message.to);
+        if id == META_GROUP && (is_new || renewed) {
+            self.destroy(id);
+            self.create_meta(ReplicaId(message.to), None);
+        } else if renewed && held != Some(ReplicaId(0)) {
             // the group's leader calls the replica that is to follow this one: it has settled that with a majority
             self.destroy(id);
             self.create_group(id, ReplicaId(message.to), None);

@@ -3,8 +3,9 @@
 use crate::clients::Asked;
 use crate::{GONE, Host, World};
 use std::sync::Arc;
-use weir_core::ids::{BrokerId, GroupId};
-use weir_core::meta::command::{Kind, SetPhase};
+use weir_core::ids::{BrokerId, GroupId, META_GROUP};
+use weir_core::meta::command::{Kind, Reassign, SetPhase};
+use weir_core::meta::plan::META_VOTERS_MAX;
 use weir_core::meta::state::{Broker, Phase};
 use weir_core::node::{Disk, mix};
 use weir_core::storage::{Store as _, StoreError, StoredGroup};
@@ -249,6 +250,19 @@ impl World {
             node.found_damage(group, damage);
         }
         self.pump(at);
+    }
+
+    /// The metadata's replica on a broker was found damaged, and can be read again by the time that is decided.
+    pub fn renew_metadata(&mut self, at: BrokerId) {
+        let Some(controller) = self.controller() else { return };
+        let meta = self.hosts[&controller].node.as_ref().expect("it leads").meta().clone();
+        let assignment = meta.assignment(META_GROUP).expect("there is one");
+        let Some(renew) = assignment.replica_on(at).map(|r| r.id) else { return };
+        let brokers = assignment.replicas.iter().map(|r| r.broker).collect();
+        let (group, expected_epoch, voters_max) = (META_GROUP.0, assignment.epoch, META_VOTERS_MAX as u32);
+        let change = Reassign { group, expected_epoch, brokers, voters_max, renew };
+        self.injured = true;
+        self.propose(controller, Asked::Administer, Kind::Reassign(change));
     }
 
     /// An entry on a broker's disk, of those it reads when it starts, cannot be read any more.

@@ -551,6 +551,11 @@ impl World {
         self.group_at(at, self.group()).map(Group::replica)
     }
 
+    /// The replica of the metadata that a broker holds and that takes part.
+    pub fn metadata_replica(&self, at: BrokerId) -> Option<ReplicaId> {
+        self.group_at(at, META_GROUP).map(Group::replica)
+    }
+
     fn ticket(&mut self, at: BrokerId, asked: Asked) -> Ticket {
         let ticket = Ticket(self.next_ticket);
         self.next_ticket += 1;

@@ -207,6 +207,24 @@ fn a_damaged_replica_is_taken_out_only_where_the_others_have_everything_and_is_t
     }
 }
 
+/// Found by a seed: a replica of the metadata was found damaged and replaced, could be read at the next start, and stayed.
+#[test]
+fn a_replica_of_the_metadata_that_is_replaced_makes_room_though_it_is_sound() {
+    for seed in 0..10 {
+        let mut world = World::new(seed, 3, 3);
+        world.run(2_000, Faults::None);
+        for broker in world.brokers() {
+            let before = world.metadata_replica(broker);
+            world.renew_metadata(broker);
+            world.run(10_000, Faults::None);
+            let after = world.metadata_replica(broker);
+            assert!(after > before, "seed {seed}: {broker} has {after:?}, and had {before:?}");
+            world.settle();
+        }
+        world.check();
+    }
+}
+
 /// Found by a seed: Raft waits for the answer to a checkpoint for ever, also where the answer was lost.
 #[test]
 fn a_checkpoint_whose_answer_is_lost_is_sent_again() {

@@ -287,7 +287,7 @@ impl RocksStore {
             let Some(next) = group.checked_add(1) else { break };
             iterator.seek(keys::group_prefix(next));
         }
-        iterator.status().map_err(io)?;
+        iterator.status().map_err(|e| self.failed(e))?;
         Ok(ends)
     }
 
@@ -297,7 +297,7 @@ impl RocksStore {
         iterator.seek_for_prev(offsets::key(group.0, u64::MAX));
         let last = iterator.key().filter(|key| key.starts_with(&keys::group_prefix(group.0)));
         let end = last.and_then(|key| keys::u64_at(key, 8)).map_or(0, |last| last.saturating_add(1));
-        iterator.status().map_err(io)?;
+        iterator.status().map_err(|e| self.failed(e))?;
         Ok(end)
     }
 
@@ -637,11 +637,15 @@ impl Store for RocksStore {
         let mut out = Vec::new();
         let mode = IteratorMode::From(incarnations::PREFIX, Direction::Forward);
         for row in self.db.iterator_cf(self.family(META), mode) {
-            let (key, value) = row.map_err(io)?;
+            let (key, value) = row.map_err(|e| self.failed(e))?;
             if !key.starts_with(incarnations::PREFIX) {
                 break;
             }
-            let damaged = || StoreError::Corrupt("the record of an incarnation has another checksum".to_owned());
+            let damaged = || {
+                let what = "the record of an incarnation has another checksum";
+                self.note_damage(what);
+                StoreError::Corrupt(what.to_owned())
+            };
             out.push(incarnations::decode(&key, &value).ok_or_else(damaged)?);
         }
         Ok(out)

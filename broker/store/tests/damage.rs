@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use weir_core::entry::{Context, Kind};
 use weir_core::eraftpb::Entry;
-use weir_core::ids::{GroupId, ReplicaId};
+use weir_core::ids::{BrokerId, GroupId, ReplicaId};
+use weir_core::incarnation::Incarnation;
 use weir_core::storage::{Checkpoint, HardState, Store as _, StoreError, WriteOp};
 use weir_store::blobs;
 use weir_store::rocks::RocksStore;
@@ -191,6 +192,30 @@ fn damage_of_a_table_is_noted_for_the_store_and_writes_go_on_after_the_next_star
         store.flush().unwrap(); // a compaction would read the damaged table, and no write would succeed after it
     }
     assert_eq!(store.entries(GROUP, 1_100, 1_120, u64::MAX).unwrap().len(), 20);
+}
+
+/// They are written with every start of a broker, and read before anything else.
+#[test]
+fn damage_of_the_incarnations_is_noted_for_the_store() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    let store = begin(path);
+    append(&store, 2, 10, 100);
+    store.flush().unwrap();
+    let before = files(path, "sst");
+    let row = |id| WriteOp::Incarnation { broker: BrokerId(id), incarnation: Incarnation(id << 32) };
+    store.write(&(1..1_000).map(row).collect::<Vec<_>>()).unwrap();
+    store.sync().unwrap();
+    store.flush().unwrap();
+    drop(store);
+    let table = files(path, "sst").into_iter().find(|f| !before.contains(f)).unwrap();
+    flip(&table, 1_000);
+    let store = RocksStore::open(path).unwrap();
+    assert_eq!(store.damage(), None);
+    assert!(matches!(store.incarnations(), Err(StoreError::Corrupt(_))));
+    assert!(store.damage().is_some_and(|what| what.contains(table.file_name().unwrap().to_str().unwrap())));
+    drop(store);
+    assert!(RocksStore::open(path).unwrap().damage().is_some(), "known at the next start");
 }
 
 #[test]

@@ -129,6 +129,21 @@ async fn forged_calls_to_the_peer_port_change_nothing() {
             assert_eq!(reason(peer.join(join).await.unwrap_err()), wanted);
         }
     }
+    // plans to form a cluster, of another one and of this one, which is formed
+    let refusal = |status: Status| {
+        let code = status.code();
+        (code, reason(status))
+    };
+    let plan = |cluster_id: &str| v1::FormRequest { cluster_id: cluster_id.to_owned(), ..Default::default() };
+    let long = "c".repeat(3 << 20);
+    for foreign in ["another", "", &long] {
+        let wanted = (Code::PermissionDenied, "NOT_A_PEER".to_owned());
+        assert_eq!(refusal(peer.prepare(plan(foreign)).await.unwrap_err()), wanted);
+        assert_eq!(refusal(peer.activate(plan(foreign)).await.unwrap_err()), wanted);
+    }
+    let formed = (Code::FailedPrecondition, "FORMED".to_owned());
+    assert_eq!(refusal(peer.prepare(plan(cluster)).await.unwrap_err()), formed);
+    peer.activate(plan(cluster)).await.expect("it is active, as it is asked to be");
     // nobody of that name answers there; at this broker's own address one does, but it is a member
     for (name, cluster_id, peer_address) in [
         ("weir-0", "another", running.peer.to_string()),

@@ -109,6 +109,16 @@ pub enum ToPublish {
     GiveBack,
 }
 
+impl ToPublish {
+    /// Bytes of the batch that is made of it; a dead letter is read by the call that gives it back.
+    fn batch_bytes(&self) -> usize {
+        match self {
+            Self::Result { records, .. } => records::batch_bytes_max(records),
+            Self::GiveBack => 0,
+        }
+    }
+}
+
 /// What became of an ack with a result.
 #[derive(Clone, Copy, Debug)]
 pub enum Outcome {
@@ -637,10 +647,10 @@ impl Hub {
             Origin { subscription: self.subscription, group: self.group, offset, seeks, reason: Reason::Result };
         let context = self.context.clone();
         self.results.spawn(async move {
+            let bytes = what.batch_bytes();
             let published = match what {
                 ToPublish::Result { to, records } => {
-                    let value = |r: &Record| r.value.as_ref().map_or(0, Bytes::len);
-                    let _budget = context.budget.publish(records.iter().map(value).sum()).await;
+                    let _budget = context.budget.publish(bytes).await;
                     outbox::publish(&context, &to, &records, Compression::None, origin, Limit::Topic).await
                 }
                 ToPublish::GiveBack => dead_letter::give_back(&context, origin).await,
@@ -1464,4 +1474,24 @@ fn split(messages: Vec<v1::ReceivedMessage>, bytes_max: usize) -> Vec<Vec<v1::Re
         bytes += size;
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_result_counts_with_all_of_its_encoding() {
+        let name = "n".repeat(50_000);
+        let record = Record {
+            key: Some(vec![1; 20_000].into()),
+            value: None,
+            headers: vec![(name, Some(vec![2; 30_000].into()))],
+            timestamp_ms: 7,
+        };
+        let records = vec![record; 3];
+        let bytes = records::encode(&records, Compression::None, None).unwrap().len();
+        let counted = ToPublish::Result { to: "default/t".into(), records }.batch_bytes();
+        assert!((bytes..bytes + 100).contains(&counted), "{counted} counted of {bytes}");
+    }
 }

@@ -15,7 +15,7 @@ use crate::shared::Partition;
 use crate::status::Failure;
 use crate::throttle::Throttle;
 use crate::unpack::{Need, Unpacked, Unpacker};
-use crate::unreadable::Unreadable;
+use crate::unreadable::{Reported, Unreadable};
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::pin::Pin;
@@ -63,8 +63,6 @@ const GIVEN_BYTES_MAX: usize = 8 << 20;
 const ENVELOPE_BYTES: usize = 64;
 /// Bytes of one entry of what is delivered again.
 const REDELIVERED_BYTES_MAX: usize = 24;
-/// Batches of one request that a member could not decode.
-const REPORTED_MAX: usize = 1_000;
 /// Between two looks at deadlines, leadership and the subscription.
 const TICK: Duration = Duration::from_millis(50);
 /// Messages being buried at one time.
@@ -197,7 +195,7 @@ impl Hubs {
             to_bury: BTreeMap::new(),
             burials: JoinSet::new(),
             unreadable: Unreadable::default(),
-            reported: BTreeSet::new(),
+            reported: Reported::default(),
             results: JoinSet::new(),
             resulting: BTreeSet::new(),
             delivery: Delivery::new(policy, cursor),
@@ -325,7 +323,7 @@ struct Hub {
     /// batches that are passed over because their records cannot be decoded
     unreadable: Unreadable,
     /// offsets of batches that members could not decode, and that are not examined yet
-    reported: BTreeSet<u64>,
+    reported: Reported,
     /// results being published
     results: JoinSet<Resulted>,
     /// of these messages
@@ -523,7 +521,7 @@ impl Hub {
                     self.delivery.credit(id, request.credit_messages.into());
                     self.ack(&request.acks);
                     self.adjust(&request.nacks, &request.extensions, now_ms);
-                    self.reported.extend(request.unreadable.iter().take(REPORTED_MAX).map(|range| range.start));
+                    self.reported.add(&request.unreadable);
                 }
             }
             Command::Detach { member, clean } => self.end(member, clean),
@@ -928,17 +926,17 @@ impl Hub {
 
     /// Decides on batches that members could not decode: what this broker can decode is delivered again.
     async fn examine_reported(&mut self, partition: &Partition) -> Result<(), Failure> {
-        while let Some(&offset) = self.reported.first() {
+        while let Some(offset) = self.reported.first() {
             if self.asking.is_some() {
                 break;
             }
-            self.reported.pop_first();
-            if self.delivery.standing(offset) != Standing::Given {
-                continue;
-            }
-            if !self.hold_records(offset, partition).await? {
-                self.reported.insert(offset);
+            let is_given = self.delivery.standing(offset) == Standing::Given;
+            if is_given && !self.hold_records(offset, partition).await? {
                 break; // when there is room to unpack it
+            }
+            self.reported.remove(offset);
+            if !is_given {
+                continue;
             }
             let Some(at) = self.find(offset) else { continue };
             let ahead = &self.ahead[at];

@@ -97,6 +97,10 @@ async fn hear(
 ) -> Result<(), Status> {
     let mut first = Some(PeerMessage::Incarnation(incarnation));
     while let Some(frame) = frames.message().await? {
+        if frame.hello.is_some() {
+            let again = Failure::invalid("HELLO", "only the first frame of a stream holds a hello");
+            return Err(context.rejected(again).into());
+        }
         check_member(context, from).await?;
         let messages = first.take().into_iter().chain(peers::from_frame(frame)).collect();
         context.node.send(Event::Peer(from, messages));

@@ -96,7 +96,7 @@ pub async fn give_back(context: &Context, origin: Origin) -> Result<Option<Publi
     let batches = partition.read(origin.offset, 1).await?;
     let batch = batches.into_iter().next().filter(|batch| batch.base_offset <= origin.offset);
     let batch = batch.ok_or_else(|| refused("NOT_A_DEAD_LETTER", "retention has removed the dead letter"))?;
-    let _budget = context.budget.publish(batch.data.len()).await;
+    let _budget = context.budget.publish(batch.data.len() + records::unfolding_bytes_max(&batch.data)).await;
     let compression = Compression::of_batch(&batch.data).unwrap_or_default();
     let at = (origin.offset - batch.base_offset) as usize;
     let record = records::decode(&batch.data).ok().and_then(|records| records.into_iter().nth(at));

@@ -15,6 +15,8 @@ use weir_proto::v1;
 
 /// How long a push endpoint may take where its subscription does not say, ms.
 const PUSH_TIMEOUT_MS_DEFAULT: u64 = 10_000;
+/// Characters of a full name.
+const NAME_CHARS_MAX: usize = 2 * weir_proto::names::CHARS_MAX + 1;
 
 // the core bounds what members ask for as well: both must be the same
 const _: () = assert!(limits::WAIT_MS_MAX == weir_core::delivery::WAIT_MS_MAX);
@@ -200,13 +202,17 @@ pub fn handed_on(command: &Command) -> Result<(), Failure> {
             broker_name(broker.name.clone()).map(drop)
         }
         Some(Kind::UpdateBroker(broker)) => rack(broker.rack.clone()).map(drop),
-        Some(
-            Kind::SetPhase(_)
-            | Kind::DeleteTopic(_)
-            | Kind::DeleteSubscription(_)
-            | Kind::TakeSnapshot(_)
-            | Kind::OpenRedrive(_),
-        ) => Ok(()),
+        Some(Kind::DeleteTopic(change) | Kind::DeleteSubscription(change)) => {
+            // not checked as a name: that of a snapshot with a long name is longer than a client's
+            at_most("NAME", "name", NAME_CHARS_MAX, change.name.clone())?;
+            owner_uid(change.owner_uid.clone()).map(drop)
+        }
+        Some(Kind::TakeSnapshot(change)) => {
+            full_name(&change.subscription)?;
+            part(&change.name)
+        }
+        Some(Kind::OpenRedrive(change)) => full_name(&change.subscription).map(drop),
+        Some(Kind::SetPhase(_)) => Ok(()),
         Some(Kind::Register(_) | Kind::Reassign(_) | Kind::Settled(_) | Kind::SetIncarnation(_)) | None => {
             Err(Failure::new(Code::PermissionDenied, "COMMAND", "no broker hands this command on"))
         }
@@ -215,11 +221,13 @@ pub fn handed_on(command: &Command) -> Result<(), Failure> {
 
 /// A broker's name.
 pub fn broker_name(name: String) -> Result<String, Failure> {
-    if weir_proto::names::is_part(&name) {
-        Ok(name)
-    } else {
-        Err(Failure::invalid("NAME", weir_proto::names::refusal(&name)))
-    }
+    part(&name).map(|()| name)
+}
+
+/// Refuses what is not one part of a name.
+pub fn part(name: &str) -> Result<(), Failure> {
+    let refusal = || Failure::invalid("NAME", weir_proto::names::refusal(name));
+    if weir_proto::names::is_part(name) { Ok(()) } else { Err(refusal()) }
 }
 
 /// The uid of a resource.
@@ -328,6 +336,9 @@ mod tests {
             change(&mut spec);
             Kind::ApplySubscription(ApplySubscription { name: "shop/s".into(), spec, ..Default::default() })
         };
+        let snapshot =
+            |subscription: &str, name: &str| TakeSnapshot { subscription: subscription.into(), name: name.into() };
+        let delete = |name: &str, uid: &str| Delete { name: name.into(), owner_uid: uid.into(), release: false };
         let named = |name: &str| core::Broker { name: name.into(), ..Default::default() };
         let largest = limits::BATCH_BYTES.max as u32 + scheduler::OVERHEAD_BYTES;
         let schedule = |bytes| made(&move |s| (s.schedule_for, s.message_bytes_max) = ("shop/t".into(), bytes));
@@ -341,11 +352,15 @@ mod tests {
             Kind::Expect(named("b-9")),
             Kind::UpdateBroker(named("b-9")),
             Kind::SetPhase(SetPhase::default()),
-            Kind::TakeSnapshot(TakeSnapshot::default()),
+            Kind::TakeSnapshot(snapshot("shop/s", "before")),
+            Kind::DeleteTopic(delete("shop/t", "u")),
+            Kind::DeleteSubscription(delete(&weir_core::meta::names::snapshot(u64::MAX, &"x".repeat(253)), "")),
+            Kind::OpenRedrive(OpenRedrive { subscription: "shop/s".into() }),
         ] {
             assert!(handed_on(&kind.clone().into()).is_ok(), "{kind:?}");
         }
         let uid = "u".repeat(limits::OWNER_UID_CHARS_MAX + 1);
+        let by_another = [Kind::DeleteTopic(delete("shop/t", &uid)), Kind::DeleteSubscription(delete("shop/s", &uid))];
         let owned =
             ApplyTopic { name: "shop/t".into(), spec: topic_spec.clone(), owner_uid: uid, ..Default::default() };
         let internal = ApplyTopic { name: "weir-system/x".into(), spec: topic_spec.clone(), ..Default::default() };
@@ -371,6 +386,10 @@ mod tests {
             subscribed(&|s| s.push.iter_mut().for_each(|p| p.concurrency = u32::MAX)),
             subscribed(&|s| s.push.iter_mut().for_each(|p| p.timeout_ms = 0)),
             subscribed(&|s| s.push.iter_mut().for_each(|p| p.endpoint = "file:///".into())),
+            Kind::DeleteTopic(delete(&"x".repeat(3 << 20), "")),
+            Kind::TakeSnapshot(snapshot("shop/s", "a/b")),
+            Kind::TakeSnapshot(snapshot("weir-system/s", "before")),
+            Kind::OpenRedrive(OpenRedrive { subscription: "../s".into() }),
             Kind::AllocateProducers(0),
             Kind::AllocateProducers(u32::MAX),
             Kind::Expect(named("")),
@@ -380,7 +399,10 @@ mod tests {
             Kind::Reassign(Reassign::default()),
             Kind::Settled(Settled::default()),
             Kind::SetIncarnation(SetIncarnation { broker: 1, incarnation: u64::MAX }),
-        ] {
+        ]
+        .into_iter()
+        .chain(by_another)
+        {
             assert!(handed_on(&kind.clone().into()).is_err(), "{kind:?}");
         }
         assert!(handed_on(&Command::default()).is_err());

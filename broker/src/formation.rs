@@ -17,6 +17,8 @@ use weir_proto::v1;
 use weir_store::rocks::RocksStore;
 
 const KEY: &str = "identity";
+/// Bytes of a cluster's id; brokers make ids of 36.
+const CLUSTER_ID_BYTES_MAX: usize = 128;
 
 /// What a broker's disk says it is.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -45,6 +47,40 @@ pub struct Formation {
     store: Arc<RocksStore>,
     identity: Mutex<Identity>,
     changed: Notify,
+}
+
+/// Why a plan to form a cluster is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// It is of another cluster than this broker.
+    #[error("{name} {relation} cluster '{own}', not '{asked}'")]
+    OtherCluster {
+        /// This broker.
+        name: String,
+        /// What binds it to its cluster.
+        relation: &'static str,
+        /// That cluster.
+        own: String,
+        /// The cluster of the plan.
+        asked: String,
+    },
+    /// This broker acts on this plan already.
+    #[error("{name} is a member of cluster '{own}' already")]
+    Formed {
+        /// This broker.
+        name: String,
+        /// Its cluster.
+        own: String,
+    },
+    /// The plan to act on was not kept here.
+    #[error("no plan of cluster '{0}' is prepared here; prepare it first")]
+    NotPrepared(String),
+    /// The plan is none for this broker.
+    #[error("{0}")]
+    Invalid(String),
+    /// It could not be kept.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 /// Asks a broker who it is.
@@ -116,27 +152,53 @@ impl Formation {
     }
 
     /// A coordinator asks to keep its plan.
-    pub fn prepare(&self, cluster_id: &str, state: bytes::Bytes) -> Result<(), StoreError> {
+    pub fn prepare(&self, cluster_id: &str, state: bytes::Bytes) -> Result<(), PlanError> {
+        self.check_cluster(cluster_id)?;
         let now = self.identity();
         if now.active {
-            return Err(StoreError::Io(format!("{} belongs to cluster {}", self.me.name, now.cluster_id)));
+            return Err(PlanError::Formed { name: self.me.name.clone(), own: now.cluster_id });
         }
-        if !self.expected.is_empty() && self.expected != cluster_id {
-            return Err(StoreError::Io(format!("{} waits for cluster {}", self.me.name, self.expected)));
+        let meta =
+            MetaState::decode(state.clone()).map_err(|e| PlanError::Invalid(format!("the plan's state: {e}")))?;
+        if cluster_id.is_empty() || cluster_id.len() > CLUSTER_ID_BYTES_MAX {
+            let bytes = cluster_id.len();
+            let text = format!("a cluster's id has 1 to {CLUSTER_ID_BYTES_MAX} bytes, not {bytes}");
+            return Err(PlanError::Invalid(text));
         }
-        let meta = MetaState::decode(state.clone()).map_err(|e| StoreError::Io(e.to_string()))?;
+        if meta.cluster_id != cluster_id {
+            let text = format!("the plan of cluster '{cluster_id}' holds the state of cluster '{}'", meta.cluster_id);
+            return Err(PlanError::Invalid(text));
+        }
         let mine = meta.broker_named(&self.me.name).map(|b| b.id);
-        let broker_id = mine.ok_or_else(|| StoreError::Io(format!("{} is not in that cluster", self.me.name)))?;
-        self.keep(Identity { cluster_id: cluster_id.to_owned(), broker_id, active: false, state })
+        let absent = || PlanError::Invalid(format!("{} is not in the plan of cluster '{cluster_id}'", self.me.name));
+        let broker_id = mine.ok_or_else(absent)?;
+        Ok(self.keep(Identity { cluster_id: cluster_id.to_owned(), broker_id, active: false, state })?)
+    }
+
+    /// Refuses a plan of another cluster than the one that this broker belongs to, or is meant for.
+    fn check_cluster(&self, asked: &str) -> Result<(), PlanError> {
+        let now = self.identity();
+        let (relation, own) = match now.active {
+            true => ("belongs to", now.cluster_id),
+            false => ("is to join", self.expected.clone()),
+        };
+        if own.is_empty() || own == asked {
+            return Ok(());
+        }
+        Err(PlanError::OtherCluster { name: self.me.name.clone(), relation, own, asked: asked.to_owned() })
     }
 
     /// The plan is kept by all: act on it.
-    pub fn activate(&self, cluster_id: &str) -> Result<(), StoreError> {
+    pub fn activate(&self, cluster_id: &str) -> Result<(), PlanError> {
+        self.check_cluster(cluster_id)?;
         let now = self.identity();
-        if now.cluster_id != cluster_id {
-            return Err(StoreError::Io("another plan was prepared".to_owned()));
+        if cluster_id.is_empty() || now.cluster_id != cluster_id {
+            return Err(PlanError::NotPrepared(cluster_id.to_owned()));
         }
-        if now.active { Ok(()) } else { self.keep(Identity { active: true, ..now }) }
+        if !now.active {
+            self.keep(Identity { active: true, ..now })?;
+        }
+        Ok(())
     }
 
     /// Waits until this broker has an identity it may act on, forming or joining a cluster where it must.

@@ -15,7 +15,7 @@ use crate::shared::Partition;
 use crate::status::Failure;
 use crate::throttle::Throttle;
 use crate::unpack::{Need, Unpacked, Unpacker};
-use crate::unreadable::Unreadable;
+use crate::unreadable::{Reported, Unreadable};
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::pin::Pin;
@@ -63,8 +63,6 @@ const GIVEN_BYTES_MAX: usize = 8 << 20;
 const ENVELOPE_BYTES: usize = 64;
 /// Bytes of one entry of what is delivered again.
 const REDELIVERED_BYTES_MAX: usize = 24;
-/// Batches of one request that a member could not decode.
-const REPORTED_MAX: usize = 1_000;
 /// Between two looks at deadlines, leadership and the subscription.
 const TICK: Duration = Duration::from_millis(50);
 /// Messages being buried at one time.
@@ -107,6 +105,16 @@ pub enum ToPublish {
     Result { to: String, records: Vec<Record> },
     /// The message itself, a dead letter, for the topic that it came from.
     GiveBack,
+}
+
+impl ToPublish {
+    /// Bytes of the batch that is made of it; a dead letter is read by the call that gives it back.
+    fn batch_bytes(&self) -> usize {
+        match self {
+            Self::Result { records, .. } => records::batch_bytes_max(records),
+            Self::GiveBack => 0,
+        }
+    }
 }
 
 /// What became of an ack with a result.
@@ -187,7 +195,7 @@ impl Hubs {
             to_bury: BTreeMap::new(),
             burials: JoinSet::new(),
             unreadable: Unreadable::default(),
-            reported: BTreeSet::new(),
+            reported: Reported::default(),
             results: JoinSet::new(),
             resulting: BTreeSet::new(),
             delivery: Delivery::new(policy, cursor),
@@ -315,7 +323,7 @@ struct Hub {
     /// batches that are passed over because their records cannot be decoded
     unreadable: Unreadable,
     /// offsets of batches that members could not decode, and that are not examined yet
-    reported: BTreeSet<u64>,
+    reported: Reported,
     /// results being published
     results: JoinSet<Resulted>,
     /// of these messages
@@ -513,7 +521,7 @@ impl Hub {
                     self.delivery.credit(id, request.credit_messages.into());
                     self.ack(&request.acks);
                     self.adjust(&request.nacks, &request.extensions, now_ms);
-                    self.reported.extend(request.unreadable.iter().take(REPORTED_MAX).map(|range| range.start));
+                    self.reported.add(&request.unreadable);
                 }
             }
             Command::Detach { member, clean } => self.end(member, clean),
@@ -637,10 +645,10 @@ impl Hub {
             Origin { subscription: self.subscription, group: self.group, offset, seeks, reason: Reason::Result };
         let context = self.context.clone();
         self.results.spawn(async move {
+            let bytes = what.batch_bytes();
             let published = match what {
                 ToPublish::Result { to, records } => {
-                    let value = |r: &Record| r.value.as_ref().map_or(0, Bytes::len);
-                    let _budget = context.budget.publish(records.iter().map(value).sum()).await;
+                    let _budget = context.budget.publish(bytes).await;
                     outbox::publish(&context, &to, &records, Compression::None, origin, Limit::Topic).await
                 }
                 ToPublish::GiveBack => dead_letter::give_back(&context, origin).await,
@@ -918,17 +926,17 @@ impl Hub {
 
     /// Decides on batches that members could not decode: what this broker can decode is delivered again.
     async fn examine_reported(&mut self, partition: &Partition) -> Result<(), Failure> {
-        while let Some(&offset) = self.reported.first() {
+        while let Some(offset) = self.reported.first() {
             if self.asking.is_some() {
                 break;
             }
-            self.reported.pop_first();
-            if self.delivery.standing(offset) != Standing::Given {
-                continue;
-            }
-            if !self.hold_records(offset, partition).await? {
-                self.reported.insert(offset);
+            let is_given = self.delivery.standing(offset) == Standing::Given;
+            if is_given && !self.hold_records(offset, partition).await? {
                 break; // when there is room to unpack it
+            }
+            self.reported.remove(offset);
+            if !is_given {
+                continue;
             }
             let Some(at) = self.find(offset) else { continue };
             let ahead = &self.ahead[at];
@@ -1464,4 +1472,24 @@ fn split(messages: Vec<v1::ReceivedMessage>, bytes_max: usize) -> Vec<Vec<v1::Re
         bytes += size;
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_result_counts_with_all_of_its_encoding() {
+        let name = "n".repeat(50_000);
+        let record = Record {
+            key: Some(vec![1; 20_000].into()),
+            value: None,
+            headers: vec![(name, Some(vec![2; 30_000].into()))],
+            timestamp_ms: 7,
+        };
+        let records = vec![record; 3];
+        let bytes = records::encode(&records, Compression::None, None).unwrap().len();
+        let counted = ToPublish::Result { to: "default/t".into(), records }.batch_bytes();
+        assert!((bytes..bytes + 100).contains(&counted), "{counted} counted of {bytes}");
+    }
 }

@@ -6,8 +6,8 @@ use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
 use weir_broker::config::Config;
-use weir_broker::output::Unwritten;
 use weir_broker::output;
+use weir_broker::output::Unwritten;
 use weir_broker::verify::{self, Verify};
 
 /// Gives back what is not used any more; see ARCHITECTURE.md.

@@ -512,8 +512,9 @@ impl Context {
     ) -> Result<u64, tonic::Status> {
         // their topic must take them now: later they are published whatever its limit is then
         let Found { batch_bytes_max, .. } = self.find(topic, partition)?;
-        let bytes: usize = list.iter().map(|(record, _)| records::encoded_bytes_max(record)).sum();
-        if weir_core::batch::HEADER_BYTES + bytes > batch_bytes_max as usize {
+        let records: usize = list.iter().map(|(record, _)| records::encoded_bytes_max(record)).sum();
+        let bytes = weir_core::batch::HEADER_BYTES + records;
+        if bytes > batch_bytes_max as usize {
             let text = format!("the batch has {bytes} bytes, topic {topic} takes at most {batch_bytes_max}");
             return Err(self.rejected(Failure::invalid("TOO_LARGE", text)).into());
         }
@@ -524,6 +525,7 @@ impl Context {
         }
         let list: Vec<Record> = list.into_iter().map(|(record, _)| record).collect();
         let batch = records::encode(&list, Compression::None, stamp).map_err(|e| Failure::invalid("RECORDS", e))?;
+        let _budget = self.budget.publish(batch.len()).await;
         // a topic that has just been made gets its leaders within moments
         let mut tries = 0;
         loop {

@@ -1,5 +1,6 @@
 //! Errors as clients see them: the one place where a failure becomes a google.rpc code.
 
+use crate::formation::PlanError;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 use weir_core::batch::BatchError;
@@ -10,6 +11,7 @@ use weir_core::storage::StoreError;
 use weir_proto::v1;
 
 /// Bytes of a message that repeats what a client sent: it stands twice in an answer's headers, encoded, of which clients take 8 to 16 KiB.
+/// The same for an error on a stream.
 const MESSAGE_BYTES_MAX: usize = 1_024;
 
 /// A failure of a client's request.
@@ -89,6 +91,19 @@ impl From<MetaError> for Failure {
     }
 }
 
+impl From<PlanError> for Failure {
+    fn from(error: PlanError) -> Self {
+        let message = error.to_string();
+        match error {
+            PlanError::OtherCluster { .. } => Self::new(Code::PermissionDenied, "NOT_A_PEER", message),
+            PlanError::Formed { .. } => Self::new(Code::FailedPrecondition, "FORMED", message),
+            PlanError::NotPrepared(_) => Self::new(Code::FailedPrecondition, "NOT_PREPARED", message),
+            PlanError::Invalid(_) => Self::invalid("PLAN", message),
+            PlanError::Store(error) => error.into(),
+        }
+    }
+}
+
 impl From<StoreError> for Failure {
     fn from(error: StoreError) -> Self {
         let code = match error {
@@ -100,6 +115,15 @@ impl From<StoreError> for Failure {
     }
 }
 
+/// As much of a message as an answer repeats.
+fn shown(mut message: String) -> String {
+    if message.len() > MESSAGE_BYTES_MAX {
+        message.truncate(message.floor_char_boundary(MESSAGE_BYTES_MAX));
+        message.push('…');
+    }
+    message
+}
+
 impl From<Failure> for Status {
     fn from(failure: Failure) -> Self {
         let mut metadata = std::collections::HashMap::new();
@@ -107,12 +131,7 @@ impl From<Failure> for Status {
             metadata.insert("leader".to_owned(), failure.leader);
         }
         let details = ErrorDetails::with_error_info(failure.reason, "weir.dev", metadata);
-        let mut message = failure.message;
-        if message.len() > MESSAGE_BYTES_MAX {
-            message.truncate(message.floor_char_boundary(MESSAGE_BYTES_MAX));
-            message.push('…');
-        }
-        Status::with_error_details(failure.code, message, details)
+        Status::with_error_details(failure.code, shown(failure.message), details)
     }
 }
 
@@ -120,7 +139,7 @@ impl From<Failure> for v1::Error {
     fn from(failure: Failure) -> Self {
         Self {
             code: failure.code as i32,
-            message: failure.message,
+            message: shown(failure.message),
             reason: failure.reason.to_owned(),
             leader: failure.leader,
         }
@@ -136,10 +155,33 @@ mod tests {
         for text in ["x".repeat(100_000), "ü".repeat(100_000), "\u{1}".repeat(100_000)] {
             let status = Status::from(Failure::invalid("INVALID", text.clone()));
             assert!(text.starts_with(status.message().trim_end_matches('…')) && status.message().ends_with('…'));
-            let headers: http::HeaderMap = status.into_http::<()>().headers().clone();
+            let headers: http::HeaderMap = status.clone().into_http::<()>().headers().clone();
             let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
             assert!(bytes < 8 << 10, "{bytes} bytes of headers");
+            let on_a_stream = v1::Error::from(Failure::invalid("INVALID", text));
+            assert_eq!(on_a_stream.message, status.message());
         }
+        assert_eq!(v1::Error::from(Failure::invalid("INVALID", "short")).message, "short");
         assert_eq!(Status::from(Failure::invalid("INVALID", "short")).message(), "short");
+    }
+
+    #[test]
+    fn plans_of_other_clusters_are_refused_as_their_senders_are() {
+        let (name, own, asked) = ("b".to_owned(), "c".to_owned(), "d".to_owned());
+        let io = PlanError::Store(StoreError::Io("no disk".into()));
+        for (error, code, reason) in [
+            (
+                PlanError::OtherCluster { name: name.clone(), relation: "belongs to", own: own.clone(), asked },
+                Code::PermissionDenied,
+                "NOT_A_PEER",
+            ),
+            (PlanError::Formed { name, own: own.clone() }, Code::FailedPrecondition, "FORMED"),
+            (PlanError::NotPrepared(own), Code::FailedPrecondition, "NOT_PREPARED"),
+            (PlanError::Invalid("no plan".into()), Code::InvalidArgument, "PLAN"),
+            (io, Code::Internal, "STORE"),
+        ] {
+            let failure = Failure::from(error);
+            assert_eq!((failure.code, failure.reason), (code, reason));
+        }
     }
 }

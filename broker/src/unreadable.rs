@@ -7,14 +7,17 @@ use crate::dead_letter::{self, Source};
 use crate::service::Context;
 use crate::shared::Partition;
 use crate::status::Failure;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use weir_core::cursor::OffsetRange;
 use weir_core::tail::LogBatch;
+use weir_proto::v1;
 
 /// Batches that wait to be moved. More are left to the next leader of the partition, and unacknowledged until then.
 const WAITING_MAX: usize = 10_000;
+/// Batches that members reported and the broker has not examined. More are delivered again after their deadline, and reported again.
+const REPORTED_MAX: usize = 10_000;
 /// Batches being moved at one time.
 const MOVING_MAX: usize = 4;
 /// Shortest and longest wait after a move that failed.
@@ -145,6 +148,32 @@ impl Unreadable {
     }
 }
 
+/// Offsets of batches that members could not decode, and that are not examined yet.
+#[derive(Default)]
+pub(crate) struct Reported(BTreeSet<u64>);
+
+impl Reported {
+    /// Adds a report, as far as there is room for it.
+    pub(crate) fn add(&mut self, ranges: &[v1::OffsetRange]) {
+        for range in ranges {
+            if self.0.len() >= REPORTED_MAX {
+                return;
+            }
+            self.0.insert(range.start);
+        }
+    }
+
+    /// The next one to examine.
+    pub(crate) fn first(&self) -> Option<u64> {
+        self.0.first().copied()
+    }
+
+    /// Removes one that is examined.
+    pub(crate) fn remove(&mut self, offset: u64) {
+        self.0.remove(&offset);
+    }
+}
+
 async fn move_batch(
     context: &Context,
     source: &Source,
@@ -156,5 +185,29 @@ async fn move_batch(
         Some(batch) => dead_letter::publish(context, source, dead_letter::of_batch(source, &batch), base_offset).await,
         None if partition.tail.start_offset() > base_offset => Ok(()), // retention was faster
         None => Err(Failure::new(tonic::Code::Unavailable, "NOT_READ", "the batch could not be read")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reports_are_bounded_however_many_come_before_they_are_examined() {
+        let mut reported = Reported::default();
+        for from in (0..5).map(|report| report * REPORTED_MAX as u64) {
+            let ranges: Vec<_> =
+                (from..from + REPORTED_MAX as u64).map(|start| v1::OffsetRange { start, end: start + 1 }).collect();
+            reported.add(&ranges);
+        }
+        let mut examined = 0;
+        while let Some(offset) = reported.first() {
+            assert_eq!(offset, examined);
+            reported.remove(offset);
+            examined += 1;
+        }
+        assert_eq!(examined, REPORTED_MAX as u64);
+        reported.add(&[v1::OffsetRange { start: 7, end: 8 }]);
+        assert_eq!(reported.first(), Some(7), "there is room again");
     }
 }

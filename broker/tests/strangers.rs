@@ -129,6 +129,21 @@ async fn forged_calls_to_the_peer_port_change_nothing() {
             assert_eq!(reason(peer.join(join).await.unwrap_err()), wanted);
         }
     }
+    // plans to form a cluster, of another one and of this one, which is formed
+    let refusal = |status: Status| {
+        let code = status.code();
+        (code, reason(status))
+    };
+    let plan = |cluster_id: &str| v1::FormRequest { cluster_id: cluster_id.to_owned(), ..Default::default() };
+    let long = "c".repeat(3 << 20);
+    for foreign in ["another", "", &long] {
+        let wanted = (Code::PermissionDenied, "NOT_A_PEER".to_owned());
+        assert_eq!(refusal(peer.prepare(plan(foreign)).await.unwrap_err()), wanted);
+        assert_eq!(refusal(peer.activate(plan(foreign)).await.unwrap_err()), wanted);
+    }
+    let formed = (Code::FailedPrecondition, "FORMED".to_owned());
+    assert_eq!(refusal(peer.prepare(plan(cluster)).await.unwrap_err()), formed);
+    peer.activate(plan(cluster)).await.expect("it is active, as it is asked to be");
     // nobody of that name answers there; at this broker's own address one does, but it is a member
     for (name, cluster_id, peer_address) in [
         ("weir-0", "another", running.peer.to_string()),
@@ -183,6 +198,12 @@ async fn forged_commands_of_a_member_are_refused() {
         let refused = peer.propose(v1::ProposeRequest { command, hello }).await.unwrap_err();
         assert_eq!(refused.get_details_error_info().unwrap().reason, wanted, "{kind:?} {}", refused.message());
     }
+    // a stream has one hello
+    let hello =
+        v1::PeerHello { cluster_id: before.cluster_id.clone(), broker_id: member, to_broker_id: me.id, incarnation: 0 };
+    let frame = v1::PeerFrame { hello: Some(hello), ..Default::default() };
+    let refused = peer.exchange(futures::stream::iter([frame.clone(), frame])).await.unwrap_err();
+    assert_eq!(refused.get_details_error_info().unwrap().reason, "HELLO", "{}", refused.message());
     let after = metadata.get(v1::GetMetadataRequest::default()).await.unwrap().into_inner();
     assert_eq!((after.brokers, after.topics), (before.brokers, before.topics));
     running.stop().await;
@@ -418,5 +439,90 @@ async fn an_offset_that_retention_took_is_refused_with_both_bounds_and_a_bomb_wi
         }
     }
     assert_eq!(count(&running, "weir_undecodable_batches_total{outcome=\"skipped\"}").await, 1);
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_second_open_and_texts_and_tokens_that_are_too_long_are_refused() {
+    use tonic_types::StatusExt as _;
+    let data = tempfile::tempdir().unwrap();
+    let running = broker(data.path()).await;
+    make_topic(&running).await;
+    subscribe(&running, None).await;
+    let channel = connect(running.client).await;
+    let mut metadata = v1::metadata_client::MetadataClient::new(channel.clone());
+    status(&mut metadata).await;
+    let refusal = |status: Status| {
+        assert!(status.message().len() <= 1_027, "{} bytes", status.message().len());
+        (status.code(), status.get_details_error_info().map_or(status.to_string(), |info| info.reason))
+    };
+    let invalid = |reason: &str| (Code::InvalidArgument, reason.to_owned());
+    let long = "x".repeat(3 << 20);
+    for token in [format!("topic {long}"), format!("subscription {long}"), long.clone(), " ".repeat(3 << 20)] {
+        let get = v1::GetMetadataRequest { page_token: token.clone(), ..Default::default() };
+        assert_eq!(refusal(metadata.get(get).await.unwrap_err()), invalid("PAGE_TOKEN"));
+        let describe = v1::DescribeRequest { page_token: token, ..Default::default() };
+        assert_eq!(refusal(metadata.describe(describe).await.unwrap_err()), invalid("PAGE_TOKEN"));
+    }
+    let topics = vec!["t".to_owned(); 100_001];
+    let get = v1::GetMetadataRequest { topics: topics.clone(), ..Default::default() };
+    assert_eq!(refusal(metadata.get(get).await.unwrap_err()), invalid("TOPICS"));
+    let describe = v1::DescribeRequest { topics, ..Default::default() };
+    assert_eq!(refusal(metadata.describe(describe).await.unwrap_err()), invalid("TOPICS"));
+
+    let mut subscriber = v1::subscriber_client::SubscriberClient::new(channel.clone());
+    let open = |member: &str| v1::PullRequest {
+        open: Some(v1::PullOpen { subscription: "s".into(), member: member.to_owned(), ..Default::default() }),
+        ..Default::default()
+    };
+    let streamed = async |requests: Vec<v1::PullRequest>| {
+        let requests = futures::StreamExt::chain(futures::stream::iter(requests), futures::stream::pending());
+        let mut subscriber = v1::subscriber_client::SubscriberClient::new(connect(running.client).await);
+        let status = match subscriber.streaming_pull(requests).await {
+            Ok(mut stream) => loop {
+                let next = stream.get_mut().message();
+                let next = tokio::time::timeout(Duration::from_secs(30), next).await;
+                match next.expect("the stream ends") {
+                    Ok(answer) => assert!(answer.is_some(), "a stream that ends without a reason"),
+                    Err(status) => break status,
+                }
+            },
+            Err(status) => status,
+        };
+        refusal(status)
+    };
+    let unreadable = |count: usize, end| {
+        let unreadable = vec![v1::OffsetRange { start: 0, end }; count];
+        v1::PullRequest { unreadable, ..Default::default() }
+    };
+    assert_eq!(streamed(vec![open("m"), open("m")]).await, invalid("OPEN"));
+    assert_eq!(streamed(vec![open("m"), open("another")]).await, invalid("OPEN"));
+    assert_eq!(streamed(vec![open("m"), unreadable(100_001, 1)]).await, invalid("RANGES"));
+    assert_eq!(streamed(vec![open("m"), unreadable(1, 0)]).await, invalid("OFFSETS"));
+    assert_eq!(streamed(vec![open(&long)]).await, invalid("MEMBER"));
+    let pull = v1::PullMessagesRequest { subscription: "s".into(), member: long.clone(), ..Default::default() };
+    assert_eq!(refusal(subscriber.pull(pull).await.unwrap_err()), invalid("MEMBER"));
+    let to = Some(v1::seek_request::To::Snapshot(long.clone()));
+    let seek = v1::SeekRequest { subscription: "s".into(), to, ..Default::default() };
+    assert_eq!(refusal(subscriber.seek(seek).await.unwrap_err()), invalid("NAME"));
+
+    let mut requester = v1::requester_client::RequesterClient::new(channel.clone());
+    let message = Some(v1::Message::default());
+    let reply = v1::ReplyRequest { address: format!("1/{long}"), message };
+    assert_eq!(refusal(requester.reply(reply).await.unwrap_err()), invalid("ADDRESS"));
+    let mut admin = v1::admin_client::AdminClient::new(connect(running.admin).await);
+    let delete = v1::DeleteRequest { name: "t".into(), owner_uid: long.clone(), ..Default::default() };
+    assert_eq!(refusal(admin.delete_topic(delete.clone()).await.unwrap_err()), invalid("OWNER_UID"));
+    assert_eq!(refusal(admin.delete_subscription(delete).await.unwrap_err()), invalid("OWNER_UID"));
+
+    // on a stream of batches the refusal is an answer; its text is as short
+    let topic = format!("weir-system/{long}");
+    let batch = v1::PublishBatch { id: 7, topic, ..Default::default() };
+    let mut publisher = v1::publisher_client::PublisherClient::new(channel);
+    let mut acks = publisher.publish_stream(futures::stream::iter([batch])).await.unwrap().into_inner();
+    let ack = acks.message().await.unwrap().unwrap();
+    let Some(v1::publish_ack::Outcome::Error(error)) = ack.outcome else { panic!("{ack:?}") };
+    assert_eq!((error.code, error.reason.as_str()), (Code::InvalidArgument as i32, "INTERNAL"));
+    assert!(error.message.len() <= 1_027, "{} bytes", error.message.len());
     running.stop().await;
 }

@@ -5,8 +5,8 @@ use clap::Subcommand;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use weir_broker::outln;
-use weir_client::{Client, Error, full_name};
 use weir_client::schedule::Scheduled;
+use weir_client::{Client, Error, full_name};
 use weir_crds::{ValidatedSubscription, ValidatedTopic, manifest};
 use weir_proto::v1;
 
@@ -286,7 +286,13 @@ pub(crate) async fn topic(client: &Client, command: Topic, output: Output) -> an
             outln!("{}", topic.name)?;
             outln!(
                 "{:>9} {:>7} {:<12} {:<12} {:>12} {:>12} {:>11} SETTLED",
-                "PARTITION", "LEADER", "REPLICAS", "IN SYNC", "START", "END", "SIZE"
+                "PARTITION",
+                "LEADER",
+                "REPLICAS",
+                "IN SYNC",
+                "START",
+                "END",
+                "SIZE"
             )?;
             for p in &topic.partitions {
                 let list = |ids: &[u64]| ids.iter().map(u64::to_string).collect::<Vec<_>>().join(",");
@@ -329,7 +335,8 @@ pub(crate) async fn subscription(client: &Client, command: Subscription, output:
             let listed = cluster.metadata.subscriptions.iter().filter(|s| all || !s.internal);
             let list: Vec<&v1::Subscription> = listed.collect();
             if output == Output::Json {
-                let one = |s: &&v1::Subscription| json!({"name": s.name, "topic": s.spec.as_ref().map(|x| x.topic.clone())});
+                let one =
+                    |s: &&v1::Subscription| json!({"name": s.name, "topic": s.spec.as_ref().map(|x| x.topic.clone())});
                 outln!("{}", serde_json::Value::Array(list.iter().map(one).collect()))?;
                 return Ok(());
             }
@@ -465,7 +472,9 @@ async fn describe_subscription(client: &Client, name: &str, output: Output) -> a
         let oldest = s.oldest_ms.map_or("-".to_owned(), |_| oldest.to_string());
         outln!(
             "{partition:>9} {:>12} {end:>12} {:>10} {:>11} {oldest:<14} {topic}",
-            s.position, s.backlog, s.acked_above
+            s.position,
+            s.backlog,
+            s.acked_above
         )?;
     }
     Ok(())
@@ -498,7 +507,8 @@ pub(crate) async fn cluster(client: &Client, command: Cluster, output: Output) -
             }
             outln!(
                 "cluster {}, metadata leader {}, {leaderless} partitions without leader, {moving} moving",
-                m.cluster_id, m.controller
+                m.cluster_id,
+                m.controller
             )?;
             if !rolled_back.is_empty() {
                 outln!("volumes rolled back to older copies: {}", rolled_back.join(", "))?;
@@ -529,12 +539,7 @@ pub(crate) async fn cluster(client: &Client, command: Cluster, output: Output) -
             }
         }
         Cluster::Drain { id, cancel } => {
-            client
-                .admin()
-                .await?
-                .drain_broker(v1::DrainBrokerRequest { id, cancel })
-                .await
-                .map_err(Error::from)?;
+            client.admin().await?.drain_broker(v1::DrainBrokerRequest { id, cancel }).await.map_err(Error::from)?;
             let (text, phase) = match phase_of(client, id).await? {
                 _ if cancel => ("stays", "active"),
                 Some(_) => ("is being drained; watch `weir cluster status`", "draining"),

@@ -25,16 +25,16 @@ pub(crate) struct Redriven {
 pub(crate) async fn redrive(client: &Client, name: &str, max: u64) -> anyhow::Result<Redriven> {
     let full = full_name(name);
     let cluster = client.cluster();
-    let spec = cluster
-        .subscription(&full)
-        .and_then(|s| s.spec.clone())
-        .ok_or_else(|| Error::no_subscription(name))?;
+    let spec = cluster.subscription(&full).and_then(|s| s.spec.clone()).ok_or_else(|| Error::no_subscription(name))?;
     anyhow::ensure!(!spec.dead_letter_topic.is_empty(), "subscription {name} has no dead-letter topic");
     let request = proto::OpenRedriveRequest { subscription: full.clone() };
     let opened = client.admin().await?.open_redrive(request).await.map_err(weir_client::Error::from)?;
     let own = opened.into_inner().position;
     client.refresh().await?;
     let mut waiting = backlog(client, &own).await?;
+    if waiting == 0 || max == 0 {
+        return Ok(Redriven::default());
+    }
     let mut subscriber = Subscriber::open(client, &own, Default::default()).await?;
     let mut done = Redriven::default();
     let mut back = HashSet::new();

@@ -181,6 +181,13 @@ fn take_folder(serve: &Serve, end: Instant) -> anyhow::Result<File> {
     Ok(folder)
 }
 
+/// Folders whose disks must have room for broker processes, before any is started: each would end without it, and be started again. One
+/// broker, in this process, checks its disk itself.
+fn roomy_folders(data: &Path, brokers: u16) -> BTreeSet<PathBuf> {
+    let own = (0..brokers).filter(|_| brokers > 1).map(|i| data.join(format!("weir-{i}")));
+    own.map(|own| if own.exists() { own } else { data.to_owned() }).collect()
+}
+
 /// An address by which this machine itself reaches a listener.
 fn local(at: SocketAddr) -> SocketAddr {
     match at.ip() {
@@ -200,8 +207,8 @@ pub(crate) async fn run(serve: Serve, output: Output) -> anyhow::Result<()> {
     weir_broker::logging::start();
     let end = Instant::now() + FREE_WITHIN;
     let _folder = take_folder(&serve, end)?;
-    for name in (0..serve.brokers).map(|i| serve.data.join(format!("weir-{i}"))) {
-        weir_broker::room::check(if name.exists() { &name } else { &serve.data }).map_err(anyhow::Error::msg)?;
+    for folder in roomy_folders(&serve.data, serve.brokers) {
+        weir_broker::room::check(&folder).map_err(anyhow::Error::msg)?;
     }
     let list = addresses(&serve, end)?;
     let mut terminate = signal(SignalKind::terminate())?;
@@ -509,4 +516,20 @@ impl Feed {
 
 fn is_passing(error: &anyhow::Error) -> bool {
     error.downcast_ref::<weir_client::Error>().is_some_and(weir_client::Error::is_unavailable)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_disk_is_checked_once() {
+        let data = tempfile::tempdir().unwrap();
+        let checked = |brokers| roomy_folders(data.path(), brokers).into_iter().collect::<Vec<_>>();
+        assert!(checked(1).is_empty(), "the broker in this process checks it");
+        assert_eq!(checked(3), [data.path()]);
+        let own = data.path().join("weir-1");
+        std::fs::create_dir(&own).unwrap();
+        assert_eq!(checked(3), [data.path(), &own]);
+    }
 }

@@ -237,25 +237,53 @@ fn with_o_json_every_command_prints_the_fields_that_are_documented_and_errors_ar
     let (data, manifests) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let served = Served::start(data.path(), manifests.path());
     let file = data.path().join("a.yaml");
-    std::fs::write(&file, format!("{ORDERS}---\n{}", MAIL.replace("start:", "deadLetter: {maxDeliveries: 5, topic: dead}, start:"))).unwrap();
+    std::fs::write(
+        &file,
+        format!("{ORDERS}---\n{}", MAIL.replace("start:", "deadLetter: {maxDeliveries: 5, topic: dead}, start:")),
+    )
+    .unwrap();
     let (file, wrong) = (file.to_str().unwrap().to_owned(), data.path().join("b.yaml"));
     std::fs::write(&wrong, ORDERS.replace("orders", "dead").replace("partitions: 1", "partitions: many")).unwrap();
     let wrong = wrong.to_str().unwrap();
     // of each command, what it prints as it should
     let lines: [(&str, &str, &[&str]); 24] = [
-        ("topic apply", r#"{"applied": [{"kind": "topic", "name": "default/orders"}, {"kind": "subscription", "name": "default/mail"}]}"#, &["-f", &file]),
+        (
+            "topic apply",
+            r#"{"applied": [{"kind": "topic", "name": "default/orders"}, {"kind": "subscription", "name": "default/mail"}]}"#,
+            &["-f", &file],
+        ),
         ("subscription apply", r#"{"applied": [{"kind": "topic", "name": "default/orders"}]}"#, &["-f", &file]),
         ("publish", r#"{"partition": 0, "offset": 0}"#, &["orders"]),
         ("publish", r#"{"partition": 0, "offset": 0, "scheduled": true}"#, &["orders", "--delay", "1h"]),
-        ("topic unschedule", r#"{"topic": "default/orders", "partition": 0, "offset": 0, "takenBack": true}"#, &["orders", "0", "0"]),
-        ("consume", r#"{"topic": "default/orders", "offset": 0, "value": "a message"}"#, &["--topic", "orders", "--from", "0", "--max", "1"]),
+        (
+            "topic unschedule",
+            r#"{"topic": "default/orders", "partition": 0, "offset": 0, "takenBack": true}"#,
+            &["orders", "0", "0"],
+        ),
+        (
+            "consume",
+            r#"{"topic": "default/orders", "offset": 0, "value": "a message"}"#,
+            &["--topic", "orders", "--from", "0", "--max", "1"],
+        ),
         ("topic list", r#"[{"name": "default/orders"}]"#, &[]),
         ("topic describe", r#"{"name": "default/orders", "partitions": 1}"#, &["orders"]),
         ("subscription list", r#"[{"name": "default/mail", "topic": "default/orders"}]"#, &[]),
-        ("subscription describe", r#"{"name": "default/mail", "backlog": 1, "deadLetterTopicExists": false}"#, &["mail"]),
-        ("subscription snapshot", r#"{"subscription": "default/mail", "snapshot": "a", "taken": true}"#, &["mail", "a"]),
+        (
+            "subscription describe",
+            r#"{"name": "default/mail", "backlog": 1, "deadLetterTopicExists": false}"#,
+            &["mail"],
+        ),
+        (
+            "subscription snapshot",
+            r#"{"subscription": "default/mail", "snapshot": "a", "taken": true}"#,
+            &["mail", "a"],
+        ),
         ("subscription snapshots", r#"[{"name": "a", "holds": 1}]"#, &["mail"]),
-        ("subscription snapshot", r#"{"subscription": "default/mail", "snapshot": "a", "deleted": true}"#, &["mail", "a", "--delete"]),
+        (
+            "subscription snapshot",
+            r#"{"subscription": "default/mail", "snapshot": "a", "deleted": true}"#,
+            &["mail", "a", "--delete"],
+        ),
         ("subscription seek", r#"{"name": "default/mail", "moved": true}"#, &["mail", "--to", "earliest"]),
         ("topic apply", r#"{"applied": [{"kind": "topic", "name": "default/dead"}], "wrong": []}"#, &["-f", "-"]),
         ("subscription redrive", r#"{"name": "default/mail", "putBack": 0, "left": []}"#, &["mail"]),
@@ -276,7 +304,8 @@ fn with_o_json_every_command_prints_the_fields_that_are_documented_and_errors_ar
         assert!(has(&printed, &serde_json::from_str(expected).unwrap()), "weir {words:?}: {printed}");
         let (mut found, documented) = (Vec::new(), documented(command));
         // one topic is documented by the list of all
-        let documented = if command == "topic describe" { documented + &self::documented("topic list") } else { documented };
+        let documented =
+            if command == "topic describe" { documented + &self::documented("topic list") } else { documented };
         fields(&printed, &mut found);
         let unknown = found.iter().find(|field| !documented.contains(&format!("`{field}`")));
         assert_eq!(unknown, None, "weir {command}, docs/cli.md");

@@ -97,6 +97,12 @@ pub const WAIT_MS_MAX: u64 = DAY_MS;
 pub const OWNER_UID_CHARS_MAX: usize = 128;
 /// Characters of a failure domain; a label's value has 63.
 pub const RACK_CHARS_MAX: usize = 255;
+/// Characters of a subscription member's name.
+pub const MEMBER_CHARS_MAX: usize = 255;
+/// Bytes of a page token: two full names and a word.
+pub const PAGE_TOKEN_BYTES_MAX: usize = 1_200;
+/// Topics that one request names.
+pub const TOPICS_ASKED_MAX: usize = 100_000;
 
 /// A field that is refused.
 #[derive(Clone, Debug, PartialEq, Eq)]

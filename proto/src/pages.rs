@@ -1,6 +1,6 @@
 //! The answers of the Metadata service are pages. A caller follows them to the last one here, and what was divided is joined again.
 
-use crate::v1;
+use crate::{limits::PAGE_TOKEN_BYTES_MAX, v1};
 use tonic::Status;
 
 /// Pages of one answer, beyond which something is wrong at the broker: 3 GiB.
@@ -10,6 +10,10 @@ const PAGES_MAX: usize = 1_024;
 fn next(asked_for: &str, next: String, pages: usize) -> Result<Option<String>, Status> {
     match next {
         next if next.is_empty() => Ok(None),
+        next if next.len() > PAGE_TOKEN_BYTES_MAX => {
+            let bytes = next.len();
+            Err(Status::internal(format!("a page's token has {PAGE_TOKEN_BYTES_MAX} bytes at most, not {bytes}")))
+        }
         next if next == asked_for || pages >= PAGES_MAX => {
             Err(Status::internal(format!("the answer has no end: page {pages} continues with '{next}'")))
         }
@@ -69,4 +73,17 @@ where
         whole.partitions.extend(partitions);
     }
     Ok(whole)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_that_is_too_long_is_not_sent_back() {
+        let token = |bytes: usize| next("", "x".repeat(bytes), 1);
+        assert!(token(PAGE_TOKEN_BYTES_MAX).is_ok());
+        let refused = token(3 << 20).unwrap_err();
+        assert!(refused.message().contains("1200 bytes at most, not 3145728"), "{}", refused.message());
+    }
 }

@@ -22,7 +22,7 @@ pub(crate) fn placements(meta: &core::MetaState, partitions: u32, replicas: u32)
 
 fn delete(request: v1::DeleteRequest) -> Result<Delete, Failure> {
     let v1::DeleteRequest { name, owner_uid, release } = request;
-    Ok(Delete { name: full_name(&name)?, owner_uid, release })
+    Ok(Delete { name: full_name(&name)?, owner_uid: declare::owner_uid(owner_uid)?, release })
 }
 
 fn snapshot(request: v1::SnapshotRequest) -> Result<TakeSnapshot, Failure> {
@@ -197,5 +197,18 @@ impl Admin for Context {
         limits::LOG_FILTER.check_chars(&filter).map_err(Failure::from)?;
         crate::logging::set_filter(&filter).map_err(|e| Failure::invalid("FILTER", e))?;
         Ok(self.applied())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deletion_holds_a_name_and_a_uid_of_bounded_length() {
+        let request =
+            |uid: usize| v1::DeleteRequest { name: "t".into(), owner_uid: "u".repeat(uid), ..Default::default() };
+        assert_eq!(delete(request(limits::OWNER_UID_CHARS_MAX)).unwrap().name, "default/t");
+        assert_eq!(delete(request(limits::OWNER_UID_CHARS_MAX + 1)).unwrap_err().reason, "OWNER_UID");
     }
 }

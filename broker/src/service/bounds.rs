@@ -1,15 +1,17 @@
 //! Bounds of what requests hold: an empty request, an empty range and a number out of bounds are refused, not read as something else.
 
 use crate::budget::ANSWER_BYTES_MAX;
+use crate::service::any_name;
 use crate::status::Failure;
-use weir_proto::limits::{DELAY_MS_MAX, WAIT_MS_MAX};
+use std::collections::HashSet;
+use weir_proto::limits::{DELAY_MS_MAX, MEMBER_CHARS_MAX, TOPICS_ASKED_MAX, WAIT_MS_MAX};
 use weir_proto::v1;
 
 /// Messages of one Pull.
 pub const MESSAGES_MAX: u32 = 1_000;
 /// Messages of one Pull that does not say how many.
 const MESSAGES_DEFAULT: u32 = 100;
-/// Ranges of messages in one request, acks, nacks and longer deadlines together.
+/// Ranges of messages in one request, of all kinds together: acks, nacks, longer deadlines and unreadable batches.
 const RANGES_MAX: usize = 100_000;
 /// Bytes of one answer to a Fetch that does not say how many.
 const FETCH_BYTES_DEFAULT: u32 = 1 << 20;
@@ -32,6 +34,22 @@ pub fn fetch_bytes(wanted: Option<u32>) -> Result<usize, Failure> {
     }
 }
 
+/// Full names of the topics that a listing is asked for.
+pub fn topics(wanted: &[String]) -> Result<HashSet<String>, Failure> {
+    if wanted.len() > TOPICS_ASKED_MAX {
+        let text = format!("{} topics, one request names {TOPICS_ASKED_MAX}: ask in parts, or for all", wanted.len());
+        return Err(Failure::invalid("TOPICS", text));
+    }
+    wanted.iter().map(|t| any_name(t)).collect()
+}
+
+/// The name of a subscription's member.
+pub fn member(name: &str) -> Result<&str, Failure> {
+    let chars = name.chars().count();
+    let text = || format!("member has {chars} characters, at most {MEMBER_CHARS_MAX} are taken");
+    if chars <= MEMBER_CHARS_MAX { Ok(name) } else { Err(Failure::invalid("MEMBER", text())) }
+}
+
 /// Producer ids wanted.
 pub fn producer_ids(count: u32) -> Result<u32, Failure> {
     let wrong = || Failure::invalid("COUNT", format!("count must be 1 to {PRODUCER_IDS_MAX}, not {count}"));
@@ -50,15 +68,33 @@ fn range(start: u64, end: u64) -> Result<(), Failure> {
     if start < end { Ok(()) } else { Err(Failure::invalid("OFFSETS", text())) }
 }
 
+/// Refuses more ranges than one request takes.
+fn number_of_ranges(ranges: usize) -> Result<(), Failure> {
+    if ranges <= RANGES_MAX {
+        return Ok(());
+    }
+    let text = format!(
+        "{ranges} ranges of messages, one request takes {RANGES_MAX}: send several, and join ranges that touch"
+    );
+    Err(Failure::invalid("RANGES", text))
+}
+
+/// A request of a stream whose partition is open.
+pub fn pull(request: &v1::PullRequest) -> Result<(), Failure> {
+    let v1::PullRequest { open, credit_messages: _, acks, nacks, extensions, unreadable } = request;
+    if open.is_some() {
+        let text = "the stream has its partition: only the first request holds an open; use another stream for another \
+                    partition or member";
+        return Err(Failure::invalid("OPEN", text));
+    }
+    number_of_ranges(acks.len() + nacks.len() + extensions.len() + unreadable.len())?;
+    unreadable.iter().try_for_each(|r| range(r.start, r.end))?;
+    settlement(acks, nacks, extensions)
+}
+
 /// What a consumer says of messages: acks, nacks and extensions.
 pub fn settlement(acks: &[v1::OffsetRange], nacks: &[v1::Nacked], extensions: &[v1::Extension]) -> Result<(), Failure> {
-    let ranges = acks.len() + nacks.len() + extensions.len();
-    if ranges > RANGES_MAX {
-        let text = format!(
-            "{ranges} ranges of messages, one request takes {RANGES_MAX}: send several, and join ranges that touch"
-        );
-        return Err(Failure::invalid("RANGES", text));
-    }
+    number_of_ranges(acks.len() + nacks.len() + extensions.len())?;
     acks.iter().try_for_each(|a| range(a.start, a.end))?;
     for nack in nacks {
         range(nack.start, nack.end)?;
@@ -110,6 +146,36 @@ mod tests {
         assert!(acks(5, 6).is_ok() && acks(0, u64::MAX).is_ok());
         assert!(acks(5, 0).is_err() && acks(5, 5).is_err(), "an end that was not set");
         assert!(settlement_call(&[], &[], &[]).is_err() && settlement(&[], &[], &[]).is_ok());
+    }
+
+    #[test]
+    fn ranges_of_unreadable_batches_count_as_others_do() {
+        let ranges = |count: usize| vec![v1::OffsetRange { start: 5, end: 6 }; count];
+        let request = |acks, unreadable| pull(&v1::PullRequest { acks, unreadable, ..Default::default() });
+        assert!(request(ranges(1), ranges(RANGES_MAX - 1)).is_ok());
+        assert_eq!(request(ranges(1), ranges(RANGES_MAX)).unwrap_err().reason, "RANGES");
+        assert_eq!(request(Vec::new(), ranges(RANGES_MAX + 1)).unwrap_err().reason, "RANGES");
+        let empty = vec![v1::OffsetRange { start: 5, end: 5 }];
+        assert_eq!(request(Vec::new(), empty).unwrap_err().reason, "OFFSETS");
+    }
+
+    #[test]
+    fn a_stream_is_opened_once() {
+        let request = v1::PullRequest { credit_messages: 1, ..Default::default() };
+        assert!(pull(&request).is_ok());
+        let again = pull(&v1::PullRequest { open: Some(v1::PullOpen::default()), ..request }).unwrap_err();
+        assert_eq!((again.code, again.reason), (tonic::Code::InvalidArgument, "OPEN"));
+    }
+
+    #[test]
+    fn names_and_their_number_are_bounded() {
+        let long = "ü".repeat(MEMBER_CHARS_MAX);
+        assert!(member("").is_ok() && member(&long).is_ok());
+        assert_eq!(member(&format!("{long}x")).unwrap_err().reason, "MEMBER");
+        let asked = |count: usize| topics(&vec!["t".to_owned(); count]);
+        assert_eq!(asked(TOPICS_ASKED_MAX).unwrap().into_iter().collect::<Vec<_>>(), ["default/t"]);
+        assert_eq!(asked(TOPICS_ASKED_MAX + 1).unwrap_err().reason, "TOPICS");
+        assert_eq!(topics(&["../x".to_owned()]).unwrap_err().reason, "NAME");
     }
 
     #[test]

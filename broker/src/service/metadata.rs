@@ -1,7 +1,7 @@
 //! What there is and where.
 
 use super::pages::{self, Behind, Place, Room};
-use super::{Context, any_name};
+use super::{Context, bounds};
 use crate::budget::ANSWER_BYTES_MAX;
 use crate::declare;
 use std::collections::{HashMap, HashSet};
@@ -153,7 +153,7 @@ impl Metadata for Context {
     async fn get(&self, request: Request<v1::GetMetadataRequest>) -> Result<Response<v1::GetMetadataResponse>, Status> {
         let v1::GetMetadataRequest { topics: wanted, page_token } = request.into_inner();
         let behind = Behind::parse(&page_token).map_err(|f| self.rejected(f))?;
-        let wanted = wanted.iter().map(|t| any_name(t)).collect::<Result<HashSet<_>, _>>()?;
+        let wanted = bounds::topics(&wanted).map_err(|f| self.rejected(f))?;
         let meta = self.shared.meta();
         let head = v1::GetMetadataResponse {
             cluster_id: meta.cluster_id.clone(),
@@ -173,7 +173,7 @@ impl Metadata for Context {
     async fn describe(&self, request: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeResponse>, Status> {
         let v1::DescribeRequest { topics, page_token } = request.into_inner();
         let from = Place::parse(&page_token).map_err(|f| self.rejected(f))?;
-        let topics = topics.iter().map(|t| any_name(t)).collect::<Result<HashSet<_>, _>>()?;
+        let topics = bounds::topics(&topics).map_err(|f| self.rejected(f))?;
         let (partitions, next) = self.describe_from(&topics, from, ANSWER_BYTES_MAX).await;
         let next_page_token = next.map_or(String::new(), Place::token);
         Ok(Response::new(v1::DescribeResponse { broker: self.shared.broker.0, partitions, next_page_token }))

@@ -7,14 +7,20 @@ use crate::status::Failure;
 use prost::Message;
 use std::ops::Bound::{Excluded, Unbounded};
 use weir_core::meta::state as core;
+use weir_proto::limits::PAGE_TOKEN_BYTES_MAX;
 use weir_proto::v1;
-
-/// Most bytes of a token: two full names and a word.
-const TOKEN_BYTES_MAX: usize = 1_200;
 
 fn wrong(token: &str) -> Failure {
     let shown: String = token.chars().take(60).collect();
     Failure::invalid("PAGE_TOKEN", format!("'{shown}' is not the token of a page; begin again without one"))
+}
+
+/// Refuses a token that no page has, before it is read.
+fn bounded(token: &str) -> Result<&str, Failure> {
+    let bytes = token.len();
+    let text =
+        || format!("a page's token has {PAGE_TOKEN_BYTES_MAX} bytes at most, not {bytes}; begin again without one");
+    if bytes <= PAGE_TOKEN_BYTES_MAX { Ok(token) } else { Err(Failure::invalid("PAGE_TOKEN", text())) }
 }
 
 /// Bytes of an element of a list at most, from the bytes of its content: with a tag, and a length of at most five bytes.
@@ -31,7 +37,7 @@ pub(super) struct Room {
 impl Room {
     /// Of a page of at most `bytes_max` bytes on the wire that has the fields of `head` as well.
     pub(super) fn beside(head: &impl Message, bytes_max: usize) -> Self {
-        let taken = PREFIX_BYTES + element_bytes(TOKEN_BYTES_MAX) + head.encoded_len();
+        let taken = PREFIX_BYTES + element_bytes(PAGE_TOKEN_BYTES_MAX) + head.encoded_len();
         Self { bytes: bytes_max.saturating_sub(taken), is_empty: true }
     }
 
@@ -79,7 +85,7 @@ pub(super) enum Behind {
 
 impl Behind {
     pub(super) fn parse(token: &str) -> Result<Self, Failure> {
-        match *token.split(' ').collect::<Vec<_>>().as_slice() {
+        match *bounded(token)?.split(' ').collect::<Vec<_>>().as_slice() {
             [""] => Ok(Self::Nothing),
             ["topic", name] => Ok(Self::Topic(name.to_owned())),
             ["subscription", name] => Ok(Self::Subscription(name.to_owned(), None)),
@@ -159,7 +165,7 @@ impl Place {
         if token.is_empty() {
             return Ok(Self::default());
         }
-        let numbers = token.split_once(' ').and_then(|(g, s)| Some((g.parse().ok()?, s.parse().ok()?)));
+        let numbers = bounded(token)?.split_once(' ').and_then(|(g, s)| Some((g.parse().ok()?, s.parse().ok()?)));
         let (group, subscription) = numbers.ok_or_else(|| wrong(token))?;
         Ok(Self { group, subscription })
     }
@@ -247,5 +253,20 @@ mod tests {
             assert_eq!(Behind::parse(bad).unwrap_err().reason, "PAGE_TOKEN", "{bad}");
             assert_eq!(Place::parse(bad).unwrap_err().reason, "PAGE_TOKEN", "{bad}");
         }
+    }
+
+    #[test]
+    fn the_longest_token_is_taken_and_a_longer_one_refused() {
+        let full = |letter: &str| format!("{0}/{0}", letter.repeat(weir_proto::names::CHARS_MAX));
+        let longest = Behind::Subscription(full("s"), Some(full("t")));
+        assert_eq!(Behind::parse(&longest.token()).unwrap(), longest);
+        let long = "x".repeat(3 << 20);
+        for bad in [format!("topic {long}"), format!("subscription {long}"), " ".repeat(3 << 20)] {
+            let refused = Behind::parse(&bad).unwrap_err();
+            assert_eq!((refused.code, refused.reason), (tonic::Code::InvalidArgument, "PAGE_TOKEN"));
+            assert!(refused.message.contains("1200 bytes at most"), "{}", refused.message);
+        }
+        let zeros = "0".repeat(3 << 20);
+        assert_eq!(Place::parse(&format!("{zeros}7 1")).unwrap_err().reason, "PAGE_TOKEN");
     }
 }

@@ -39,6 +39,15 @@ impl PeerService {
         self.context.get().ok_or_else(starting)
     }
 
+    /// A refusal, counted where the broker runs.
+    fn refused(&self, failure: impl Into<Failure>) -> Failure {
+        let failure = failure.into();
+        match self.context.get() {
+            Some(context) => context.rejected(failure),
+            None => failure,
+        }
+    }
+
     /// The broker that a hello names, where it names this cluster and is meant for this broker.
     fn named(&self, hello: Option<v1::PeerHello>) -> Result<BrokerId, Failure> {
         let hello = hello.ok_or_else(|| Failure::invalid("HELLO", "a peer begins with a hello"))?;
@@ -88,6 +97,10 @@ async fn hear(
 ) -> Result<(), Status> {
     let mut first = Some(PeerMessage::Incarnation(incarnation));
     while let Some(frame) = frames.message().await? {
+        if frame.hello.is_some() {
+            let again = Failure::invalid("HELLO", "only the first frame of a stream holds a hello");
+            return Err(context.rejected(again).into());
+        }
         check_member(context, from).await?;
         let messages = first.take().into_iter().chain(peers::from_frame(frame)).collect();
         context.node.send(Event::Peer(from, messages));
@@ -128,12 +141,14 @@ impl Peer for PeerService {
 
     async fn prepare(&self, request: Request<v1::FormRequest>) -> Result<Response<v1::FormResponse>, Status> {
         let request = request.into_inner();
-        self.formation.prepare(&request.cluster_id, request.state).map_err(Failure::from)?;
+        let prepared = self.formation.prepare(&request.cluster_id, request.state);
+        prepared.map_err(|error| self.refused(error))?;
         Ok(Response::new(v1::FormResponse {}))
     }
 
     async fn activate(&self, request: Request<v1::FormRequest>) -> Result<Response<v1::FormResponse>, Status> {
-        self.formation.activate(&request.into_inner().cluster_id).map_err(Failure::from)?;
+        let activated = self.formation.activate(&request.into_inner().cluster_id);
+        activated.map_err(|error| self.refused(error))?;
         Ok(Response::new(v1::FormResponse {}))
     }
 

@@ -22,6 +22,8 @@ use weir_proto::v1::requester_server::Requester;
 const UNREAD_MAX: usize = 128;
 /// Bytes of an answer, with its headers: a value of 1 MiB and what belongs to it.
 const MESSAGE_BYTES_MAX: usize = (1 << 20) + (64 << 10);
+/// Bytes of an inbox's address: a broker's id, a slash and 32 digits of the inbox.
+const ADDRESS_BYTES_MAX: usize = 20 + 1 + 32;
 
 /// An inbox that is read: where its answers go, and the room they have.
 #[derive(Clone)]
@@ -113,8 +115,13 @@ struct Place<'a> {
 
 impl<'a> Place<'a> {
     fn parse(address: &'a str) -> Result<Self, Failure> {
-        let place = address.split_once('/').and_then(|(broker, id)| Some((broker.parse().ok()?, id)));
-        let wrong = || format!("'{}' is not the address of an inbox", address.escape_default());
+        let place = Some(address).filter(|address| address.len() <= ADDRESS_BYTES_MAX);
+        let place = place.and_then(|place| place.split_once('/'));
+        let place = place.and_then(|(broker, id)| Some((broker.parse().ok()?, id)));
+        let wrong = || {
+            let shown: String = address.chars().take(ADDRESS_BYTES_MAX).flat_map(char::escape_default).collect();
+            format!("'{shown}' is not the address of an inbox")
+        };
         let (broker, id) = place.ok_or_else(|| Failure::invalid("ADDRESS", wrong()))?;
         Ok(Self { broker: BrokerId(broker), id })
     }
@@ -153,6 +160,24 @@ impl Context {
             None | Some(Err(mpsc::error::TrySendError::Full(_))) => {
                 Err(Failure::new(Code::ResourceExhausted, "INBOX_FULL", "the asker does not read its answers"))
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_names_a_broker_and_an_inbox_and_is_bounded() {
+        let longest = format!("{}/{}", u64::MAX, uuid::Uuid::nil().simple());
+        let place = Place::parse(&longest).unwrap();
+        assert_eq!((place.broker, place.id.len()), (BrokerId(u64::MAX), 32));
+        let long = format!("1/{}", "x".repeat(3 << 20));
+        for bad in ["", "1", "x/y", &format!("{longest}0"), &long] {
+            let refused = Place::parse(bad).err().unwrap();
+            assert_eq!((refused.code, refused.reason), (Code::InvalidArgument, "ADDRESS"));
+            assert!(refused.message.len() < 200, "{}", refused.message);
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use super::{Context, Found, any_name, bounds, check_id, full_name, log};
 use crate::answer::{self, Answer};
+use crate::declare;
 use crate::hub::{Command, Outcome, SeekTo, ToPublish};
 use crate::outbox::Published;
 use crate::outlet;
@@ -186,6 +187,7 @@ impl Context {
         subscription: &str,
         snapshot: &str,
     ) -> Result<Response<v1::SeekResponse>, Status> {
+        declare::part(snapshot).map_err(|f| self.rejected(f))?;
         let meta = self.shared.meta();
         let missing = || {
             let text = format!("{subscription} has no snapshot {snapshot}; see `weir subscription snapshots`");
@@ -236,11 +238,11 @@ impl Subscriber for Context {
     ) -> Result<Response<Self::StreamingPullStream>, Status> {
         let answers = self.answers(&request);
         let mut requests = request.into_inner();
-        let first =
-            requests.message().await?.ok_or_else(|| Failure::invalid("OPEN", "a stream begins with an open"))?;
-        let open = first.open.clone().ok_or_else(|| Failure::invalid("OPEN", "the first request holds an open"))?;
-        let bounded = |r: &v1::PullRequest| bounds::settlement(&r.acks, &r.nacks, &r.extensions);
-        bounded(&first).map_err(|f| self.rejected(f))?;
+        let unopened = |text| self.rejected(Failure::invalid("OPEN", text));
+        let mut first = requests.message().await?.ok_or_else(|| unopened("a stream begins with an open"))?;
+        let open = first.open.take().ok_or_else(|| unopened("the first request holds an open"))?;
+        bounds::member(&open.member).map_err(|f| self.rejected(f))?;
+        bounds::pull(&first).map_err(|f| self.rejected(f))?;
         let inlet = std::sync::Mutex::new(None);
         let attach = |answer| {
             let (out, opened) = outlet::open(answers.clone());
@@ -260,9 +262,9 @@ impl Subscriber for Context {
         let mut attached = Attached::new(self.clone(), hub.clone(), member);
         let (refuse, refused) = oneshot::channel();
         tokio::spawn(async move {
-            let mut next = v1::PullRequest { open: None, ..first };
+            let mut next = first;
             loop {
-                if let Err(failure) = bounded(&next) {
+                if let Err(failure) = bounds::pull(&next) {
                     return drop(refuse.send(Status::from(attached.context.rejected(failure))));
                 }
                 if hub.send(Command::Say(member, next)).await.is_err() {
@@ -300,6 +302,7 @@ impl Subscriber for Context {
         let answers = self.answers(&request);
         let request = request.into_inner();
         let max = bounds::messages(request.messages_max).map_err(|f| self.rejected(f))?;
+        bounds::member(&request.member).map_err(|f| self.rejected(f))?;
         let until = Instant::now() + Duration::from_millis(request.wait_ms.into()).min(WAIT_MAX);
         let partitions = match request.partition {
             Some(partition) => {

@@ -53,7 +53,9 @@ impl State {
         let partitions = self.topics.values().flat_map(|t| &t.partitions);
         let wanted = partitions.map(|p| p.replicas.len()).max().unwrap_or(1);
         if drained && wanted > left {
-            return Err(Status::failed_precondition(format!("{wanted} replicas need {wanted} brokers, {left} would be left")));
+            return Err(Status::failed_precondition(format!(
+                "{wanted} replicas need {wanted} brokers, {left} would be left"
+            )));
         }
         Ok(())
     }

@@ -228,7 +228,7 @@ pub struct PullMessagesRequest {
     /// Absent: any that the asked broker leads.
     #[prost(uint32, optional, tag = "2")]
     pub partition: ::core::option::Option<u32>,
-    /// Who pulls; the same name goes on where it was. Empty: one name for all that say none.
+    /// Who pulls, at most 255 characters; the same name goes on where it was. Empty: one name for all that say none.
     #[prost(string, tag = "3")]
     pub member: ::prost::alloc::string::String,
     /// At most this number, and at most 1000. Absent: 100. 0 is refused.
@@ -393,9 +393,10 @@ pub struct Extension {
     #[prost(uint64, tag = "3")]
     pub deadline_ms: u64,
 }
+/// One request has at most 100000 ranges, of all kinds together; more are refused, and end the stream.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PullRequest {
-    /// On the first request.
+    /// On the first request, and on no other: a stream is of one partition and one member.
     #[prost(message, optional, tag = "1")]
     pub open: ::core::option::Option<PullOpen>,
     /// Messages the client is ready to take beyond those it was given credit for before.
@@ -421,7 +422,7 @@ pub struct PullOpen {
     pub subscription: ::prost::alloc::string::String,
     #[prost(uint32, tag = "2")]
     pub partition: u32,
-    /// Chosen by the client, unique to it.
+    /// Chosen by the client, unique to it; at most 255 characters.
     #[prost(string, tag = "3")]
     pub member: ::prost::alloc::string::String,
     /// Messages one by one instead of whole batches. In the modes shared and keyShared they always come so.
@@ -515,7 +516,7 @@ pub struct SeekResponse {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DescribeRequest {
-    /// Only these; none for all.
+    /// Only these, at most 100000; none for all.
     #[prost(string, repeated, tag = "1")]
     pub topics: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     /// Of the page before; empty for the first page.
@@ -604,7 +605,7 @@ pub struct SubscriptionStatus {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetMetadataRequest {
-    /// Only these; none for all. Subscriptions are always listed.
+    /// Only these, at most 100000; none for all. Subscriptions are always listed.
     #[prost(string, repeated, tag = "1")]
     pub topics: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     /// Of the page before; empty for the first page.
@@ -1065,7 +1066,7 @@ pub struct ProposeResponse {
 /// One without anything says that the sender runs.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PeerFrame {
-    /// On the first frame.
+    /// On the first frame, and on no other.
     #[prost(message, optional, tag = "1")]
     pub hello: ::core::option::Option<PeerHello>,
     #[prost(message, repeated, tag = "2")]
@@ -4897,7 +4898,8 @@ pub mod peer_client {
             req.extensions_mut().insert(GrpcMethod::new("weir.v1.Peer", "Hello"));
             self.inner.unary(req, path, codec).await
         }
-        /// First half of forming a cluster: keep this, synced, but do not act on it yet.
+        /// First half of forming a cluster: keep this, synced, but do not act on it yet. A broker of another cluster refuses it with
+        /// PERMISSION_DENIED, reason NOT_A_PEER.
         pub async fn prepare(
             &mut self,
             request: impl tonic::IntoRequest<super::FormRequest>,
@@ -4916,7 +4918,7 @@ pub mod peer_client {
             req.extensions_mut().insert(GrpcMethod::new("weir.v1.Peer", "Prepare"));
             self.inner.unary(req, path, codec).await
         }
-        /// Second half: every broker has kept it.
+        /// Second half: every broker has kept it. Refused as Prepare is, and with FAILED_PRECONDITION, reason NOT_PREPARED, where it was not kept.
         pub async fn activate(
             &mut self,
             request: impl tonic::IntoRequest<super::FormRequest>,
@@ -5079,12 +5081,13 @@ pub mod peer_server {
             &self,
             request: tonic::Request<super::HelloRequest>,
         ) -> std::result::Result<tonic::Response<super::HelloResponse>, tonic::Status>;
-        /// First half of forming a cluster: keep this, synced, but do not act on it yet.
+        /// First half of forming a cluster: keep this, synced, but do not act on it yet. A broker of another cluster refuses it with
+        /// PERMISSION_DENIED, reason NOT_A_PEER.
         async fn prepare(
             &self,
             request: tonic::Request<super::FormRequest>,
         ) -> std::result::Result<tonic::Response<super::FormResponse>, tonic::Status>;
-        /// Second half: every broker has kept it.
+        /// Second half: every broker has kept it. Refused as Prepare is, and with FAILED_PRECONDITION, reason NOT_PREPARED, where it was not kept.
         async fn activate(
             &self,
             request: tonic::Request<super::FormRequest>,

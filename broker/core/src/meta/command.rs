@@ -840,7 +840,9 @@ mod tests {
     #[test]
     fn a_topic_that_was_decided_before_a_drain_does_not_keep_it_from_ending() {
         let mut state = MetaState::form("c", &[broker(1), broker(2)]);
-        state.apply(&Kind::SetPhase(SetPhase { broker: 1, phase: Phase::Draining.into(), removed: false }).into()).unwrap();
+        state
+            .apply(&Kind::SetPhase(SetPhase { broker: 1, phase: Phase::Draining.into(), removed: false }).into())
+            .unwrap();
         assert_eq!(topic(&mut state, 1, ""), Err(MetaError::Stale));
     }
 

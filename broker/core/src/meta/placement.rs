@@ -13,7 +13,9 @@ pub enum PlacementError {
     #[error("{replicas} replicas need {replicas} brokers, {brokers} are active")]
     TooFewBrokers { replicas: u32, brokers: u32 },
     /// No broker would be left.
-    #[error("broker {broker} cannot be drained, since no other broker is active: add one first (`weir cluster add NAME`)")]
+    #[error(
+        "broker {broker} cannot be drained, since no other broker is active: add one first (`weir cluster add NAME`)"
+    )]
     LastBroker { broker: String },
     /// A topic wants more replicas than brokers would be left.
     #[error(

@@ -99,7 +99,10 @@ fn seeds_that_found_something_pass() {
             "a leader whose disk was lost just after it had told that a membership was reached left two that needed the one taken out",
         ),
         (6373, "a leader that its own group had removed panicked at the next acknowledgement"),
-        (725, "a replica of the metadata that was replaced, and could be read again, never made room for its successor"),
+        (
+            725,
+            "a replica of the metadata that was replaced, and could be read again, never made room for its successor",
+        ),
     ];
     for (seed, what) in found {
         assert!(catch_unwind(|| run(seed)).is_ok(), "seed {seed}: {what}");

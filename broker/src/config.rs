@@ -4,6 +4,7 @@ use crate::guard::Deadlines;
 use clap::Parser;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
 use std::path::PathBuf;
+use weir_core::meta::names;
 
 /// Shown below the help.
 pub const EXAMPLE: &str = "Example, three brokers on one machine, the first of them:
@@ -51,7 +52,7 @@ pub struct Config {
     #[arg(long, env = "WEIR_CLUSTER_ID", default_value = "")]
     pub cluster_id: String,
     /// Connections to each gRPC listener at one time, a quarter of them from one address at most.
-    #[arg(long, env = "WEIR_CONNECTIONS_MAX", default_value_t = 8_192)]
+    #[arg(long, env = "WEIR_CONNECTIONS_MAX", default_value_t = 8_192, value_parser = at_least_one)]
     pub connections_max: usize,
     /// Goes on without acknowledged records that are lost: the write that the error of a start names. Of no effect at any other loss.
     #[arg(long, env = "WEIR_ACCEPT_LOSS", value_name = "WRITE")]
@@ -73,6 +74,10 @@ impl Config {
 
     /// Why others could not reach this broker by the addresses it would announce, if so.
     pub fn check(&self) -> Result<(), String> {
+        if !names::is_part(&self.name) {
+            let shown: String = self.name.chars().take(60).flat_map(char::escape_default).collect();
+            return Err(format!("--name '{shown}': use 1 to 253 lower-case letters, digits, '-' and '.'"));
+        }
         let listens = [
             ("--client-listen", self.client_listen),
             ("--peer-listen", self.peer_listen),
@@ -91,6 +96,14 @@ impl Config {
             Some(host) => format!("{host}:{}", bound.port()),
             None => bound.to_string(),
         }
+    }
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("nobody could connect; use 1 or more".to_owned()),
+        Ok(count) => Ok(count),
+        Err(_) => Err("use a whole number, 1 or more".to_owned()),
     }
 }
 
@@ -129,6 +142,20 @@ pub fn host(text: &str) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn values_that_nobody_could_connect_with_are_refused() {
+        let parse = |more: &[&str]| Config::try_parse_from([&["weir-broker", "--data", "/nowhere"], more].concat());
+        for bad in ["0", "-1", "", "many", "99999999999999999999999"] {
+            assert!(parse(&["--connections-max", bad]).is_err(), "{bad}");
+        }
+        assert_eq!(parse(&["--connections-max", "1"]).unwrap().connections_max, 1);
+        for bad in ["", "B1", "b 1", "b/1", "b\n", &"b".repeat(254)] {
+            let refused = parse(&["--name", bad]).unwrap().check().expect_err(bad);
+            assert!(refused.starts_with("--name '") && refused.len() < 300, "{refused}");
+        }
+        assert_eq!(parse(&["--name", "b-1.zone-2"]).unwrap().check(), Ok(()));
+    }
 
     #[test]
     fn addresses_to_listen_on_may_name_this_machine() {

@@ -260,6 +260,11 @@ fn first_unreadable(store: &RocksStore, id: GroupId, low: u64, last: u64) -> u64
 }
 
 impl Report {
+    /// Whether nothing is damaged: also no file that holds nothing of use.
+    fn is_whole(&self) -> bool {
+        self.remedy == Remedy::None && self.files.is_empty()
+    }
+
     /// For reading.
     pub fn to_text(&self) -> String {
         let mut out = String::new();
@@ -295,7 +300,8 @@ impl Report {
             "{}: {}",
             self.data.display(),
             match self.remedy {
-                Remedy::None => "all is whole",
+                Remedy::None if self.is_whole() => "all is whole",
+                Remedy::None => "nothing that is in use is damaged",
                 Remedy::Restart => "restart the broker; if it fails again, its disk is failing",
                 Remedy::Rebuild =>
                     "start the broker while the other brokers run: it is rebuilt from them; without others, restore the damaged file \
@@ -314,5 +320,5 @@ pub fn run(verify_what: &Verify) -> anyhow::Result<bool> {
         Output::Text => output::write(report.to_text().as_bytes())?,
         Output::Json => outln!("{}", serde_json::to_string(&report).context("the report as JSON")?)?,
     }
-    Ok(report.remedy == Remedy::None && report.files.is_empty())
+    Ok(report.is_whole())
 }

@@ -79,8 +79,12 @@ pub struct Stamp {
     pub sequence: i32,
 }
 
-/// Makes one batch. `records` holds at least one.
+/// Makes one batch. `records` holds at least one, and all of them together at most [`HEADERS_MAX`] headers.
 pub fn encode(records: &[Record], compression: Compression, stamp: Option<Stamp>) -> Result<Bytes, String> {
+    let headers: u64 = records.iter().map(|record| record.headers.len() as u64).sum();
+    if headers > HEADERS_MAX {
+        return Err(format!("the messages have {headers} headers, at most {HEADERS_MAX} together are taken"));
+    }
     let mut builder = Builder::new(compression, records.iter().map(size_hint).sum());
     records.iter().for_each(|record| builder.push(record));
     builder.finish(stamp)
@@ -615,6 +619,29 @@ mod tests {
         let batch = Bytes::from(batch);
         assert_eq!(unfolding_bytes_max(&batch), 1024);
         assert!(decode_within(&batch, unfolding_bytes_max(&batch), HEADERS_MAX).is_err() && decode(&batch).is_err());
+    }
+
+    /// Found by a reviewer: only the last member was measured, and only some readers read more than that.
+    #[test]
+    fn a_batch_of_two_gzip_members_cannot_be_decoded_by_any_reader() {
+        let record = |bytes| Record { value: Some(vec![0; bytes].into()), ..Default::default() };
+        let member = |bytes| encode(&[record(bytes)], Compression::Gzip, None).unwrap();
+        let both = [&member(33 << 20)[..], &member(10)[HEADER_BYTES..]].concat();
+        let batch = of_encoded(&both[HEADER_BYTES..], Compression::Gzip, 2).unwrap();
+        assert!(decode(&batch).is_err() && is_within(&batch));
+        let two = [&member(10)[..], &member(10)[HEADER_BYTES..]].concat();
+        let batch = of_encoded(&two[HEADER_BYTES..], Compression::Gzip, 2).unwrap();
+        assert_eq!(decode(&batch), Err("the batch has more than one gzip member".to_owned()));
+        let whole = of_encoded(&member(10)[HEADER_BYTES..], Compression::Gzip, 1).unwrap();
+        assert_eq!(decode(&whole).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn more_headers_than_any_reader_takes_are_not_encoded() {
+        let with = |headers| Record { headers: vec![(String::new(), None); headers as usize], ..Default::default() };
+        let half = HEADERS_MAX / 2;
+        assert!(decode(&encode(&[with(half), with(half)], Compression::None, None).unwrap()).is_ok());
+        assert!(encode(&[with(half), with(half + 1)], Compression::None, None).is_err());
     }
 
     #[test]

@@ -5,13 +5,15 @@ use crate::{Faults, Host, World};
 use weir_checker::Log;
 use weir_core::group::Group;
 use weir_core::ids::{BrokerId, META_GROUP};
+use weir_core::incarnation::Standing;
+use weir_core::node::Node;
 use weir_core::storage::Store as _;
 
 /// Everything is as wanted this long after the last fault, ms.
 const SETTLES_WITHIN_MS: u64 = 120_000;
 
 impl World {
-    /// Whether all groups are as the metadata wants them, each replica there and with everything.
+    /// Whether all groups are as the metadata wants them, each replica there and with everything, on a broker that knows its data is its own.
     pub(crate) fn is_whole(&self) -> bool {
         let Some(controller) = self.controller() else { return false };
         let meta = self.hosts[&controller].node.as_ref().expect("it leads").meta().clone();
@@ -20,7 +22,9 @@ impl World {
             let Some(assignment) = meta.assignment(id).filter(|a| a.is_settled()) else { return false };
             let Some(leader) = self.leader_of(id).and_then(|b| self.group_at(b, id)) else { return false };
             assignment.replicas.iter().all(|replica| {
-                let held = self.group_at(BrokerId(replica.broker), id);
+                let takes_part = |n: &&Node| n.standing() == Standing::TakingPart;
+                let node = self.hosts.get(&BrokerId(replica.broker)).and_then(|host| host.node.as_ref());
+                let held = node.filter(takes_part).and_then(|n| n.group(id));
                 // what has just been appended is on its way
                 held.is_some_and(|g| g.replica().0 == replica.id && g.applied() + 8 >= leader.applied())
             })

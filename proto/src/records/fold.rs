@@ -59,7 +59,13 @@ pub(super) fn unfold(bytes: &Bytes, codec: u8, max: usize) -> anyhow::Result<Byt
         Ok(Bytes::from(std::mem::take(&mut out)))
     };
     match codec {
-        1 => take(&mut flate2::read::MultiGzDecoder::new(&bytes[..])),
+        1 => {
+            let mut decoder = flate2::bufread::GzDecoder::new(&bytes[..]);
+            let out = take(&mut decoder)?;
+            // what it unfolds to is read off the end of the last: no producer is known that writes several
+            anyhow::ensure!(decoder.into_inner().is_empty(), "the batch has more than one gzip member");
+            Ok(out)
+        }
         2 => unfold_snappy(bytes, max),
         3 => take(&mut lz4::Decoder::new(&bytes[..])?),
         4 => {

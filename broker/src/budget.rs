@@ -45,8 +45,16 @@ impl Default for Budget {
 impl Budget {
     /// Waits until a publish of this size has room.
     pub async fn publish(&self, bytes: usize) -> OwnedSemaphorePermit {
-        let most = (UNDER_WAY_BYTES_MAX - ANSWERS_BYTES_MAX) / 1024;
-        self.all.clone().acquire_many_owned(kib(bytes).min(most as u32)).await.expect("never closed")
+        self.all.clone().acquire_many_owned(Self::of_publish(bytes)).await.expect("never closed")
+    }
+
+    /// Room for a publish of this size, if there is any now.
+    pub fn try_publish(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        self.all.clone().try_acquire_many_owned(Self::of_publish(bytes)).ok()
+    }
+
+    fn of_publish(bytes: usize) -> u32 {
+        kib(bytes).min(((UNDER_WAY_BYTES_MAX - ANSWERS_BYTES_MAX) / 1024) as u32)
     }
 
     /// The answers of one connection.

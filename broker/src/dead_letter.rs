@@ -51,6 +51,11 @@ impl DeadLetter {
     pub fn record(&self) -> &Record {
         &self.record
     }
+
+    /// Bytes of its batch before compression, at most.
+    pub fn bytes(&self) -> usize {
+        records::batch_bytes_max(std::slice::from_ref(&self.record))
+    }
 }
 
 fn describe(record: &mut Record, source: &Source, offset: u64, reason: String) {
@@ -99,7 +104,9 @@ pub async fn give_back(context: &Context, origin: Origin) -> Result<Option<Publi
     let _budget = context.budget.publish(batch.data.len() + records::unfolding_bytes_max(&batch.data)).await;
     let compression = Compression::of_batch(&batch.data).unwrap_or_default();
     let at = (origin.offset - batch.base_offset) as usize;
-    let record = records::decode(&batch.data).ok().and_then(|records| records.into_iter().nth(at));
+    let data = batch.data.clone();
+    let decode = move || records::decode(&data).ok().and_then(|records| records.into_iter().nth(at));
+    let record = context.unpacker.of_size(records::unfolding_bytes_max(&batch.data), decode).await;
     let mut record = record.ok_or_else(|| refused("NOT_A_DEAD_LETTER", "the dead letter cannot be decoded"))?;
     if record.header(BATCH).is_some() {
         let text = "the dead letter holds a batch whose records cannot be decoded: it would be one again";

@@ -847,7 +847,18 @@ impl Hub {
                 }
                 continue;
             };
+            // a copy, and its encoding; one at a time waits for them in turn, so that others' publishes do not keep it out
+            let bytes = 2 * letter.bytes();
+            let room = self.context.budget.try_publish(bytes);
+            if room.is_none() && !self.burials.is_empty() {
+                self.to_bury.insert((now + TICK, failed.offset), (failed, attempts));
+                break;
+            }
             self.burials.spawn(async move {
+                let _room = match room {
+                    Some(room) => room,
+                    None => context.budget.publish(bytes).await,
+                };
                 let moved = dead_letter::publish(&context, &source, letter, failed.offset).await;
                 (failed, attempts, moved)
             });

@@ -110,7 +110,12 @@ pub async fn publish(
         None => (mix(origin.offset) % u64::from(partitions)) as u32,
     };
     let stamp = Stamp { id: origin.producer_id(), epoch: 0, sequence: 0 };
-    let batch = records::encode(records, compression, Some(stamp)).map_err(|e| Failure::invalid("RECORDS", e))?;
+    let encode = {
+        let records = records.to_vec();
+        move || records::encode(&records, compression, Some(stamp))
+    };
+    let batch = context.unpacker.of_size(records::batch_bytes_max(records), encode).await;
+    let batch = batch.map_err(|e| Failure::invalid("RECORDS", e))?;
     match send(context, topic, partition, batch, limit).await {
         Ok(base_offset) => Ok(Some(Published { partition, base_offset })),
         // a producer of this origin's own has another number of records there

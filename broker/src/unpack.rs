@@ -90,7 +90,7 @@ impl Unpacker {
 
     /// Whether less is free than one batch may need.
     pub fn is_scarce(&self) -> bool {
-        self.room.available_permits() * 1024 < records::UNFOLDED_BYTES_MAX
+        self.room.available_permits() * 1024 < records::READ_BYTES_MAX
     }
 
     /// Unpacks a batch within the room for it. A batch with unusually many headers gives back its need instead.
@@ -99,7 +99,7 @@ impl Unpacker {
             let batch = batch.clone();
             move || records::decode_within(&batch, need.bytes, need.headers)
         };
-        let decoded = if need.bytes > INLINE_BYTES_MAX { self.at_length(decode).await } else { decode() };
+        let decoded = self.of_size(need.bytes, decode).await;
         match decoded {
             Ok(records) => Ok(Unpacked { records: Ok(records), room }),
             Err(records::Undecodable::Headers) if need.headers < records::HEADERS_MAX => {
@@ -107,6 +107,11 @@ impl Unpacker {
             }
             Err(error) => Ok(Unpacked { records: Err(error.to_string()), room }),
         }
+    }
+
+    /// Does what takes as long as this many bytes take: on a thread of its own where they are many.
+    pub async fn of_size<T: Send + 'static>(&self, bytes: usize, work: impl FnOnce() -> T + Send + 'static) -> T {
+        if bytes > INLINE_BYTES_MAX { self.at_length(work).await } else { work() }
     }
 
     /// Does what may take long on a thread of its own, when its turn comes.

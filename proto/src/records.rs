@@ -10,6 +10,8 @@ use bytes::Bytes;
 /// Bytes the records of one batch may have once they are decompressed: as many as a batch that is not compressed may have, so that what is
 /// taken can be delivered. Refused when it is published ([`unfolded`]), and not decoded where it came to be stored all the same.
 pub const UNFOLDED_BYTES_MAX: usize = 32 << 20;
+/// The same for readers: brokers add headers to a message that they move, such as a dead letter.
+pub const READ_BYTES_MAX: usize = UNFOLDED_BYTES_MAX + (64 << 10);
 /// Headers of all records of one batch; an empty one is two bytes in a batch and 56 in memory.
 pub const HEADERS_MAX: u64 = 1_000_000;
 /// Bytes of a batch before its records.
@@ -252,12 +254,12 @@ pub fn decode(batch: &Bytes) -> Result<Vec<Record>, String> {
 
 /// As [`decode`], each record made into something else, with its place in the batch.
 pub fn decode_as<T>(batch: &Bytes, make: impl FnMut(usize, Record) -> T) -> Result<Vec<T>, String> {
-    decode_all(batch, UNFOLDED_BYTES_MAX, HEADERS_MAX, make).map_err(|error| error.to_string())
+    decode_all(batch, READ_BYTES_MAX, HEADERS_MAX, make).map_err(|error| error.to_string())
 }
 
 /// As [`decode`], of a batch that unfolds to at most so many bytes and has at most so many headers.
 pub fn decode_within(batch: &Bytes, unfolded_max: usize, headers_max: u64) -> Result<Vec<Record>, Undecodable> {
-    decode_all(batch, unfolded_max.min(UNFOLDED_BYTES_MAX), headers_max.min(HEADERS_MAX), |_, record| record)
+    decode_all(batch, unfolded_max.min(READ_BYTES_MAX), headers_max.min(HEADERS_MAX), |_, record| record)
 }
 
 /// Why a batch's records cannot be decoded.
@@ -304,7 +306,7 @@ pub fn unfolded(batch: &Bytes) -> Option<Unfolded> {
 pub fn unfolding_bytes_max(batch: &Bytes) -> usize {
     let compressed = folded(batch).is_some_and(|(_, codec)| codec != 0);
     let most = unfolded(batch).map_or(0, Unfolded::bytes_max);
-    if compressed { most.min(UNFOLDED_BYTES_MAX) } else { 0 }
+    if compressed { most.min(READ_BYTES_MAX) } else { 0 }
 }
 
 /// Whether a batch unfolds to more than it may. Decompresses it where its form does not say; nothing is kept of it.
@@ -571,7 +573,7 @@ mod tests {
             batch.extend(bytes);
             let batch = Bytes::from(batch);
             unfolds_to_too_much(&batch);
-            prop_assert!(unfolding_bytes_max(&batch) <= UNFOLDED_BYTES_MAX);
+            prop_assert!(unfolding_bytes_max(&batch) <= READ_BYTES_MAX);
         }
 
         #[test]
@@ -619,6 +621,20 @@ mod tests {
         let batch = Bytes::from(batch);
         assert_eq!(unfolding_bytes_max(&batch), 1024);
         assert!(decode_within(&batch, unfolding_bytes_max(&batch), HEADERS_MAX).is_err() && decode(&batch).is_err());
+    }
+
+    /// Found by a reviewer: the dead letter of such a message was stored, and nobody could read it.
+    #[test]
+    fn a_message_of_the_largest_size_can_be_read_with_the_headers_that_brokers_add() {
+        for codec in [Compression::Gzip, Compression::Snappy, Compression::Lz4, Compression::Zstd] {
+            let value = vec![0; UNFOLDED_BYTES_MAX - 20];
+            let mut record = Record { value: Some(value.into()), ..Default::default() };
+            assert!(!unfolds_to_too_much(&encode(&[record.clone()], codec, None).unwrap()));
+            record.set_header("weir-dead-topic", "x".repeat(507));
+            let moved = encode(&[record], codec, None).unwrap();
+            assert!(decode(&moved).is_ok() && is_within(&moved), "{codec:?}");
+            assert!(decode_within(&moved, unfolding_bytes_max(&moved), HEADERS_MAX).is_ok(), "{codec:?}");
+        }
     }
 
     /// Found by a reviewer: only the last member was measured, and only some readers read more than that.

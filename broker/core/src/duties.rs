@@ -116,7 +116,10 @@ impl Node {
             info.term = group.term();
             // its successor is to be on this broker, where it begins with nothing: another replica leads until it has caught up
             let is_replaced = assignment.replica_on(self.broker).is_some_and(|r| r.id != group.replica().0);
-            let leaves = (resigning || unfit || is_replaced) && resign(group, &avoided);
+            // one that leaves would hand it back at once
+            let leaving = assignment.leaving.iter().map(|r| r.id).filter(|_| !resigning);
+            let unsuited: Vec<u64> = avoided.iter().copied().chain(leaving).collect();
+            let leaves = (resigning || unfit || is_replaced) && resign(group, &unsuited);
             if !leaves && !resigning && tend_membership(group, &assignment) {
                 info.settled_epoch = Some(assignment.epoch);
                 balance(group, &assignment, &avoided, now, balance_after_ms);

@@ -103,6 +103,7 @@ fn seeds_that_found_something_pass() {
             725,
             "a replica of the metadata that was replaced, and could be read again, never made room for its successor",
         ),
+        (7558, "leadership went back and forth between a replica that was to leave and those that were not to lead"),
     ];
     for (seed, what) in found {
         assert!(catch_unwind(|| run(seed)).is_ok(), "seed {seed}: {what}");

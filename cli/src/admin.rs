@@ -198,7 +198,7 @@ async fn apply_files(client: &Client, files: &[PathBuf], output: Output) -> anyh
     let mut took = |kind: &str, name: &str, done: anyhow::Result<()>| match done {
         Ok(()) => {
             applied.push(json!({"kind": kind, "name": name}));
-            return if output == Output::Json { Ok(()) } else { outln!("{kind} {name} applied") };
+            if output == Output::Json { Ok(()) } else { outln!("{kind} {name} applied") }
         }
         Err(error) => {
             let what = format!("{kind} {name}");

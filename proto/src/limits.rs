@@ -1,5 +1,6 @@
 //! Bounds of the numbers and texts that users write: one table for resource definitions, the command line and brokers. A value
-//! outside of its bounds is refused where it enters, with the text that is made here; nothing is clamped.
+//! outside of its bounds is refused where it enters, with the text that is made here. What a
+//! reader asks for (messages, bytes, time to wait) is an upper bound, of which a broker may give less; weir.proto says how much at most.
 
 use crate::v1;
 

@@ -86,7 +86,8 @@ async fn bring_about(cluster: Arc<StreamCluster>, context: Arc<Context>) -> Resu
     };
     grow_volumes(&context, &cluster, &names).await?;
     let asked = ask_brokers(&context, &cluster, &names, &plan).await?;
-    if let Some(refusal) = asked.refusal {
+    // after a call that was carried out the next look knows what is under way
+    if let Some(refusal) = asked.refusal.filter(|_| asked.made == 0) {
         plan.stop(DRAIN_REFUSED, &refusal);
     }
     if settings_changed {

@@ -134,6 +134,8 @@ async fn a_scale_down_that_topics_do_not_allow_goes_as_far_as_it_may_and_says_wh
     world.server.change_spec(CLUSTER, "brokers", json!(5));
     world.until_settled(5, &mut |_| 0).await;
     let idle = world.look(0).await.unwrap();
+    let highest = world.brokers.state().brokers.last().unwrap().id;
+    world.brokers.state().topics.get_mut("shop/orders").unwrap().partitions[0].replicas[2] = highest;
     world.server.change_spec(CLUSTER, "brokers", json!(1));
     let mut refused_while_draining = false;
     for _ in 0..60 {

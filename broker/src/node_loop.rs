@@ -192,6 +192,17 @@ pub trait PeerSender: Send + 'static {
     fn send(&mut self, effects: &mut Effects);
 }
 
+/// Tries to read two clocks together.
+const READ_TRIES: usize = 10;
+
+/// The monotonic clock and the wall clock, ms, as read at one time: `read` gives the wall clock between two readings of the other. The
+/// thread may lose its processor between them; of some tries the one that took least counts.
+fn together(mut read: impl FnMut() -> (Instant, u64, Instant)) -> (Instant, u64) {
+    let tries = (0..READ_TRIES).map(|_| read());
+    let (started, wall_ms, _) = tries.min_by_key(|(before, _, after)| *after - *before).expect("at least one");
+    (started, wall_ms)
+}
+
 /// Monotonic time, and the wall clock as it was at start moved on by it.
 pub struct Clock {
     started: Instant,
@@ -202,8 +213,9 @@ impl Clock {
     /// Starts now.
     #[allow(clippy::new_without_default)]
     pub fn new() -> Self {
-        let wall_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
-        Self { started: Instant::now(), wall_ms }
+        let wall_ms = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
+        let (started, wall_ms) = together(|| (Instant::now(), wall_ms(), Instant::now()));
+        Self { started, wall_ms }
     }
 
     /// Now.
@@ -472,5 +484,28 @@ fn run_reader(store: &dyn Store, reads: &Receiver<Fetch>, handle: &NodeHandle) {
     while let Ok(fetch) = reads.recv() {
         let read = store.entries(fetch.group, fetch.low, fetch.high, fetch.bytes_max);
         handle.send(Event::Fetched(fetch, read));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_that_loses_its_processor_does_not_set_log_time_back() {
+        let begun = Instant::now();
+        // it is away between two readings at every try but one
+        let mut away = [(0, 90), (80, 0), (0, 0), (200, 1)].into_iter().cycle();
+        let mut now_ms = 0;
+        let read = || {
+            let (first, second) = away.next().expect("endless");
+            let before = now_ms;
+            let wall = before + first;
+            now_ms = wall + second;
+            let at = |ms| begun + Duration::from_millis(ms);
+            (at(before), 5_000 + wall, at(now_ms))
+        };
+        let (started, wall_ms) = together(read);
+        assert_eq!(wall_ms - 5_000, (started - begun).as_millis() as u64);
     }
 }

@@ -154,7 +154,8 @@ pub(crate) enum Cluster {
 /// Applies a checked topic.
 pub(crate) async fn apply_topic(client: &Client, topic: &ValidatedTopic) -> anyhow::Result<()> {
     let request = v1::ApplyTopicRequest { name: topic.name.clone(), spec: Some(topic.spec), ..Default::default() };
-    client.admin().await?.apply_topic(request).await.map_err(Error::from)?;
+    let applied = client.admin().await?.apply_topic(request).await.map_err(Error::from)?;
+    let _ = client.known(applied.into_inner().version, KNOWN_WITHIN).await; // it is applied, whoever has heard of it
     Ok(())
 }
 
@@ -165,6 +166,9 @@ pub(crate) async fn apply_subscription(client: &Client, subscription: &Validated
     client.admin().await?.apply_subscription(request).await.map_err(Error::from)?;
     Ok(())
 }
+
+/// A change is known to more than one broker within this time.
+const KNOWN_WITHIN: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// What manifests declare, and what is wrong with them.
 fn read(files: &[PathBuf]) -> (manifest::Declared, Vec<String>) {
@@ -369,9 +373,9 @@ pub(crate) async fn subscription(client: &Client, command: Subscription, output:
                 let json = json!({"subscription": full_name(&name), "snapshot": snapshot, "deleted": true});
                 return Ok(output.done(format_args!("snapshot {snapshot} of {name} deleted"), json)?);
             }
-            admin.take_snapshot(request).await.map_err(Error::from)?;
+            let version = admin.take_snapshot(request).await.map_err(Error::from)?.into_inner().version;
             // taken where every partition has its part
-            let cluster = client.refresh().await?;
+            let cluster = client.known(version, KNOWN_WITHIN).await?;
             let of = cluster.subscription(&name).map_or(0, |s| s.id);
             let taken = cluster.metadata.subscriptions.iter().find(|s| s.snapshot_of == of && s.snapshot == snapshot);
             let taken = taken.ok_or_else(|| anyhow::anyhow!("snapshot {snapshot} was deleted meanwhile"))?;

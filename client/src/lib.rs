@@ -293,6 +293,23 @@ impl Client {
         }
     }
 
+    /// Waits for a broker that has heard of a change: `version` is that of the metadata which the change was answered with. Brokers that
+    /// were not asked hear of it a moment later.
+    pub async fn known(&self, version: u64, within: Duration) -> Result<Arc<Cluster>, Error> {
+        let end = tokio::time::Instant::now() + within;
+        loop {
+            let cluster = self.connect(end.saturating_duration_since(tokio::time::Instant::now())).await?;
+            if cluster.metadata.version >= version {
+                return Ok(cluster);
+            }
+            if tokio::time::Instant::now() >= end {
+                let last = format!("brokers have metadata {}, not {version} yet", cluster.metadata.version);
+                return Err(Error::Deadline { after: within, last });
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     /// How the partitions stand (all, where `topics` is empty), gathered from their leaders. A broker that does not
     /// answer a call within a second is left out, and its partitions with it.
     pub async fn describe(&self, topics: &[String]) -> Result<Vec<v1::PartitionStatus>, Error> {

@@ -304,12 +304,7 @@ pub(crate) async fn change(
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     };
-    until("what was changed is known", async || {
-        let known = refreshed(client).await.metadata.version;
-        if known >= version { Ok(()) } else { Err(known) }
-    })
-    .await;
-    Ok(())
+    client.known(version, PATIENCE).await.map(drop)
 }
 
 /// The cluster as a broker knows it now, however long it takes to answer.

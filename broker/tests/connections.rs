@@ -3,8 +3,8 @@
 mod node;
 mod process;
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use process::{Broker, PATIENCE};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};

@@ -142,7 +142,7 @@ async fn only_a_lost_connection_counts_what_was_handed_out_and_a_member_that_lea
         drop(wire.tasks);
         // the broker sees it: an exclusive member that comes back before that has left by itself
         let begun = Instant::now();
-        while !http_get(running.metrics, "/metrics").await.contains("\nweir_open_streams 0\n") {
+        while http_get(running.metrics, "/metrics").await.lines().all(|line| line != "weir_open_streams 0") {
             assert!(begun.elapsed() < PATIENCE, "{mode:?}: the connection is not lost");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }

@@ -105,7 +105,8 @@ mod tests {
 
     #[test]
     fn what_a_leader_does_not_tell_is_not_taken_for_nothing() {
-        let position = |name: &str| proto::SubscriptionStatus { subscription: name.into(), backlog: 5, ..Default::default() };
+        let position =
+            |name: &str| proto::SubscriptionStatus { subscription: name.into(), backlog: 5, ..Default::default() };
         let status = |subscriptions| proto::PartitionStatus { subscriptions, ..Default::default() };
         let both = [status(vec![position("own"), position("other")]), status(vec![position("own")])];
         assert_eq!(before(&both, "own", 2), Some(10));

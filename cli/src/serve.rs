@@ -115,8 +115,8 @@ impl Ports {
     /// One that is free, and stays so for connections while its broker is started again.
     fn take_free(&mut self, ip: IpAddr) -> std::io::Result<SocketAddr> {
         let bind = |port| TcpListener::bind(SocketAddr::new(ip, port));
-        let tried = (0..FREE_TRIES).map(|_| bind(fastrand::u16(FREE_PORTS)));
-        let free = tried.into_iter().find(|tried| !tried.as_ref().is_err_and(|e| e.kind() == ErrorKind::AddrInUse));
+        let in_use = |tried: &std::io::Result<_>| tried.as_ref().is_err_and(|e| e.kind() == ErrorKind::AddrInUse);
+        let free = (0..FREE_TRIES).map(|_| bind(fastrand::u16(FREE_PORTS))).find(|tried| !in_use(tried));
         let listener = free.unwrap_or_else(|| bind(0))?;
         let bound = listener.local_addr()?;
         self.taken.push(listener);

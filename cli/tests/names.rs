@@ -4,8 +4,8 @@
 mod cluster;
 
 use cluster::{
-    Cluster, PATIENCE, change, delete_subscription, delete_topic, make_topic, read_all, refreshed, spec, start, subscribe, until,
-    weir,
+    Cluster, PATIENCE, change, delete_subscription, delete_topic, make_topic, read_all, refreshed, spec, start,
+    subscribe, until, weir,
 };
 use std::time::{Duration, Instant, SystemTime};
 use tonic::Code;

@@ -66,7 +66,7 @@ async fn consumer_that_is_asked_to_end(cluster: &Cluster) {
         let line = metrics.lines().find_map(|l| l.strip_prefix("weir_open_streams ")).map(str::to_owned);
         line.expect("the metric is there").parse::<u64>().unwrap()
     };
-    until_is("earlier ones are gone", 0, streams).await;
+    until_is("earlier ones are gone", 0, &streams).await;
     let mut consume = Command::new(cluster::WEIR);
     consume.args(["consume", "--subscription", "s", "--max", "1000000"]).env("WEIR_SERVER", &cluster.servers);
     let mut consume = consume.stdout(Stdio::null()).spawn().unwrap();

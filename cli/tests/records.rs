@@ -386,7 +386,8 @@ async fn what_was_scheduled_and_published_takes_no_disk_any_more() {
     cancel(&client, &later).await.unwrap();
     assert!(cancel(&client, &later).await.is_err(), "twice");
     let schedule = schedule_of_t(&client).await;
-    until_is("nothing is scheduled any more", 0, async || cluster::backlog(&client, &schedule, &[&schedule]).await).await;
+    until_is("nothing is scheduled any more", 0, async || cluster::backlog(&client, &schedule, &[&schedule]).await)
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

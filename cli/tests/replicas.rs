@@ -361,7 +361,8 @@ async fn fault_14_a_broker_that_was_drained_and_removed_joins_again_under_its_na
     publish(&client, "t", 100, 100).await;
     let brokers = async || client.refresh().await.map(|c| c.metadata.brokers.clone()).map_err(|e| e.to_string());
     let drain = async |id, cancel| {
-        let drained = change(&client, async |mut admin| admin.drain_broker(v1::DrainBrokerRequest { id, cancel }).await);
+        let drained =
+            change(&client, async |mut admin| admin.drain_broker(v1::DrainBrokerRequest { id, cancel }).await);
         drained.await.map_err(|e| e.to_string())
     };
     make_topic(&client, "three", 1, 3).await;

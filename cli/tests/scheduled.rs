@@ -168,9 +168,7 @@ async fn very_many_due_in_the_same_minute_are_delivered_with_bounded_memory() {
     let client = Client::new(&cluster.servers).unwrap();
     make_topic(&client, "t", 1, 1).await;
     let span = minute.as_millis() as u64;
-    let at = |first: SystemTime, number: u64| {
-        first + Duration::from_millis(number.wrapping_mul(2_654_435_761) % span)
-    };
+    let at = |first: SystemTime, number: u64| first + Duration::from_millis(number.wrapping_mul(2_654_435_761) % span);
     // time to schedule them all; where it was not enough they are scheduled anew, for later
     let mut lead = Duration::from_micros(40 * count) + Duration::from_secs(2);
     let first = loop {

@@ -281,7 +281,11 @@ pub(crate) async fn make_topic_of(client: &Client, name: &str, spec: v1::TopicSp
     until("the topic has leaders", async || {
         let cluster = client.refresh().await.map_err(|e| e.to_string())?;
         let topic = cluster.topic(name);
-        if topic.is_some_and(|t| t.partitions.iter().all(|p| p.leader != 0)) { Ok(()) } else { Err(format!("{topic:?}")) }
+        if topic.is_some_and(|t| t.partitions.iter().all(|p| p.leader != 0)) {
+            Ok(())
+        } else {
+            Err(format!("{topic:?}"))
+        }
     })
     .await;
 }

@@ -4,7 +4,7 @@ use crate::guard::Deadlines;
 use clap::Parser;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
 use std::path::PathBuf;
-use weir_core::meta::names;
+use weir_proto::names;
 
 /// Shown below the help.
 pub const EXAMPLE: &str = "Example, three brokers on one machine, the first of them:
@@ -75,8 +75,7 @@ impl Config {
     /// Why others could not reach this broker by the addresses it would announce, if so.
     pub fn check(&self) -> Result<(), String> {
         if !names::is_part(&self.name) {
-            let shown: String = self.name.chars().take(60).flat_map(char::escape_default).collect();
-            return Err(format!("--name '{shown}': use 1 to 253 lower-case letters, digits, '-' and '.'"));
+            return Err(format!("--name {}", names::refusal(&self.name)));
         }
         let listens = [
             ("--client-listen", self.client_listen),

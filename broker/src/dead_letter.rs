@@ -129,15 +129,15 @@ pub async fn give_back(context: &Context, origin: Origin) -> Result<Option<Publi
     }
     record.headers.retain(|(name, _)| !name.starts_with(PREFIX));
     record.set_header(ONLY_FOR, subscription);
-    outbox::publish(context, &topic, &[record], compression, origin, Limit::Carried).await
+    outbox::publish(context, &topic, vec![record], compression, origin, Limit::Carried).await
 }
 
 /// Publishes a dead letter, once, however often it is repeated. The dead-letter topic takes whatever the topic of its origin took.
 pub async fn publish(context: &Context, source: &Source, letter: DeadLetter, offset: u64) -> Result<(), Failure> {
     let Source { subscription, group, seeks, .. } = *source;
     let origin = Origin { subscription, group, offset, seeks, reason: Reason::Dead };
-    let records = [letter.record];
-    outbox::publish(context, &source.dead_letter_topic, &records, letter.compression, origin, Limit::Carried)
+    let DeadLetter { record, compression } = letter;
+    outbox::publish(context, &source.dead_letter_topic, vec![record], compression, origin, Limit::Carried)
         .await
         .map(drop)
 }

@@ -649,7 +649,7 @@ impl Hub {
             let published = match what {
                 ToPublish::Result { to, records } => {
                     let _budget = context.budget.publish(bytes).await;
-                    outbox::publish(&context, &to, &records, Compression::None, origin, Limit::Topic).await
+                    outbox::publish(&context, &to, records, Compression::None, origin, Limit::Topic).await
                 }
                 ToPublish::GiveBack => dead_letter::give_back(&context, origin).await,
             };

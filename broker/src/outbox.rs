@@ -96,7 +96,7 @@ pub fn own_producer(seed: u64) -> u64 {
 pub async fn publish(
     context: &Context,
     topic: &str,
-    records: &[Record],
+    records: Vec<Record>,
     compression: Compression,
     origin: Origin,
     limit: Limit,
@@ -110,11 +110,9 @@ pub async fn publish(
         None => (mix(origin.offset) % u64::from(partitions)) as u32,
     };
     let stamp = Stamp { id: origin.producer_id(), epoch: 0, sequence: 0 };
-    let encode = {
-        let records = records.to_vec();
-        move || records::encode(&records, compression, Some(stamp))
-    };
-    let batch = context.unpacker.of_size(records::batch_bytes_max(records), encode).await;
+    let bytes = records::batch_bytes_max(&records);
+    let encode = move || records::encode(&records, compression, Some(stamp));
+    let batch = context.unpacker.of_size(bytes, encode).await;
     let batch = batch.map_err(|e| Failure::invalid("RECORDS", e))?;
     match send(context, topic, partition, batch, limit).await {
         Ok(base_offset) => Ok(Some(Published { partition, base_offset })),

@@ -6,7 +6,7 @@ use crate::group::{Group, Machine};
 use crate::ids::{BrokerId, GroupId, META_GROUP, ReplicaId, SubscriptionId, Ticket, TopicId};
 use crate::log::CheckpointInfo;
 use crate::membership::{Step, next_step};
-use crate::meta::command::{Command, Kind, Reassign, Settled};
+use crate::meta::command::{Command, Kind, Settled};
 use crate::meta::plan;
 use crate::meta::state::{Assignment, MetaState, Start, Subscription, Topic};
 use crate::node::{LeaderInfo, Node, Pulse};
@@ -116,10 +116,11 @@ impl Node {
             info.term = group.term();
             // its successor is to be on this broker, where it begins with nothing: another replica leads until it has caught up
             let is_replaced = assignment.replica_on(self.broker).is_some_and(|r| r.id != group.replica().0);
-            // one that leaves would hand it back at once
-            let leaving = assignment.leaving.iter().map(|r| r.id).filter(|_| !resigning);
-            let unsuited: Vec<u64> = avoided.iter().copied().chain(leaving).collect();
-            let leaves = (resigning || unfit || is_replaced) && resign(group, &unsuited);
+            let leaves = (resigning || unfit || is_replaced) && {
+                // one that leaves would hand it back at once
+                let leaving = assignment.leaving.iter().map(|r| r.id).filter(|_| !resigning);
+                resign(group, &avoided.iter().copied().chain(leaving).collect::<Vec<_>>())
+            };
             if !leaves && !resigning && tend_membership(group, &assignment) {
                 info.settled_epoch = Some(assignment.epoch);
                 balance(group, &assignment, &avoided, now, balance_after_ms);
@@ -205,7 +206,8 @@ impl Node {
         }
         commands.extend(self.unrecorded_starts());
         for (group, replica) in &self.to_renew {
-            commands.extend(self.meta.assignment(*group).and_then(|a| renew(*group, a, *replica)));
+            commands
+                .extend(self.meta.assignment(*group).and_then(|a| plan::renew(*group, a, *replica)).map(Command::from));
         }
         if commands.is_empty() && self.planned.as_ref().is_none_or(|of| !Arc::ptr_eq(of, &self.meta)) {
             commands = plan::plan(&self.meta);
@@ -397,14 +399,4 @@ fn resign(group: &mut Group, avoided: &[u64]) -> bool {
     let best = group.conf().voters.iter().copied().filter(other);
     let to = best.filter(|id| group.caught_up(*id)).min_by_key(|id| group.lag(*id));
     to.inspect(|to| group.transfer(*to)).is_some()
-}
-
-fn renew(group: GroupId, assignment: &Assignment, damaged: ReplicaId) -> Option<Command> {
-    // the only replica may hold the only copy: nothing replaces it
-    assignment.replicas.iter().find(|r| r.id == damaged.0).filter(|_| assignment.replicas.len() > 1)?;
-    let brokers = assignment.replicas.iter().map(|r| r.broker).collect();
-    let learners = assignment.replicas.iter().any(|r| r.learner);
-    let voters_max = if group == META_GROUP || learners { plan::META_VOTERS_MAX as u32 } else { 0 };
-    let change = Reassign { group: group.0, expected_epoch: assignment.epoch, brokers, voters_max, renew: damaged.0 };
-    Some(Kind::Reassign(change).into())
 }

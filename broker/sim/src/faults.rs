@@ -3,9 +3,9 @@
 use crate::clients::Asked;
 use crate::{GONE, Host, World};
 use std::sync::Arc;
-use weir_core::ids::{BrokerId, GroupId, META_GROUP};
-use weir_core::meta::command::{Kind, Reassign, SetPhase};
-use weir_core::meta::plan::META_VOTERS_MAX;
+use weir_core::ids::{BrokerId, GroupId, META_GROUP, ReplicaId};
+use weir_core::meta::command::{Kind, SetPhase};
+use weir_core::meta::plan::renew;
 use weir_core::meta::state::{Broker, Phase};
 use weir_core::node::{Disk, mix};
 use weir_core::storage::{Store as _, StoreError, StoredGroup};
@@ -257,12 +257,10 @@ impl World {
         let Some(controller) = self.controller() else { return };
         let meta = self.hosts[&controller].node.as_ref().expect("it leads").meta().clone();
         let assignment = meta.assignment(META_GROUP).expect("there is one");
-        let Some(renew) = assignment.replica_on(at).map(|r| r.id) else { return };
-        let brokers = assignment.replicas.iter().map(|r| r.broker).collect();
-        let (group, expected_epoch, voters_max) = (META_GROUP.0, assignment.epoch, META_VOTERS_MAX as u32);
-        let change = Reassign { group, expected_epoch, brokers, voters_max, renew };
+        let replica = assignment.replica_on(at).map(|r| ReplicaId(r.id));
+        let Some(change) = replica.and_then(|r| renew(META_GROUP, assignment, r)) else { return };
         self.injured = true;
-        self.propose(controller, Asked::Administer, Kind::Reassign(change));
+        self.propose(controller, Asked::Administer, change);
     }
 
     /// An entry on a broker's disk, of those it reads when it starts, cannot be read any more.

@@ -4,13 +4,24 @@
 use super::command::{Command, Kind, Reassign, SetPhase};
 use super::placement::{candidates, lead_step, next_broker, rebalance_step};
 use super::state::{Assignment, MetaState, Phase};
-use crate::ids::{BrokerId, META_GROUP};
+use crate::ids::{BrokerId, GroupId, META_GROUP, ReplicaId};
 use std::collections::BTreeMap;
 
 /// Voters of the metadata group; brokers beyond them follow as learners.
 pub const META_VOTERS_MAX: usize = 5;
 /// Groups that may change their replicas at one time: live traffic keeps its throughput.
 pub const MOVES_MAX: usize = 4;
+
+/// Replaces a damaged replica by a new one on the same broker; `None` where it is none of the group's, or its only one.
+pub fn renew(group: GroupId, assignment: &Assignment, damaged: ReplicaId) -> Option<Kind> {
+    // the only replica may hold the only copy: nothing replaces it
+    assignment.replicas.iter().find(|r| r.id == damaged.0).filter(|_| assignment.replicas.len() > 1)?;
+    let brokers = assignment.replicas.iter().map(|r| r.broker).collect();
+    let learners = assignment.replicas.iter().any(|r| r.learner);
+    let voters_max = if group == META_GROUP || learners { META_VOTERS_MAX as u32 } else { 0 };
+    let change = Reassign { group: group.0, expected_epoch: assignment.epoch, brokers, voters_max, renew: damaged.0 };
+    Some(Kind::Reassign(change))
+}
 
 /// Commands to propose now.
 pub fn plan(meta: &MetaState) -> Vec<Command> {

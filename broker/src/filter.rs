@@ -15,8 +15,9 @@ use weir_proto::records::Record;
 pub const FILTER_BYTES_MAX: usize = 2_048;
 /// Brackets within brackets.
 const DEPTH_MAX: usize = 32;
-/// Most that evaluating one message may cost, in steps of about a nanosecond. One that could cost more is not evaluated, and delivered.
-const WORK_MAX: u64 = 100_000_000;
+/// Most that evaluating one message may cost, in steps of about a nanosecond (at most 1.3, measured: group `filters` of `make bench`). One
+/// that could cost more is not evaluated, and delivered.
+pub const WORK_MAX: u64 = 100_000_000;
 /// What costs less is evaluated beside other tasks; the rest on a thread of its own.
 const WORK_INLINE_MAX: u64 = 20_000;
 
@@ -90,9 +91,14 @@ impl Filter {
         key + headers.map(|(name, value)| name.len() + value.as_ref().map_or(0, |v| v.len()) + 64).sum::<usize>()
     }
 
+    /// Most that evaluating a message may cost, in steps of about a nanosecond.
+    pub fn work(&self, record: &Record) -> u64 {
+        self.work.of(self.text_bytes(record))
+    }
+
     /// Whether a message is better evaluated where it holds up nobody else.
     pub fn is_costly(&self, record: &Record) -> bool {
-        self.work.of(self.text_bytes(record)) > WORK_INLINE_MAX
+        self.work(record) > WORK_INLINE_MAX
     }
 
     /// An evaluator, for as many messages as there are to be evaluated in one go.
@@ -122,7 +128,7 @@ pub struct Evaluator<'a> {
 impl Evaluator<'_> {
     /// Whether a message is wanted.
     pub fn verdict(&mut self, record: &Record) -> Verdict {
-        if self.filter.work.of(self.filter.text_bytes(record)) > WORK_MAX {
+        if self.filter.work(record) > WORK_MAX {
             return Verdict::TooCostly;
         }
         let context = &mut self.context;

@@ -19,8 +19,24 @@ async fn make_topic(running: &Running) {
     admin.apply_topic(request).await.unwrap();
 }
 
+type Metadata = v1::metadata_client::MetadataClient<Channel>;
+
+/// A broker with a topic, its folder, and its metadata.
+async fn start() -> (tempfile::TempDir, Running, Metadata, v1::GetMetadataResponse) {
+    let data = tempfile::tempdir().unwrap();
+    let running = broker(data.path()).await;
+    make_topic(&running).await;
+    let mut metadata = Metadata::new(connect(running.client).await);
+    let first = read(&mut metadata).await;
+    (data, running, metadata, first)
+}
+
+async fn read(metadata: &mut Metadata) -> v1::GetMetadataResponse {
+    metadata.get(v1::GetMetadataRequest::default()).await.unwrap().into_inner()
+}
+
 /// The partition's status once it has a leader.
-async fn status(metadata: &mut v1::metadata_client::MetadataClient<Channel>) -> v1::PartitionStatus {
+async fn status(metadata: &mut Metadata) -> v1::PartitionStatus {
     for _ in 0..200 {
         let described = metadata.describe(v1::DescribeRequest::default()).await.unwrap().into_inner();
         if let Some(status) = described.partitions.into_iter().find(|p| p.topic == "default/t") {
@@ -33,11 +49,7 @@ async fn status(metadata: &mut v1::metadata_client::MetadataClient<Channel>) -> 
 
 #[tokio::test]
 async fn forged_peer_messages_change_nothing() {
-    let data = tempfile::tempdir().unwrap();
-    let running = broker(data.path()).await;
-    make_topic(&running).await;
-    let mut metadata = v1::metadata_client::MetadataClient::new(connect(running.client).await);
-    let cluster = metadata.get(v1::GetMetadataRequest::default()).await.unwrap().into_inner();
+    let (_data, running, mut metadata, cluster) = start().await;
     let before = status(&mut metadata).await;
     let replica = before.group + 1; // ids are given one after the other
     let hello = |cluster_id: &str, broker_id, to_broker_id| v1::PeerFrame {
@@ -86,12 +98,7 @@ async fn forged_peer_messages_change_nothing() {
 #[tokio::test]
 async fn forged_calls_to_the_peer_port_change_nothing() {
     use tonic_types::StatusExt as _;
-    let data = tempfile::tempdir().unwrap();
-    let running = broker(data.path()).await;
-    make_topic(&running).await;
-    let mut metadata = v1::metadata_client::MetadataClient::new(connect(running.client).await);
-    let get = v1::GetMetadataRequest::default();
-    let before = metadata.get(get.clone()).await.unwrap().into_inner();
+    let (_data, running, mut metadata, before) = start().await;
     let log = status(&mut metadata).await;
     let cluster = before.cluster_id.as_str();
     let hello = |cluster_id: &str, broker_id, to_broker_id| {
@@ -159,7 +166,7 @@ async fn forged_calls_to_the_peer_port_change_nothing() {
     let genuine = Some(v1::Message { value: Some("genuine".into()), ..Default::default() });
     requester.reply(v1::ReplyRequest { address: inbox, message: genuine.clone() }).await.unwrap();
     assert_eq!(answers.message().await.unwrap().unwrap().message, genuine);
-    let after = metadata.get(get).await.unwrap().into_inner();
+    let after = read(&mut metadata).await;
     assert_eq!((after.version, after.brokers), (before.version, before.brokers));
     assert_eq!(status(&mut metadata).await.high_watermark, log.high_watermark);
     running.stop().await;
@@ -172,13 +179,10 @@ async fn forged_commands_of_a_member_are_refused() {
     use tonic_types::StatusExt as _;
     use weir_core::meta::command::{Command, Kind, Reassign, SetIncarnation, SetPhase, Settled};
     use weir_core::meta::state::Broker;
-    let data = tempfile::tempdir().unwrap();
-    let running = broker(data.path()).await;
-    make_topic(&running).await;
+    let (_data, running, mut metadata, _) = start().await;
     let mut admin = v1::admin_client::AdminClient::new(connect(running.admin).await);
     let member = admin.add_broker(v1::AddBrokerRequest { name: "b-9".into() }).await.unwrap().into_inner().id;
-    let mut metadata = v1::metadata_client::MetadataClient::new(connect(running.client).await);
-    let before = metadata.get(v1::GetMetadataRequest::default()).await.unwrap().into_inner();
+    let before = read(&mut metadata).await;
     let group = status(&mut metadata).await.group;
     let mut peer = v1::peer_client::PeerClient::new(connect(running.peer).await);
     let me = &before.brokers[0];
@@ -191,6 +195,7 @@ async fn forged_commands_of_a_member_are_refused() {
         (Kind::Expect(Broker::default()), "NAME"),
         (Kind::SetPhase(SetPhase { broker: me.id, phase: 2, removed: false }), "INVALID"),
         (Kind::SetPhase(SetPhase { broker: me.id, phase: 0, removed: true }), "INVALID"),
+        (Kind::SetPhase(SetPhase { broker: me.id, phase: 1, removed: false }), "TOO_FEW_BROKERS"),
     ] {
         let (cluster_id, to_broker_id) = (before.cluster_id.clone(), me.id);
         let hello = Some(v1::PeerHello { cluster_id, broker_id: member, to_broker_id, incarnation: 0 });
@@ -204,7 +209,7 @@ async fn forged_commands_of_a_member_are_refused() {
     let frame = v1::PeerFrame { hello: Some(hello), ..Default::default() };
     let refused = peer.exchange(futures::stream::iter([frame.clone(), frame])).await.unwrap_err();
     assert_eq!(refused.get_details_error_info().unwrap().reason, "HELLO", "{}", refused.message());
-    let after = metadata.get(v1::GetMetadataRequest::default()).await.unwrap().into_inner();
+    let after = read(&mut metadata).await;
     assert_eq!((after.brokers, after.topics), (before.brokers, before.topics));
     running.stop().await;
 }
@@ -259,7 +264,7 @@ async fn garbage_and_frames_that_are_too_large_are_refused_and_the_connection_li
     let running = broker(data.path()).await;
     make_topic(&running).await;
     let channel = connect(running.client).await;
-    let mut metadata = v1::metadata_client::MetadataClient::new(channel.clone());
+    let mut metadata = Metadata::new(channel.clone());
     let before = status(&mut metadata).await;
     const PUBLISH: &str = "/weir.v1.Publisher/Publish";
     let cases: [(&str, Vec<u8>); 5] = [
@@ -376,7 +381,7 @@ async fn an_offset_that_retention_took_is_refused_with_both_bounds_and_a_bomb_wi
     let mut admin = v1::admin_client::AdminClient::new(connect(running.admin).await);
     admin.apply_topic(request).await.unwrap();
     let channel = connect(running.client).await;
-    let mut metadata = v1::metadata_client::MetadataClient::new(channel.clone());
+    let mut metadata = Metadata::new(channel.clone());
     status(&mut metadata).await;
     let mut publisher = v1::publisher_client::PublisherClient::new(channel.clone());
     for _ in 0..50 {

@@ -31,8 +31,10 @@ const IDLE: Duration = Duration::from_secs(10);
 /// Looked at again after this long, while something is.
 const BUSY: Duration = Duration::from_secs(1);
 
-/// Reason of `Progressing` where the brokers refuse a drain.
+/// Reason of `Progressing` where the brokers refuse a drain, since a topic needs the broker.
 const DRAIN_REFUSED: &str = "DrainRefused";
+/// The brokers' reason for that.
+const TOO_FEW_BROKERS: &str = "TOO_FEW_BROKERS";
 
 /// A look takes no longer.
 pub const LOOK_MAX: Duration = Duration::from_secs(20);
@@ -83,8 +85,10 @@ async fn bring_about(cluster: Arc<StreamCluster>, context: Arc<Context>) -> Resu
         }
     };
     grow_volumes(&context, &cluster, &names).await?;
-    if let Some(refusal) = ask_brokers(&context, &cluster, &names, &plan).await? {
-        plan.say(Said::new("Progressing", false, DRAIN_REFUSED, refusal));
+    let asked = ask_brokers(&context, &cluster, &names, &plan).await?;
+    // after a call that was carried out the next look knows what is under way
+    if let Some(refusal) = asked.refusal.filter(|_| asked.made == 0) {
+        plan.stop(DRAIN_REFUSED, &refusal);
     }
     if settings_changed {
         change_log_level(&context, &cluster, &seen).await;
@@ -100,8 +104,8 @@ async fn bring_about(cluster: Arc<StreamCluster>, context: Arc<Context>) -> Resu
             apply::apply(&context.client, &children.budget).await.map_err(kube("applying the PodDisruptionBudget"))?;
         }
     }
-    let busy =
-        has_changed || !plan.calls.is_empty() || plan.conditions.iter().any(|c| c.kind == "Progressing" && c.holds);
+    let progresses = plan.conditions.iter().any(|c| c.kind == "Progressing" && c.holds);
+    let busy = has_changed || asked.made > 0 || progresses;
     let unwell = plan.conditions.iter().any(|c| c.kind == "Ready" && !c.holds);
     report(&context, &cluster, plan).await?;
     Ok(Action::requeue(if busy || unwell { BUSY } else { IDLE }))
@@ -308,18 +312,26 @@ async fn grow_volumes(context: &Context, cluster: &StreamCluster, names: &Names)
     Ok(())
 }
 
-/// Makes the plan's calls. Returns the brokers' reason where they refuse a drain: the pods stay until another spec, or fewer replicas of
-/// a topic, allow it.
+/// Answers to a plan's calls.
+#[derive(Default)]
+struct Asked {
+    /// Calls that were carried out.
+    made: usize,
+    /// Why a drain was refused: the pods stay until another spec, or fewer replicas of a topic, allow it.
+    refusal: Option<String>,
+}
+
+/// Makes the plan's calls. Any failure but the refusal of a drain that could not end is an error.
 async fn ask_brokers(
     context: &Context,
     cluster: &StreamCluster,
     names: &Names,
     plan: &Plan,
-) -> Result<Option<String>, ClusterError> {
+) -> Result<Asked, ClusterError> {
     let address = names.admin_address(&context.settings.domain);
     let about = cluster.object_ref(&());
     let brokers = |doing: &'static str| move |source| ClusterError::Brokers { doing, source };
-    let mut refusal = None;
+    let mut asked = Asked::default();
     for call in &plan.calls {
         match call.clone() {
             Call::Add(name) => {
@@ -328,7 +340,7 @@ async fn ask_brokers(
                 context.brokers.call(&address, call).await.map_err(brokers("adding a broker"))?;
                 context.event(&about, false, "BrokerAdded", "Scale", format!("{name} may join")).await;
             }
-            Call::Drain { .. } if refusal.is_some() => {}
+            Call::Drain { .. } if asked.refusal.is_some() => continue, // those above it go first
             Call::Drain { id, name } => {
                 let request = v1::DrainBrokerRequest { id, cancel: false };
                 let call =
@@ -338,7 +350,10 @@ async fn ask_brokers(
                         let note = format!("{name} hands over its replicas");
                         context.event(&about, false, "BrokerDraining", "Scale", note).await;
                     }
-                    Err(BrokerError::Refused { message, .. }) => refusal = Some(message),
+                    Err(BrokerError::Refused { reason, message, .. }) if reason == TOO_FEW_BROKERS => {
+                        asked.refusal = Some(plan::drain_refused(cluster.spec.brokers, names, &name, &message));
+                        continue;
+                    }
                     Err(error) => return Err(brokers("draining a broker")(error)),
                 }
             }
@@ -356,8 +371,9 @@ async fn ask_brokers(
                 context.brokers.call(&address, call).await.map_err(brokers("telling a broker's zone"))?;
             }
         }
+        asked.made += 1;
     }
-    Ok(refusal)
+    Ok(asked)
 }
 
 /// Running brokers log as the spec now says; one that does not answer reads it when it starts.

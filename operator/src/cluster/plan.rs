@@ -20,6 +20,9 @@ pub const CATCHES_UP_SECONDS_MAX: i64 = 1_800;
 /// elsewhere, and an outdated one is replaced though others are not whole. One whose broker still fills its replicas is not broken.
 pub const BROKEN_AFTER_SECONDS: i64 = 30;
 
+/// Reason of `Progressing` where nothing is under way.
+const SETTLED: &str = "Settled";
+
 /// A broker's pod as seen.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodSeen {
@@ -119,6 +122,17 @@ impl Plan {
     /// Replaces the condition of one kind.
     pub fn say(&mut self, said: Said) {
         self.conditions.iter_mut().filter(|c| c.kind == said.kind).for_each(|c| *c = said.clone());
+    }
+
+    /// Gives why nothing progresses; while something else does, or has stopped, that is kept, and the text added.
+    pub fn stop(&mut self, reason: &'static str, text: &str) {
+        for condition in self.conditions.iter_mut().filter(|c| c.kind == "Progressing") {
+            if condition.reason == SETTLED {
+                *condition = Said::new("Progressing", false, reason, text);
+            } else {
+                condition.message = format!("{}; {text}", condition.message);
+            }
+        }
     }
 }
 
@@ -221,6 +235,12 @@ fn scale(wanted: i32, had: i32, names: &Names, snapshot: &Snapshot, calls: &mut 
         }
     }
     keep
+}
+
+/// Text for a scale-down that stops at a broker that the others cannot replace, with the brokers' words.
+pub fn drain_refused(wanted: i32, names: &Names, broker: &str, why: &str) -> String {
+    let needed = names.ordinal(broker).map_or(wanted, |ordinal| ordinal + 1);
+    format!("spec.brokers of the StreamCluster is {wanted}, and at least {needed} are needed: {why}")
 }
 
 fn racks(seen: &Seen, snapshot: &Snapshot) -> Vec<Call> {
@@ -437,7 +457,7 @@ fn conditions(health: &Health, brokers: i32, seen: &Seen, moving: &Moves, roll: 
             Said::new("Progressing", true, "Balancing", text)
         }
         Roll::None if !health.formed => Said::new("Progressing", true, "Forming", "waiting for the brokers"),
-        Roll::None => Said::new("Progressing", false, "Settled", ""),
+        Roll::None => Said::new("Progressing", false, SETTLED, ""),
     };
     let degraded = if health.formed && (health.leaderless > 0 || health.under_replicated > 0) {
         let text = format!("{} partitions lack a replica, {} a leader", health.under_replicated, health.leaderless);

@@ -23,6 +23,8 @@ struct State {
     changes: usize,
     /// (method, path) of all requests but those about events
     requests: Vec<(Method, String)>,
+    /// (reason, note) of all events
+    events: Vec<(String, String)>,
     /// after the change of this number the operator has ended: its answer is lost, and nothing else is answered
     ends_at: Option<usize>,
     ended: bool,
@@ -76,6 +78,9 @@ impl State {
 
     fn handle(&mut self, method: &Method, path: &str, body: &[u8]) -> Response<Body> {
         if path.contains("/events") {
+            let text = |event: &Value, field: &str| event[field].as_str().unwrap_or_default().to_owned();
+            let told: Value = serde_json::from_slice(body).unwrap();
+            self.events.push((text(&told, "reason"), text(&told, "note")));
             let event = json!({"metadata": {"name": "e"}, "reportingController": "", "eventTime": null});
             return answer(StatusCode::CREATED, &event);
         }
@@ -241,6 +246,12 @@ impl Server {
     /// Requests since this was last asked.
     pub(crate) fn take_requests(&self) -> Vec<(Method, String)> {
         std::mem::take(&mut self.state().requests)
+    }
+
+    /// Notes of the events of a reason.
+    pub(crate) fn notes(&self, reason: &str) -> Vec<String> {
+        let state = self.state();
+        state.events.iter().filter(|(r, _)| r == reason).map(|(_, note)| note.clone()).collect()
     }
 
     /// Writes that changed something.

@@ -3,7 +3,7 @@
 use crate::api::Server;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use weir_operator::brokers::Brokers;
 use weir_proto::v1;
 
@@ -17,6 +17,8 @@ pub(crate) struct State {
     pub(crate) alive: BTreeSet<String>,
     pub(crate) applied: Vec<v1::ApplyTopicRequest>,
     pub(crate) deleted: Vec<v1::DeleteRequest>,
+    /// drains are refused for this reason
+    pub(crate) refuses_drains: Option<&'static str>,
     /// messages that nobody has acknowledged, and bytes of log, in each partition
     pub(crate) traffic: u64,
     ids: u64,
@@ -47,15 +49,17 @@ impl State {
 
     /// As brokers do it: each topic has three replicas, or those it was made with.
     fn check_drain(&self, id: u64) -> Result<(), Status> {
+        if let Some(reason) = self.refuses_drains {
+            return Err(refusal(Code::FailedPrecondition, reason, "no drain"));
+        }
         let is_active = |b: &&v1::Broker| b.phase == "active";
         let left = self.brokers.iter().filter(is_active).filter(|b| b.id != id).count();
         let drained = self.brokers.iter().filter(is_active).any(|b| b.id == id);
         let partitions = self.topics.values().flat_map(|t| &t.partitions);
         let wanted = partitions.map(|p| p.replicas.len()).max().unwrap_or(1);
         if drained && wanted > left {
-            return Err(Status::failed_precondition(format!(
-                "{wanted} replicas need {wanted} brokers, {left} would be left"
-            )));
+            let text = format!("{wanted} replicas need {wanted} brokers, {left} would be left");
+            return Err(refusal(Code::FailedPrecondition, "TOO_FEW_BROKERS", &text));
         }
         Ok(())
     }
@@ -307,8 +311,13 @@ impl v1::admin_server::Admin for Scripted {
     }
 }
 
-fn not_found() -> Status {
+/// As brokers refuse.
+fn refusal(code: Code, reason: &str, text: &str) -> Status {
     use tonic_types::{ErrorDetails, StatusExt as _};
-    let details = ErrorDetails::with_error_info("NOT_FOUND", "weir.dev", std::collections::HashMap::new());
-    Status::with_error_details(tonic::Code::NotFound, "there is none", details)
+    let details = ErrorDetails::with_error_info(reason, "weir.dev", std::collections::HashMap::new());
+    Status::with_error_details(code, text, details)
+}
+
+fn not_found() -> Status {
+    refusal(Code::NotFound, "NOT_FOUND", "there is none")
 }

@@ -133,21 +133,55 @@ async fn a_scale_down_that_topics_do_not_allow_goes_as_far_as_it_may_and_says_wh
     world.until_settled(3, &mut |_| 0).await;
     world.server.change_spec(CLUSTER, "brokers", json!(5));
     world.until_settled(5, &mut |_| 0).await;
+    let idle = world.look(0).await.unwrap();
+    let highest = world.brokers.state().brokers.last().unwrap().id;
+    world.brokers.state().topics.get_mut("shop/orders").unwrap().partitions[0].replicas[2] = highest;
     world.server.change_spec(CLUSTER, "brokers", json!(1));
+    let mut refused_while_draining = false;
     for _ in 0..60 {
         world.turn();
-        world.look(0).await;
+        let _ = world.look(0).await;
+        let cluster = world.server.get(CLUSTER).unwrap();
+        let progressing = condition(&cluster, "Progressing");
+        let says_why = progressing["message"].as_str().unwrap().contains("3 replicas");
+        refused_while_draining |= progressing["reason"] == "Draining" && progressing["status"] == "True" && says_why;
     }
+    assert!(refused_while_draining, "two are drained, and the third is known to be refused");
     let (_, names) = world.outcome();
     assert_eq!(names, ["default-broker-0", "default-broker-1", "default-broker-2"], "the topic has three replicas");
     let cluster = world.server.get(CLUSTER).unwrap();
     let progressing = condition(&cluster, "Progressing");
     assert_eq!((&progressing["status"], &progressing["reason"]), (&json!("False"), &json!("DrainRefused")));
-    assert!(progressing["message"].as_str().unwrap().contains("3 replicas"), "{progressing}");
+    let message = progressing["message"].as_str().unwrap();
+    let remedy = "spec.brokers of the StreamCluster is 1, and at least 3 are needed: ";
+    assert!(message.starts_with(remedy) && message.contains("3 replicas"), "{message}");
+    assert_eq!(world.server.notes("DrainRefused"), [message], "one event");
     assert_eq!(condition(&cluster, "Ready")["status"], "True");
     assert_eq!(cluster["status"]["observedGeneration"], cluster["metadata"]["generation"]);
+    assert_eq!(world.look(0).await, Ok(idle), "nothing is under way");
     world.server.change_spec(CLUSTER, "brokers", json!(3));
     world.until_settled(3, &mut |_| 0).await;
+}
+
+/// Only the refusal of a drain that could not end is a state to wait in.
+#[tokio::test]
+async fn a_drain_that_is_refused_for_another_reason_fails_the_look() {
+    let world = World::new().await;
+    world.until_settled(3, &mut |_| 0).await;
+    world.server.change_spec(CLUSTER, "brokers", json!(2));
+    world.brokers.state().refuses_drains = Some("PHASE");
+    for _ in 0..3 {
+        world.turn();
+        let error = world.look(0).await.unwrap_err();
+        assert!(error.contains("draining a broker") && error.contains("no drain"), "{error}");
+    }
+    let cluster = world.server.get(CLUSTER).unwrap();
+    assert_eq!(condition(&cluster, "Progressing")["reason"], "Settled", "nothing is known of it");
+    assert_eq!(world.server.notes("DrainRefused").len(), 0);
+    world.brokers.state().refuses_drains = Some("TOO_FEW_BROKERS");
+    world.look(0).await.unwrap();
+    let cluster = world.server.get(CLUSTER).unwrap();
+    assert_eq!(condition(&cluster, "Progressing")["reason"], "DrainRefused");
 }
 
 /// Reads that are up to five looks behind may delay what is wanted, and never harm.

@@ -3,6 +3,7 @@
 use crate::api::{Objects, Server};
 use crate::brokers::Scripted;
 use crate::context;
+use kube::runtime::controller::Action;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -190,15 +191,18 @@ impl World {
         state.topics.insert(topic.name.clone(), topic);
     }
 
-    pub(crate) async fn look(&self, behind: usize) {
+    /// Returns when the operator looks again, or why it failed.
+    pub(crate) async fn look(&self, behind: usize) -> Result<Action, String> {
         self.server.read_behind(behind);
+        let mut looked = Ok(Action::await_change());
         if let Some(object) = self.server.seen(CLUSTER) {
             let object: StreamCluster = serde_json::from_value(object).unwrap();
-            let _ = cluster::reconcile(Arc::new(object), self.context.clone()).await;
+            looked = cluster::reconcile(Arc::new(object), self.context.clone()).await.map_err(|e| e.to_string());
         }
         self.server.read_behind(0);
         self.server.begin_again();
         self.server.keep_view();
+        looked
     }
 
     fn settled(&self, brokers: usize) -> bool {
@@ -218,7 +222,7 @@ impl World {
         for turn in 0..TURNS_MAX {
             self.turn();
             let views = behind(turn);
-            self.look(views).await;
+            let _ = self.look(views).await;
             // what a view of before says is of before
             if views == 0 && self.settled(brokers) {
                 return;
@@ -237,7 +241,7 @@ impl World {
         self.server.change_spec(CLUSTER, "image", json!("weir:next"));
         self.until_settled(3, behind).await;
         self.turn();
-        self.look(0).await;
+        let _ = self.look(0).await;
         for ordinal in 0..3 {
             let pod = self.server.get(&format!("{PODS}{ordinal}")).unwrap();
             assert_eq!(pod["spec"]["containers"][0]["image"], "weir:next", "broker {ordinal}");

@@ -368,6 +368,10 @@ async fn fault_14_a_broker_that_was_drained_and_removed_joins_again_under_its_na
     assert!(refusal.contains("topic default/three wants 3 replicas, and 2 active brokers would be left"), "{refusal}");
     make_topic(&client, "three", 1, 1).await;
     drain(3, false).await.unwrap();
+    let spec = v1::TopicSpec { partitions: 1, replicas: 3, ..Default::default() };
+    let request = v1::ApplyTopicRequest { name: "three".into(), spec: Some(spec), ..Default::default() };
+    let refusal = client.admin().await.unwrap().apply_topic(request).await.unwrap_err();
+    assert!(refusal.message().contains("3 replicas need 3 brokers, 2 are active"), "{refusal}");
     until("drained and removed", async || {
         let seen = brokers().await?;
         if seen.iter().all(|b| b.id != 3) { Ok(()) } else { Err(format!("{seen:?}")) }

@@ -9,7 +9,7 @@ use weir_core::cursor::{CursorUpdate, OffsetRange};
 use weir_core::entry::Control;
 use weir_core::group::Machine;
 use weir_core::ids::{BrokerId, GroupId, META_GROUP};
-use weir_core::meta::command::{Answer, Kind};
+use weir_core::meta::command::{Answer, Kind, MetaError};
 use weir_core::node::Reply;
 use weir_core::observe::GroupStatus;
 use weir_core::storage::Store as _;
@@ -41,6 +41,8 @@ pub(crate) enum Asked {
     Allocate(u64),
     /// An id for the broker of this name, asked for the how manieth time.
     Join(String, u32),
+    /// A drain.
+    Drain,
     /// Something of the administrator's.
     Administer,
 }
@@ -160,6 +162,11 @@ impl World {
             Asked::Join(name, asked) => {
                 if let Reply::Meta(Ok(Answer::Broker(id))) = reply {
                     self.joined(&name, asked, BrokerId(id));
+                }
+            }
+            Asked::Drain => {
+                if let Reply::Meta(Err(MetaError::Placement(_))) = reply {
+                    self.drain_refused();
                 }
             }
             Asked::Administer => {}

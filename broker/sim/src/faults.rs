@@ -359,7 +359,13 @@ impl World {
 
     fn propose_drain(&mut self, controller: BrokerId, broker: BrokerId) {
         let phase = SetPhase { broker: broker.0, phase: Phase::Draining.into(), removed: false };
-        self.propose(controller, Asked::Administer, Kind::SetPhase(phase));
+        self.propose(controller, Asked::Drain, Kind::SetPhase(phase));
+    }
+
+    /// The administrator leaves a broker that a topic needs where it is.
+    pub(crate) fn drain_refused(&mut self) {
+        self.count("refused drain");
+        self.draining = None;
     }
 
     pub(crate) fn propose(&mut self, at: BrokerId, asked: Asked, kind: Kind) {

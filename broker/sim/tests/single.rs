@@ -337,6 +337,30 @@ fn fault_06_over_a_bridge_one_leads_in_a_term_and_one_side_commits() {
     }
 }
 
+/// A drain, and a topic with a replica on every broker that is made at the same time: the first that is applied forbids the other.
+#[test]
+fn of_a_drain_and_a_topic_that_needs_the_broker_one_is_refused() {
+    for seed in 0..10 {
+        for drain_first in [true, false] {
+            let mut world = World::new(seed, 5, 3);
+            world.run(3_000, Faults::None);
+            if drain_first {
+                world.drain(BrokerId(5));
+            }
+            world.make_topic("default/new", 1);
+            if !drain_first {
+                world.drain(BrokerId(5));
+            }
+            world.run(5_000, Faults::None);
+            world.settle();
+            world.check();
+            assert_eq!(world.is_led("default/new"), !drain_first, "seed {seed}");
+            assert_eq!(world.brokers().contains(&BrokerId(5)), !drain_first, "seed {seed}");
+            assert_eq!(world.faults.contains_key("refused drain"), !drain_first, "seed {seed}");
+        }
+    }
+}
+
 /// Three brokers with an idle partition, which sleeps at all of them, led by the one given.
 fn asleep(seed: u64) -> (World, BrokerId) {
     let mut world = World::new(seed, 3, 3);

@@ -5,7 +5,6 @@ use crate::declare;
 use crate::filter::Filter;
 use crate::status::Failure;
 use tonic::{Request, Response, Status};
-use weir_core::ids::{BrokerId, META_GROUP};
 use weir_core::meta::command::{
     ApplySubscription, ApplyTopic, Delete, Kind, OpenRedrive, Placement, SetPhase, TakeSnapshot,
 };
@@ -157,13 +156,12 @@ impl Admin for Context {
                 // it never came: nothing is to be moved
                 return Ok(Kind::SetPhase(SetPhase { broker: id, phase: 0, removed: true }).into());
             }
-            let hears = meta.assignment(META_GROUP).is_some_and(|a| a.replica_on(BrokerId(id)).is_some());
-            if cancel && !hears {
-                let text = format!("broker {id} is out of the metadata already; let it go, and add it again");
+            if !matches!(broker.phase(), core::Phase::Active | core::Phase::Draining) {
+                let text = format!("broker {id} is {:?}; only an active one can be drained or kept", broker.phase());
                 return Err(Failure::new(tonic::Code::FailedPrecondition, "PHASE", text));
             }
-            if !matches!(broker.phase(), core::Phase::Active | core::Phase::Draining) {
-                let text = format!("broker {id} is {:?}; only an active one can be drained", broker.phase());
+            if cancel && broker.phase() == core::Phase::Draining && !meta.follows_metadata(id) {
+                let text = format!("broker {id} is out of the metadata already; let it go, and add it again");
                 return Err(Failure::new(tonic::Code::FailedPrecondition, "PHASE", text));
             }
             if !cancel && broker.phase() == core::Phase::Active {

@@ -907,7 +907,7 @@ pub struct AddBrokerResponse {
 pub struct DrainBrokerRequest {
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    /// Take it back: the broker stays.
+    /// Take it back: the broker stays. Refused with PHASE once it holds no partition and has left the metadata group.
     #[prost(bool, tag = "2")]
     pub cancel: bool,
 }

@@ -245,6 +245,12 @@ fn check_not_internal(name: &str) -> Result<(), MetaError> {
     Ok(())
 }
 
+/// Whether a change is that of a topic's schedule, as safe as the topic is now: a drain is checked against the topic alone.
+fn is_schedule_of(topic: &Topic, change: &ApplyTopic) -> bool {
+    let (of, spec) = (&topic.spec, &change.spec);
+    change.name == names::scheduled(topic.id) && (of.replicas, of.quorum_memory) == (spec.replicas, spec.quorum_memory)
+}
+
 fn check_owner(name: &str, owner: &str, uid: &str) -> Result<(), MetaError> {
     if owner.is_empty() || uid.is_empty() || owner == uid {
         return Ok(());
@@ -357,13 +363,16 @@ impl MetaState {
             self.brokers.remove(&change.broker);
             return Ok(Answer::Done);
         }
-        if !matches!(phase, Phase::Active | Phase::Draining) {
-            let text = format!("broker {name} is {phase:?}: only an active or draining one is changed");
-            return Err(MetaError::Invalid(text));
-        }
         // here and not only where it is decided: another drain may have been applied since
-        if change.phase() == Phase::Draining && self.brokers[&change.broker].phase() == Phase::Active {
-            placement::check_drain(self, change.broker)?;
+        match (phase, change.phase()) {
+            (Phase::Active, Phase::Draining) => placement::check_drain(self, change.broker)?,
+            // one that has left the metadata group never hears that it stays
+            (Phase::Draining, Phase::Active) if !self.follows_metadata(change.broker) => return Err(MetaError::Stale),
+            (Phase::Active | Phase::Draining, _) => {}
+            _ => {
+                let text = format!("broker {name} is {phase:?}: only an active or draining one is changed");
+                return Err(MetaError::Invalid(text));
+            }
         }
         self.brokers.entry(change.broker).and_modify(|b| b.phase = change.phase);
         Ok(Answer::Done)
@@ -372,8 +381,8 @@ impl MetaState {
     fn apply_topic(&mut self, change: &ApplyTopic) -> Result<Answer, MetaError> {
         if change.spec.schedule_for.is_empty() {
             check_not_internal(&change.name)?;
-        } else if self.topics.get(&change.spec.schedule_for).is_none_or(|t| change.name != names::scheduled(t.id)) {
-            return Err(MetaError::Stale); // decided for a topic that was deleted, or re-created, meanwhile
+        } else if self.topics.get(&change.spec.schedule_for).is_none_or(|topic| !is_schedule_of(topic, change)) {
+            return Err(MetaError::Stale); // decided for a topic that was deleted, re-created, or changed meanwhile
         }
         let existing = self.topics.get(&change.name).cloned();
         if let Some(topic) = &existing {
@@ -817,39 +826,142 @@ mod tests {
         assert_eq!(left, ["default/s.redrive", "default/s.scheduled"]);
     }
 
+    fn phase(broker: u64, phase: Phase) -> Kind {
+        Kind::SetPhase(SetPhase { broker, phase: phase.into(), removed: false })
+    }
+
+    fn remove(broker: u64) -> Kind {
+        Kind::SetPhase(SetPhase { broker, phase: 0, removed: true })
+    }
+
+    /// `default/t` with so many replicas on the first of these brokers.
+    fn replicated(replicas: u32, brokers: &[u64]) -> Kind {
+        let spec = TopicSpec { partitions: 1, replicas, ..Default::default() };
+        let placements = vec![Placement { brokers: brokers[..replicas as usize].to_vec() }];
+        Kind::ApplyTopic(ApplyTopic { name: "default/t".into(), spec, placements, ..Default::default() })
+    }
+
+    /// Takes a broker out of the metadata group, as the plan does once it holds no partition.
+    fn leave_metadata(state: &mut MetaState, broker: u64) {
+        let assignment = state.groups[&0].clone();
+        let brokers = assignment.replicas.iter().map(|r| r.broker).filter(|b| *b != broker).collect();
+        let (expected_epoch, voters_max) = (assignment.epoch, 5);
+        let change = Reassign { group: 0, expected_epoch, brokers, voters_max, renew: 0 };
+        apply(state, Kind::Reassign(change)).unwrap();
+    }
+
     #[test]
-    fn a_broker_that_cannot_be_spared_is_not_drained_also_where_another_drain_was_decided_with_it() {
-        let three: Vec<Broker> = (1..=3).map(broker).collect();
-        let drain = |id| Kind::SetPhase(SetPhase { broker: id, phase: Phase::Draining.into(), removed: false }).into();
-        let mut state = MetaState::form("c", &three);
+    fn two_drains_at_one_time_leave_as_many_brokers_as_a_topic_has_replicas() {
+        let mut state = MetaState::form("c", &[broker(1), broker(2), broker(3)]);
         topic(&mut state, 1, "").unwrap();
-        assert_eq!(state.apply(&drain(1)), Ok(Answer::Done));
+        apply(&mut state, phase(1, Phase::Draining)).unwrap();
         let (broker, name) = ("b-2".to_owned(), "default/t".to_owned());
         let needed = PlacementError::NeededBroker { broker, topic: name, replicas: 2, left: 1 };
-        assert_eq!(state.apply(&drain(2)), Err(needed.into()), "one active broker would be left for two replicas");
+        assert_eq!(apply(&mut state, phase(2, Phase::Draining)), Err(needed.into()));
         assert_eq!(state.brokers[&2].phase(), Phase::Active);
-        assert_eq!(state.apply(&drain(1)), Ok(Answer::Done), "a drain may be repeated");
-        let stay = Kind::SetPhase(SetPhase { broker: 1, phase: Phase::Active.into(), removed: false });
-        state.apply(&stay.into()).unwrap();
-        assert_eq!(state.apply(&drain(2)), Ok(Answer::Done));
-        let mut alone = MetaState::form("c", &[super::tests::broker(1)]);
+        assert_eq!(apply(&mut state, phase(1, Phase::Draining)), Ok(Answer::Done), "a drain may be repeated");
+        apply(&mut state, phase(1, Phase::Active)).unwrap();
+        assert_eq!(apply(&mut state, phase(2, Phase::Draining)), Ok(Answer::Done));
+    }
+
+    #[test]
+    fn set_phase_refuses_what_would_lose_a_replica_or_never_end() {
+        let mut state = MetaState::form("c", &[broker(1), broker(2), broker(3), broker(4)]);
+        apply(&mut state, replicated(2, &[1, 2])).unwrap();
+        apply(&mut state, Kind::Expect(broker(9))).unwrap();
+        let expected = state.broker_named("b-9").unwrap().id;
+        apply(&mut state, Kind::Register(broker(4))).unwrap();
+        apply(&mut state, phase(1, Phase::Draining)).unwrap();
+        // 2 and 3 are active, as is the broker that replaces 4, which is lost; 1 is draining
+        for (kind, refused) in [
+            (phase(77, Phase::Draining), "broker 77 does not exist"),
+            (phase(expected, Phase::Active), "is Expected"),
+            (phase(expected, Phase::Draining), "is Expected"),
+            (phase(4, Phase::Active), "is Lost"),
+            (phase(4, Phase::Draining), "is Lost"),
+            (phase(2, Phase::Lost), "phase 2"),
+            (phase(2, Phase::Expected), "phase 3"),
+            (Kind::SetPhase(SetPhase { broker: 2, phase: 7, removed: false }), "phase 7"),
+            (remove(3), "is active"),
+            (remove(1), "still holds a replica"),
+        ] {
+            let error = apply(&mut state, kind.clone()).unwrap_err().to_string();
+            assert!(error.contains(refused), "{kind:?}: {error}");
+        }
+        // a replica that leaves still counts
+        let group = state.topics["default/t"].groups[0];
+        let change = Reassign { group, expected_epoch: 0, brokers: vec![2, 3], ..Default::default() };
+        apply(&mut state, Kind::Reassign(change)).unwrap();
+        leave_metadata(&mut state, 1);
+        let holds = |state: &mut MetaState| apply(state, remove(1)).unwrap_err().to_string();
+        assert!(holds(&mut state).contains("still holds a replica of group 0"));
+        apply(&mut state, Kind::Settled(Settled { group: 0, epoch: 1 })).unwrap();
+        assert!(holds(&mut state).contains(&format!("still holds a replica of group {group}")));
+        apply(&mut state, Kind::Settled(Settled { group, epoch: 1 })).unwrap();
+        assert_eq!(apply(&mut state, remove(1)), Ok(Answer::Done));
+        assert_eq!(apply(&mut state, remove(1)), Ok(Answer::Done), "a removal may be repeated");
+        assert_eq!(apply(&mut state, remove(expected)), Ok(Answer::Done), "it never joined");
+    }
+
+    #[test]
+    fn the_last_active_broker_is_not_drained_also_where_no_topic_exists() {
+        let mut state = MetaState::form("c", &[broker(1)]);
+        apply(&mut state, Kind::Expect(broker(9))).unwrap();
         let last = PlacementError::LastBroker { broker: "b-1".to_owned() };
-        assert_eq!(alone.apply(&drain(1)), Err(last.into()), "also where no topic exists");
+        assert_eq!(apply(&mut state, phase(1, Phase::Draining)), Err(last.into()), "b-9 has not joined");
+    }
+
+    #[test]
+    fn a_drain_is_cancelled_only_while_the_broker_hears_of_it() {
+        let mut state = MetaState::form("c", &[broker(1), broker(2)]);
+        apply(&mut state, phase(2, Phase::Draining)).unwrap();
+        apply(&mut state, phase(2, Phase::Active)).unwrap();
+        apply(&mut state, phase(2, Phase::Draining)).unwrap();
+        leave_metadata(&mut state, 2);
+        assert_eq!(apply(&mut state, phase(2, Phase::Active)), Err(MetaError::Stale), "it has left the metadata group");
+        assert_eq!(state.brokers[&2].phase(), Phase::Draining);
+    }
+
+    #[test]
+    fn a_drain_goes_on_where_another_broker_that_is_drained_is_removed() {
+        let mut state = MetaState::form("c", &[broker(1), broker(2), broker(3), broker(4)]);
+        apply(&mut state, replicated(2, &[1, 2])).unwrap();
+        for id in [3, 4] {
+            apply(&mut state, phase(id, Phase::Draining)).unwrap();
+        }
+        leave_metadata(&mut state, 4);
+        apply(&mut state, Kind::Settled(Settled { group: 0, epoch: 1 })).unwrap();
+        apply(&mut state, remove(4)).unwrap();
+        assert_eq!(state.brokers[&3].phase(), Phase::Draining);
+        assert_eq!(apply(&mut state, phase(4, Phase::Active)), Err(not_found("broker", "4")), "it is gone");
+        let group = state.topics["default/t"].groups[0];
+        let change = Reassign { group, expected_epoch: 0, brokers: vec![1, 4], ..Default::default() };
+        assert_eq!(apply(&mut state, Kind::Reassign(change)), Err(MetaError::Stale), "decided before");
     }
 
     #[test]
     fn a_topic_that_was_decided_before_a_drain_does_not_keep_it_from_ending() {
         let mut state = MetaState::form("c", &[broker(1), broker(2)]);
-        state
-            .apply(&Kind::SetPhase(SetPhase { broker: 1, phase: Phase::Draining.into(), removed: false }).into())
-            .unwrap();
+        apply(&mut state, phase(1, Phase::Draining)).unwrap();
         assert_eq!(topic(&mut state, 1, ""), Err(MetaError::Stale));
+        apply(&mut state, replicated(1, &[2])).unwrap();
+        let spec = TopicSpec { partitions: 1, replicas: 2, ..Default::default() };
+        let more = Kind::ApplyTopic(ApplyTopic { name: "default/t".into(), spec, ..Default::default() });
+        assert_eq!(apply(&mut state, more.clone()), Err(MetaError::Stale), "more replicas of one that exists");
+        apply(&mut state, phase(1, Phase::Active)).unwrap();
+        assert_eq!(apply(&mut state, more), Ok(Answer::Done));
     }
 
     #[test]
-    fn a_broker_that_holds_a_replica_is_not_removed() {
+    fn a_schedule_that_was_decided_before_its_topic_changed_does_not_keep_a_drain_from_ending() {
         let mut state = MetaState::form("c", &[broker(1), broker(2)]);
-        let remove = Kind::SetPhase(SetPhase { broker: 2, phase: 0, removed: true });
-        assert!(matches!(state.apply(&remove.into()), Err(MetaError::Invalid(_))));
+        topic(&mut state, 1, "").unwrap();
+        let decided = schedule(&state, 1);
+        let mut fewer = state.topics["default/t"].spec.clone();
+        (fewer.replicas, fewer.quorum_memory) = (1, true);
+        let fewer = ApplyTopic { name: "default/t".into(), spec: fewer, ..Default::default() };
+        apply(&mut state, Kind::ApplyTopic(fewer)).unwrap();
+        assert_eq!(apply(&mut state, decided), Err(MetaError::Stale), "it would have two replicas, and its topic one");
+        assert_eq!(apply(&mut state, phase(2, Phase::Draining)), Ok(Answer::Done));
     }
 }

@@ -178,7 +178,7 @@ mod tests {
     /// A schedule of the topic, if there is one.
     fn schedule(metadata: &Metadata, name: &str) -> Kind {
         let Some(topic) = metadata.topics.get(&full(name)) else { return Kind::AllocateProducers(1) };
-        let spec = TopicSpec { partitions: 1, schedule_for: full(name), ..Default::default() };
+        let spec = TopicSpec { schedule_for: full(name), ..topic.spec.clone() };
         let placements = vec![Placement { brokers: vec![1] }];
         Kind::ApplyTopic(ApplyTopic { name: names::scheduled(topic.id), spec, placements, ..Default::default() })
     }

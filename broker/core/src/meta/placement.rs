@@ -6,6 +6,9 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use thiserror::Error;
 
+/// The remedy where brokers are too few.
+const ADD_FIRST: &str = "add a broker first and start it (`weir cluster add NAME`; with the operator, raise `spec.brokers` of the StreamCluster)";
+
 /// Why no placement exists.
 #[derive(Debug, Error, Clone, PartialEq, Eq)]
 pub enum PlacementError {
@@ -13,14 +16,12 @@ pub enum PlacementError {
     #[error("{replicas} replicas need {replicas} brokers, {brokers} are active")]
     TooFewBrokers { replicas: u32, brokers: u32 },
     /// No broker would be left.
-    #[error(
-        "broker {broker} cannot be drained, since no other broker is active: add one first (`weir cluster add NAME`)"
-    )]
+    #[error("broker {broker} cannot be drained: no other broker is active; {ADD_FIRST}")]
     LastBroker { broker: String },
     /// A topic wants more replicas than brokers would be left.
     #[error(
         "broker {broker} cannot be drained: topic {topic} wants {replicas} replicas, and {left} active brokers would be left; \
-         add a broker first (`weir cluster add NAME`), or apply the topic with fewer replicas"
+         apply the topic with fewer replicas, or {ADD_FIRST}"
     )]
     NeededBroker { broker: String, topic: String, replicas: u32, left: u32 },
 }

@@ -79,8 +79,8 @@ impl State {
     fn handle(&mut self, method: &Method, path: &str, body: &[u8]) -> Response<Body> {
         if path.contains("/events") {
             let text = |event: &Value, field: &str| event[field].as_str().unwrap_or_default().to_owned();
-            let told: Value = serde_json::from_slice(body).unwrap();
-            self.events.push((text(&told, "reason"), text(&told, "note")));
+            let posted: Value = serde_json::from_slice(body).unwrap();
+            self.events.push((text(&posted, "reason"), text(&posted, "note")));
             let event = json!({"metadata": {"name": "e"}, "reportingController": "", "eventTime": null});
             return answer(StatusCode::CREATED, &event);
         }

@@ -366,7 +366,7 @@ impl MetaState {
         // here and not only where it is decided: another drain may have been applied since
         match (phase, change.phase()) {
             (Phase::Active, Phase::Draining) => placement::check_drain(self, change.broker)?,
-            // one that has left the metadata group never hears that it stays
+            // one that has left the metadata group would never learn that it stays
             (Phase::Draining, Phase::Active) if !self.follows_metadata(change.broker) => return Err(MetaError::Stale),
             (Phase::Active | Phase::Draining, _) => {}
             _ => {
@@ -397,8 +397,9 @@ impl MetaState {
         if had + change.placements.len() != change.spec.partitions as usize {
             return Err(MetaError::Stale);
         }
-        let unknown = |b: &&u64| !self.brokers.contains_key(b);
-        if change.placements.iter().flat_map(|p| &p.brokers).find(unknown).is_some() {
+        // a broker that is drained or lost may never learn of its replica, and the partition would have no leader
+        let is_active = |b: &u64| self.brokers.get(b).is_some_and(|b| b.phase() == Phase::Active);
+        if !change.placements.iter().flat_map(|p| &p.brokers).all(is_active) {
             return Err(MetaError::Stale);
         }
         // a broker was drained since: a topic that needs it would keep the drain from ending
@@ -950,6 +951,18 @@ mod tests {
         assert_eq!(apply(&mut state, more.clone()), Err(MetaError::Stale), "more replicas of one that exists");
         apply(&mut state, phase(1, Phase::Active)).unwrap();
         assert_eq!(apply(&mut state, more), Ok(Answer::Done));
+    }
+
+    #[test]
+    fn a_partition_is_placed_on_active_brokers_only_also_where_that_was_decided_before() {
+        let mut state = MetaState::form("c", &[broker(1), broker(2), broker(3)]);
+        apply(&mut state, phase(2, Phase::Draining)).unwrap();
+        leave_metadata(&mut state, 2);
+        let Ok(Answer::Broker(successor)) = apply(&mut state, Kind::Register(broker(3))) else { panic!("it may join") };
+        for id in [2, 3, 77] {
+            assert_eq!(apply(&mut state, replicated(1, &[id])), Err(MetaError::Stale), "broker {id}");
+        }
+        assert_eq!(apply(&mut state, replicated(2, &[1, successor])), Ok(Answer::Done));
     }
 
     #[test]

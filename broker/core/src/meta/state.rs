@@ -366,7 +366,7 @@ impl MetaState {
         self.brokers.values().find(|b| b.name == name && b.phase() != Phase::Lost)
     }
 
-    /// Returns true if a broker has a replica of the metadata group, and so hears what is decided.
+    /// Returns true if a broker has a replica of the metadata group, and so learns of what is decided.
     pub fn follows_metadata(&self, broker: u64) -> bool {
         self.assignment(META_GROUP).is_some_and(|a| a.replica_on(BrokerId(broker)).is_some())
     }

@@ -43,15 +43,24 @@ fn difference(theirs_ms: u64, mine_ms: u64) -> i64 {
 }
 
 /// By how much the median of all clocks is ahead of this broker's own, ms, given the offsets of the others. Of two that are in the
-/// middle the one nearer to its own counts: where half of the brokers agree with this one, it is as right as the other half.
-pub fn median_ms(others: impl IntoIterator<Item = i64>) -> i64 {
+/// middle the one nearer to its own counts; none where they are more than `within_ms` apart: half of the brokers are as right as the
+/// other half.
+pub fn median_ms(others: impl IntoIterator<Item = i64>, within_ms: u64) -> Option<i64> {
     let mut all: Vec<i64> = others.into_iter().chain([0]).collect();
     all.sort_unstable();
     let (low, high) = (all[(all.len() - 1) / 2], all[all.len() / 2]);
-    if low <= 0 && high >= 0 {
-        return if low.saturating_neg() < high { low } else { high };
+    if low.abs_diff(high) > within_ms {
+        return None;
     }
-    if low > 0 { low } else { high }
+    if low <= 0 && high >= 0 {
+        return Some(if low.saturating_neg() < high { low } else { high });
+    }
+    Some(if low > 0 { low } else { high })
+}
+
+/// How many clocks are at most `within_ms` from this broker's own, its own among them, given the offsets of the others.
+pub fn agreeing(others: &[i64], within_ms: u64) -> usize {
+    1 + others.iter().filter(|offset| offset.unsigned_abs() <= within_ms).count()
 }
 
 /// A time by this broker's clock, moved by the median.
@@ -67,13 +76,24 @@ mod tests {
     #[test]
     fn the_clock_that_most_agree_with_is_right() {
         let day = 86_400_000;
-        assert_eq!(median_ms([]), 0);
-        assert_eq!(median_ms([-day, -day + 3]), -day + 3, "this one is ahead");
-        assert_eq!(median_ms([day, 2]), 2, "another is");
-        assert_eq!(median_ms([day]), 0, "of two nobody can tell");
-        assert_eq!(median_ms([-day]), 0);
-        assert_eq!(median_ms([day, day, 1]), 1);
-        assert_eq!(median_ms([i64::MIN, i64::MIN]), i64::MIN);
+        let median = |others: &[i64]| median_ms(others.iter().copied(), 10_000);
+        assert_eq!(median(&[]), Some(0));
+        assert_eq!(median(&[-day, -day + 3]), Some(-day + 3), "this one is ahead");
+        assert_eq!(median(&[day, 2]), Some(2), "another is");
+        assert_eq!(median(&[day]), None, "of two nobody can tell");
+        assert_eq!(median(&[-day]), None);
+        assert_eq!(median(&[3]), Some(0));
+        assert_eq!(median(&[day, day, 1]), None);
+        assert_eq!(median(&[i64::MIN, i64::MIN]), Some(i64::MIN));
+        assert_eq!(median(&[i64::MIN, i64::MAX, i64::MAX]), None);
+    }
+
+    #[test]
+    fn clocks_agree_that_are_near_to_this_one() {
+        assert_eq!(agreeing(&[], 10), 1);
+        assert_eq!(agreeing(&[3, -86_400_000], 10), 2);
+        assert_eq!(agreeing(&[86_400_000, 86_400_000], 10), 1, "this one is wrong");
+        assert_eq!(agreeing(&[i64::MIN, i64::MAX], u64::MAX), 3);
     }
 
     #[test]
@@ -94,8 +114,8 @@ mod tests {
         fn with_a_minority_of_wrong_clocks_the_median_is_a_right_one(
             right in proptest::collection::vec(-500i64..500, 2..6), wrong in proptest::collection::vec(any::<i64>(), 0..2)
         ) {
-            let median = median_ms(right.iter().copied().chain(wrong));
-            prop_assert!((-500..500).contains(&median), "{median}");
+            let median = median_ms(right.iter().copied().chain(wrong), 10_000);
+            prop_assert!(median.is_some_and(|m| (-500..500).contains(&m)), "{median:?}");
         }
     }
 }

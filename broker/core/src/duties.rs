@@ -265,11 +265,11 @@ impl Node {
         }
     }
 
-    /// As leader: where the log of a partition is cut. A broker whose clock is wrong decides nothing.
+    /// As leader: where the log of a partition is cut. By time only where a majority of the cluster's clocks agree with the one here.
     fn decide_cut(&mut self, id: GroupId, topic: &Topic, redrives: &BTreeSet<u64>) {
-        let skewed = self.is_skewed();
-        let (log_ms, stamp_ms) = (self.now.log_ms, self.stamp_ms());
-        let decides = |g: &&mut Group| g.serves() && g.knows_cursors() && !skewed;
+        let stamp_ms = self.stamp_ms();
+        let now_ms = self.clock_confirmed.then_some(self.now.log_ms);
+        let decides = |g: &&mut Group| g.serves() && g.knows_cursors();
         let Some(group) = self.groups.get_mut(&id).filter(decides) else { return };
         let Machine::Partition(state) = group.machine() else { return };
         let readers = self.meta.subscriptions_of(TopicId(topic.id)).map(|s| s.0);
@@ -278,7 +278,7 @@ impl Node {
         let positions = declared.chain(state.cursors.iter().map(|(id, c)| (id, c.position())));
         let keep = positions.filter(|(id, _)| !redrives.contains(id)).map(|(_, position)| position).min();
         let points = group.log().checkpoints();
-        let found = retention::cut(points.iter(), &topic.spec, group.total_bytes(), log_ms, keep);
+        let found = retention::cut(points.iter(), &topic.spec, group.total_bytes(), now_ms, keep);
         let Some(point) = points.iter().find(|c| Some(c.index) == found).copied() else { return };
         let freed = point.log_bytes.saturating_sub(group.log().oldest().map_or(0, |c| c.log_bytes));
         // the record of a cut is itself a part of the log that ages

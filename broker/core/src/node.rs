@@ -10,7 +10,7 @@ use crate::ids::{BrokerId, GroupId, META_GROUP, ReplicaId, Ticket};
 use crate::incarnation::{Answer as IncarnationAnswer, Guard, Incarnation, Query, Standing};
 use crate::meta::command::{Answer, Command, MetaError};
 use crate::meta::index::Metadata;
-use crate::meta::state::{Assignment, MetaState};
+use crate::meta::state::{Assignment, Broker, MetaState, Phase};
 use crate::pace::Pace;
 use crate::producer::SequenceError;
 use crate::rate::Bucket;
@@ -452,6 +452,8 @@ pub struct Node {
     pub(crate) clocks: Clocks,
     /// by how much the median of all clocks is ahead of this one, ms
     pub(crate) skew_ms: i64,
+    /// whether a majority of the cluster's brokers, this one among them, have the same time
+    pub(crate) clock_confirmed: bool,
     pub(crate) syncs: Syncs,
     /// of groups led here that have a replica far behind
     pub(crate) paces: BTreeMap<GroupId, Pace>,
@@ -515,6 +517,7 @@ impl Node {
             guard: Guard::default(),
             clocks: Clocks::default(),
             skew_ms: 0,
+            clock_confirmed: false,
             syncs: Syncs::default(),
             paces: BTreeMap::new(),
             early: VecDeque::new(),
@@ -837,9 +840,17 @@ impl Node {
         offset.unsigned_abs() > self.limits.clock_offset_ms_max
     }
 
+    /// Compares this broker's clock with those that were heard of lately. Where the two in the middle differ, the skew known before stands:
+    /// of two brokers that are left, the one that was wrong stays wrong.
     pub(crate) fn find_skew(&mut self) {
-        let heard = self.clocks.offsets().filter(|(b, _)| self.was_heard(*b)).map(|(_, offset)| offset);
-        self.skew_ms = clocks::median_ms(heard);
+        let heard: Vec<i64> = self.clock_offsets().into_iter().map(|(_, offset)| offset).collect();
+        let within = self.limits.clock_offset_ms_max;
+        if let Some(median) = clocks::median_ms(heard.iter().copied(), within) {
+            self.skew_ms = median;
+        }
+        let active = |b: &&Broker| matches!(b.phase(), Phase::Active | Phase::Draining);
+        let members = self.meta.brokers.values().filter(active).count();
+        self.clock_confirmed = 2 * clocks::agreeing(&heard, within) > members;
     }
 
     /// The time that is written into logs: this broker's, unless it is known to be wrong.

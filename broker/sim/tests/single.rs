@@ -1239,6 +1239,38 @@ fn retention_is_decided_by_the_leader_and_is_the_same_on_all_replicas() {
     }
 }
 
+/// One broker's clock is a day ahead, and then one of the two that are right is away: of the two that are left neither can be told to be
+/// wrong by comparing them alone.
+#[test]
+fn a_wrong_clock_removes_nothing_either_when_a_right_one_is_away() {
+    for (seed, starts_anew) in (0..20).flat_map(|seed| [(seed, false), (seed, true)]) {
+        let topic = TopicSpec { retention_ms: 3_600_000, ..Default::default() };
+        let limits = Limits { checkpoint_bytes: 2_000, tail_bytes_max: 8_000, ..Default::default() };
+        let mut world = World::with(seed, 3, topic, limits);
+        let (wrong, away) = (BrokerId(1 + seed % 3), BrokerId(1 + (seed + 1) % 3));
+        world.set_clock(wrong, 86_400_000);
+        world.stop(wrong, 100);
+        world.run(10_000, Faults::None);
+        world.stop(away, u64::MAX);
+        if starts_anew {
+            world.stop(wrong, 100);
+        }
+        for second in 0..20 {
+            world.run(1_000, Faults::None);
+            let led = world.claims().iter().any(|(_, b)| *b == wrong);
+            assert!(starts_anew || second < 5 || !led, "seed {seed}: a broker that was known to be wrong leads");
+            let starts = world.log_starts();
+            assert!(
+                starts.iter().all(|(_, start, _)| *start == 0),
+                "seed {seed}: records of today are removed: {starts:?}"
+            );
+        }
+        world.start_again(away);
+        world.settle();
+        world.check();
+    }
+}
+
 #[test]
 fn a_leader_whose_disk_is_slow_gives_leadership_away_and_does_not_get_it_back() {
     for seed in 0..20 {

@@ -63,6 +63,8 @@ const GIVEN_BYTES_MAX: usize = 8 << 20;
 const ENVELOPE_BYTES: usize = 64;
 /// Bytes of one entry of what is delivered again.
 const REDELIVERED_BYTES_MAX: usize = 24;
+/// Batches that were passed over and that members are told of at one time.
+const ANNOUNCED_MAX: usize = 1_000;
 /// Between two looks at deadlines, leadership and the subscription.
 const TICK: Duration = Duration::from_millis(50);
 /// Messages being buried at one time.
@@ -195,6 +197,7 @@ impl Hubs {
             to_bury: BTreeMap::new(),
             burials: JoinSet::new(),
             unreadable: Unreadable::default(),
+            passed_over: Vec::new(),
             reported: Reported::default(),
             results: JoinSet::new(),
             resulting: BTreeSet::new(),
@@ -322,6 +325,8 @@ struct Hub {
     burials: JoinSet<(Failed, u32, Result<(), Failure>)>,
     /// batches that are passed over because their records cannot be decoded
     unreadable: Unreadable,
+    /// what was passed over, and members are not told of yet
+    passed_over: Vec<v1::PassedOver>,
     /// offsets of batches that members could not decode, and that are not examined yet
     reported: Reported,
     /// results being published
@@ -925,14 +930,30 @@ impl Hub {
         Some(dead_letter::of_message(source, record, failed, compression))
     }
 
-    /// Passes over the batch at `offset`, of which `acked` were not acknowledged before, where its records cannot be decoded.
-    fn pass_over(&mut self, offset: u64, acked: Vec<OffsetRange>) {
+    /// Passes over the batch at `offset`, of which `acked` were not acknowledged before, where its records cannot be decoded. Returns what
+    /// there is to say of it.
+    fn pass_over(&mut self, offset: u64, acked: Vec<OffsetRange>) -> Option<v1::PassedOver> {
         let source = self.source();
-        let Some(at) = self.find(offset) else { return };
-        let ahead = &self.ahead[at];
-        let Some(Err(why)) = ahead.records() else { return };
+        let ahead = &self.ahead[self.find(offset)?];
+        let Some(Err(why)) = ahead.records() else { return None };
+        let offsets = v1::OffsetRange { start: acked.first()?.start, end: acked.last()?.end };
+        let passed_over = v1::PassedOver { offsets: Some(offsets), why: why.to_owned() };
         let acked = self.unreadable.pass_over(&self.context, &source, &ahead.batch, why, acked);
         self.unwritten.extend(acked);
+        Some(passed_over)
+    }
+
+    /// Tells all streams what was passed over. One that has no room for it is not told: it counts, and is logged, in any case.
+    fn announce(&mut self, high_watermark: u64) {
+        if self.passed_over.is_empty() {
+            return;
+        }
+        let passed_over = std::mem::take(&mut self.passed_over);
+        let streams = self.members.iter().filter(|(_, m)| matches!(m.out, Out::Stream { .. }));
+        for id in streams.map(|(id, _)| *id).collect::<Vec<_>>() {
+            let passed_over = passed_over.clone();
+            self.send(id, vec![v1::PullResponse { passed_over, high_watermark, ..Default::default() }]);
+        }
     }
 
     /// Decides on batches that members could not decode: what this broker can decode is delivered again.
@@ -954,7 +975,7 @@ impl Hub {
             let range = OffsetRange { start: offset, end: ahead.batch.end_offset() };
             if ahead.is_unreadable() {
                 let acked = self.delivery.ack(range);
-                self.pass_over(offset, acked);
+                self.pass_over(offset, acked); // the member knows it
             } else {
                 let subscription = self.name_text();
                 if let Some(left_out) = self.context.metrics.seldom.now("reported", &subscription) {
@@ -1112,7 +1133,9 @@ impl Hub {
                 next += 1;
                 self.delivery.feed_past().into_iter().for_each(|passed| push_range(&mut acked, passed));
             }
-            return self.pass_over(base, acked);
+            let passed_over = self.pass_over(base, acked);
+            self.passed_over.extend(passed_over.filter(|_| self.passed_over.len() < ANNOUNCED_MAX));
+            return;
         }
         let singly = self.wants_records();
         while next < end && wants > 0 {
@@ -1135,6 +1158,7 @@ impl Hub {
 
     /// Gives members what is theirs; says how many messages.
     async fn give_out(&mut self, partition: &Partition) -> Result<usize, Failure> {
+        self.announce(partition.tail.high_watermark());
         let allowed = self.throttle.available().min(TURN_MESSAGES);
         let grants = if allowed > 0 { self.delivery.grants(self.now_ms(), allowed) } else { Vec::new() };
         let count = grants.len();
@@ -1196,7 +1220,10 @@ impl Hub {
             self.send(id, responses);
             return Ok(());
         }
-        self.pass_over_given(&given.unreadable);
+        let passed_over = self.pass_over_given(&given.unreadable);
+        if !passed_over.is_empty() {
+            self.send(id, vec![v1::PullResponse { passed_over, high_watermark, ..Default::default() }]);
+        }
         let messages = given.into_messages();
         if messages.is_empty() {
             return Ok(()); // nothing that was leased can be decoded: a call waits on
@@ -1255,7 +1282,8 @@ impl Hub {
 
     /// Passes over what was leased of batches that cannot be decoded: a member in whose mode batches are not decoded before they are leased
     /// takes messages one by one.
-    fn pass_over_given(&mut self, unreadable: &[(u64, Grant)]) {
+    fn pass_over_given(&mut self, unreadable: &[(u64, Grant)]) -> Vec<v1::PassedOver> {
+        let mut passed_over = Vec::new();
         for batch in unreadable.chunk_by(|(a, _), (b, _)| a == b) {
             let mut acked = Vec::new();
             for (_, grant) in batch {
@@ -1263,8 +1291,9 @@ impl Hub {
                 self.delivery.ack(range).into_iter().for_each(|range| push_range(&mut acked, range));
                 self.delivery.credit(grant.member, 1);
             }
-            self.pass_over(batch[0].1.offset, acked);
+            passed_over.extend(self.pass_over(batch[0].1.offset, acked));
         }
+        passed_over
     }
 
     /// What was granted goes to another time, with the credit it took.

@@ -448,8 +448,11 @@ impl Scheduler {
 
     async fn cancel(&mut self, log: &Partition, first: u64) -> Result<(), Failure> {
         let offset = self.renewed.get(&first).copied().unwrap_or(first);
-        let there = offset < log.tail.high_watermark() && !self.cursor.is_acked(offset);
-        if !there {
+        let end = log.tail.high_watermark();
+        if offset >= end {
+            return Err(never_scheduled(&self.target, self.partition, offset, end));
+        }
+        if self.cursor.is_acked(offset) {
             let text = "nothing is scheduled there: it was published, or cancelled, before";
             return Err(Failure::new(Code::NotFound, "NOT_SCHEDULED", text));
         }
@@ -473,6 +476,16 @@ fn schedule_spec(topic: &Topic, schedule: Option<&Topic>) -> TopicSpec {
         schedule_for: topic.name.clone(),
         ..Default::default() // nothing goes before it was published
     }
+}
+
+/// No message was scheduled at an offset, of `end` that were.
+fn never_scheduled(topic: &str, partition: u32, offset: u64, end: u64) -> Failure {
+    let there = match end.checked_sub(1) {
+        None => "none ever was".to_owned(),
+        Some(last) => format!("those that were have the offsets 0 to {last}"),
+    };
+    let text = format!("no message was ever scheduled at offset {offset} of partition {partition} of {topic}: {there}");
+    Failure::new(Code::NotFound, "NEVER_SCHEDULED", text)
 }
 
 fn missing_topic(topic: &str) -> Failure {
@@ -550,7 +563,9 @@ impl Context {
         let target = self.find(topic, partition)?.of_topic(topic_id)?;
         let schedule = names::scheduled(target.topic_id);
         if !self.shared.meta().topics.contains_key(&schedule) {
-            return Err(self.missing("NOT_SCHEDULED", format!("nothing is scheduled for topic {topic}")));
+            return Err(match never_scheduled(&target.topic, partition, offset, 0) {
+                Failure { reason, message, .. } => self.missing(reason, message),
+            });
         }
         let Found { group, .. } = self.find(&schedule, partition)?;
         if !self.shared.leads(group) {

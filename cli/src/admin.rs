@@ -91,12 +91,13 @@ pub(crate) enum Subscription {
     #[command(after_help = "Examples:
   weir subscription seek mail --to earliest
   weir subscription seek mail --to-snapshot before-upgrade
-TO is earliest, latest, an offset, or a time such as 2026-01-31T08:00:00Z, or one as ms since the epoch (from 1000000000000 on).")]
+TO is earliest, latest, an offset, or a time such as 2026-01-31T08:00:00Z, or one as ms since the epoch (from 1000000000000 on).
+A time to come, by this machine's clock, is refused: it would pass over every message there is.")]
     Seek {
         #[command(flatten)]
         of: SubscriptionName,
         /// The place.
-        #[arg(long, value_parser = args::from, allow_hyphen_values = true)]
+        #[arg(long, value_parser = args::to, allow_hyphen_values = true)]
         to: Option<weir_client::consumer::From>,
         /// The position, with its acks, that this snapshot kept.
         #[arg(long, value_parser = args::part)]
@@ -212,7 +213,7 @@ async fn apply_files(client: &Client, files: &[PathBuf], output: Output) -> anyh
         if !topic.says_replicas && brokers < topic.spec.replicas as usize {
             topic.spec.replicas = replicas_on(brokers);
             let v1::TopicSpec { replicas, .. } = topic.spec;
-            output.note(format_args!("topic {} gets {replicas} replicas: {brokers} brokers are active", topic.name));
+            output.note(format_args!("topic {} gets replicas: {replicas}, since active brokers: {brokers}", topic.name));
         }
         took("topic", &topic.name, apply_topic(client, &topic).await)?;
     }
@@ -430,12 +431,79 @@ async fn list_snapshots(client: &Client, name: &str, output: Output) -> anyhow::
 /// What becomes of dead letters that have no topic to go to.
 const DEAD_MISSING: &str = "messages that fail too often stay in their topic until it does";
 
+/// The fields of a subscription's spec, those of a topic name excepted.
+fn spec_json(spec: &v1::SubscriptionSpec) -> serde_json::Value {
+    let push = spec.push.as_ref();
+    json!({
+        "mode": mode_of(spec), "priorities": spec.priorities,
+        "filter": (!spec.filter.is_empty()).then_some(&spec.filter), "routingKeys": spec.routing_keys,
+        "messagesPerSecond": spec.messages_per_second, "bytesPerSecond": spec.bytes_per_second, "burst": spec.burst_messages,
+        "ackDeadlineMs": spec.ack_deadline_ms, "minBackoffMs": spec.backoff_min_ms, "maxBackoffMs": spec.backoff_max_ms,
+        "maxInFlight": spec.in_flight_max, "maxInFlightPerConsumer": spec.in_flight_member_max,
+        "maxDeliveries": spec.deliveries_max, "pushEndpoint": push.map(|p| &p.endpoint),
+        "pushConcurrency": push.and_then(|p| p.concurrency), "pushTimeoutMs": push.and_then(|p| p.timeout_ms),
+    })
+}
+
+/// A mode as manifests have it.
+fn mode_of(spec: &v1::SubscriptionSpec) -> &'static str {
+    match spec.mode() {
+        v1::SubscriptionMode::Exclusive => "exclusive",
+        v1::SubscriptionMode::Failover => "failover",
+        v1::SubscriptionMode::Shared => "shared",
+        v1::SubscriptionMode::KeyShared => "keyShared",
+    }
+}
+
+/// What a subscription's spec says beside its topic, a line each; what it does not say is left out.
+fn spec_lines(spec: &v1::SubscriptionSpec) -> Vec<(&'static str, String)> {
+    let time = |ms: u64| humantime::format_duration(std::time::Duration::from_millis(ms)).to_string();
+    let bytes = |bytes: u64| indicatif::HumanBytes(bytes).to_string();
+    let rate = [
+        spec.messages_per_second.map(|n| format!("{n} messages/s")),
+        spec.bytes_per_second.map(|n| format!("{}/s", bytes(n))),
+        spec.burst_messages.map(|n| format!("bursts of {n} messages")),
+    ];
+    let in_flight = [
+        spec.in_flight_max.map(|n| format!("at most {n} in each partition")),
+        spec.in_flight_member_max.map(|n| format!("at most {n} of each consumer")),
+    ];
+    let backoff = [
+        (spec.backoff_min_ms > 0).then(|| format!("after {}", time(spec.backoff_min_ms))),
+        spec.backoff_max_ms.map(|ms| format!("after {} at most", time(ms))),
+    ];
+    let listed = |parts: &[Option<String>]| parts.iter().flatten().cloned().collect::<Vec<_>>().join(", ");
+    let dead = match spec.dead_letter_topic.as_str() {
+        "" => "dropped".to_owned(),
+        topic => format!("moved to {topic}"),
+    };
+    let push = spec.push.as_ref().map_or(String::new(), |push| {
+        let one = push.concurrency.map(|n| format!("{n} at a time in each partition"));
+        let within = push.timeout_ms.map(|ms| format!("answered within {}", time(ms)));
+        listed(&[Some(push.endpoint.clone()), one, within])
+    });
+    let mode = format!("{}{}", mode_of(spec), if spec.priorities { ", by priority" } else { "" });
+    let lines = [
+        ("mode", mode),
+        ("filter", spec.filter.replace(['\n', '\r'], " ")),
+        ("routing keys", spec.routing_keys.join(", ")),
+        ("rate", listed(&rate)),
+        ("ack deadline", spec.ack_deadline_ms.map_or(String::new(), time)),
+        ("redelivery", listed(&backoff)),
+        ("in flight", listed(&in_flight)),
+        ("dead letters", spec.deliveries_max.map_or(String::new(), |n| format!("after {n} failed deliveries, {dead}"))),
+        ("push", push),
+    ];
+    lines.into_iter().filter(|(_, text)| !text.is_empty()).collect()
+}
+
 async fn describe_subscription(client: &Client, name: &str, output: Output) -> anyhow::Result<()> {
     let cluster = client.cluster();
     let full = full_name(name);
     let found = cluster.subscription(&full);
     let found = found.ok_or_else(|| Error::no_subscription(name))?;
-    let topic = found.spec.as_ref().map_or("", |s| s.topic.as_str()).to_owned();
+    let spec = found.spec.clone().unwrap_or_default();
+    let topic = spec.topic.clone();
     let statuses = read_by(client, found).await?;
     let many = weir_proto::is_pattern(&topic);
     let now_ms = crate::data::now_ms();
@@ -444,7 +512,7 @@ async fn describe_subscription(client: &Client, name: &str, output: Output) -> a
     let rows: Vec<_> = statuses.iter().filter_map(|p| Some((p, mine(p)?))).collect();
     let backlog: u64 = rows.iter().map(|(_, s)| s.backlog).sum();
     let bytes: u64 = rows.iter().map(|(_, s)| s.backlog_bytes).sum();
-    let dead = found.spec.as_ref().map_or("", |s| s.dead_letter_topic.as_str());
+    let dead = spec.dead_letter_topic.as_str();
     let dead_missing = !dead.is_empty() && cluster.topic(dead).is_none();
     if output == Output::Json {
         let row = |(p, s): &(&v1::PartitionStatus, v1::SubscriptionStatus)| {
@@ -453,14 +521,19 @@ async fn describe_subscription(client: &Client, name: &str, output: Output) -> a
                 "backlogBytes": s.backlog_bytes, "ackedAbove": s.acked_above, "oldestUnackedMs": age(s)})
         };
         let partitions: Vec<_> = rows.iter().map(row).collect();
-        outln!(
-            "{}",
-            json!({"name": full, "topic": topic, "backlog": backlog, "backlogBytes": bytes, "partitions": partitions,
-                "deadLetterTopic": (!dead.is_empty()).then_some(dead), "deadLetterTopicExists": (!dead.is_empty()).then_some(!dead_missing)})
-        )?;
+        let mut json = json!({"name": full, "topic": topic, "backlog": backlog, "backlogBytes": bytes, "partitions": partitions,
+            "deadLetterTopic": (!dead.is_empty()).then_some(dead),
+            "deadLetterTopicExists": (!dead.is_empty()).then_some(!dead_missing)});
+        if let (Some(json), serde_json::Value::Object(spec)) = (json.as_object_mut(), spec_json(&spec)) {
+            json.extend(spec);
+        }
+        outln!("{json}")?;
         return Ok(());
     }
     outln!("{full} reads {topic}, {backlog} messages behind, about {}", indicatif::HumanBytes(bytes))?;
+    for (what, text) in spec_lines(&spec) {
+        outln!("  {what:<12} {text}")?;
+    }
     if dead_missing {
         outln!("dead-letter topic {dead} does not exist: {DEAD_MISSING}")?;
     }

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt as _;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use weir_client::consumer::From;
 use weir_crds::duration;
 use weir_proto::limits::DELAY_MS_MAX;
@@ -62,14 +62,37 @@ pub(crate) fn size(text: &str) -> Result<usize, String> {
     read.ok_or_else(|| format!("use a number of bytes from 0 to {MESSAGE_BYTES_MAX}"))
 }
 
-/// Where to start.
+/// Where to read from.
 pub(crate) fn from(text: &str) -> Result<From, String> {
+    past(text, "no message has it yet; use latest for those that are published from now on")
+}
+
+/// Where to move a position.
+pub(crate) fn to(text: &str) -> Result<From, String> {
+    past(text, "it would pass over every message there is; use latest if that is meant")
+}
+
+/// A place that is not in the future, by this machine's clock.
+fn past(text: &str, why: &str) -> Result<From, String> {
+    let now = SystemTime::now();
+    let now_ms = now.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
+    match place(text)? {
+        From::Time(ms) if ms > now_ms => {
+            let now = humantime::format_rfc3339_seconds(now);
+            Err(format!("this is a time to come (here it is {now}, or {now_ms} ms): {why}"))
+        }
+        place => Ok(place),
+    }
+}
+
+/// A place in a partition.
+fn place(text: &str) -> Result<From, String> {
     match (text, text.parse::<u64>()) {
         ("earliest", _) => Ok(From::Earliest),
         ("latest", _) => Ok(From::Latest),
         (_, Ok(n)) if n >= TIME_MS_MIN => Ok(From::Time(n)),
         (_, Ok(n)) => Ok(From::Offset(n)),
-        _ => match humantime::parse_rfc3339(text).map(|t| t.duration_since(std::time::UNIX_EPOCH)) {
+        _ => match humantime::parse_rfc3339(text).map(|t| t.duration_since(UNIX_EPOCH)) {
             Ok(Ok(time)) => Ok(From::Time(time.as_millis() as u64)),
             _ => Err("use earliest, latest, an offset, a time such as 2026-01-31T08:00:00Z, or one in ms".to_owned()),
         },
@@ -101,6 +124,16 @@ mod tests {
         assert_eq!((from("0"), from("1000000000000")), (Ok(From::Offset(0)), Ok(From::Time(TIME_MS_MIN))));
         for bad in ["-1", "", "18446744073709551616", "1969-12-31T23:59:59Z", "noon", "\0"] {
             assert!(from(bad).unwrap_err().starts_with("use earliest, latest"), "{bad}");
+        }
+        let now = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
+        let now_ms = crate::data::now_ms() as u64;
+        for read in [from, to] {
+            assert!(matches!(read(&now), Ok(From::Time(_))) && read(&now_ms.to_string()) == Ok(From::Time(now_ms)));
+            let hour = (now_ms + 3_600_000).to_string();
+            for future in ["9999-12-31T23:59:59Z", &hour, "18446744073709551615"] {
+                let refused = read(future).unwrap_err();
+                assert!(refused.starts_with("this is a time to come (here it is 2") && refused.contains("use latest"));
+            }
         }
         assert!(count("0").is_err() && count("-1").is_err() && count("18446744073709551615").is_ok());
         assert!(linger("500us").is_ok() && linger("584554531y").is_err() && linger("").is_err());

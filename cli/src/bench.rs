@@ -341,7 +341,7 @@ async fn share(client: &Client, work: &Share) -> anyhow::Result<Outcome> {
     let started = Instant::now();
     let mut members = Vec::new();
     for at in 0..work.members {
-        let options = subscriber::Options { member: format!("member-{at}"), credit: work.credit, max: None };
+        let options = subscriber::Options { member: format!("member-{at}"), credit: work.credit, ..Default::default() };
         members.push(Subscriber::open(client, &work.subscription, options).await?);
     }
     let (done, bytes) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));

@@ -56,12 +56,13 @@ pub(crate) fn now_ms() -> i64 {
 /// What is published: the bytes of a file, or standard input's lines.
 enum Input {
     File(Option<Bytes>),
-    Lines(BufReader<tokio::io::Stdin>),
+    /// standard input, and what was read of its next line
+    Lines(BufReader<tokio::io::Stdin>, Vec<u8>),
 }
 
 impl Input {
     fn open(file: Option<&Path>) -> anyhow::Result<Self> {
-        let Some(file) = file else { return Ok(Self::Lines(BufReader::new(tokio::io::stdin()))) };
+        let Some(file) = file else { return Ok(Self::Lines(BufReader::new(tokio::io::stdin()), Vec::new())) };
         let mut bytes = Vec::new();
         let read = std::fs::File::open(file).and_then(|f| f.take(MESSAGE_BYTES_MAX + 1).read_to_end(&mut bytes));
         read.with_context(|| file.display().to_string())?;
@@ -70,17 +71,19 @@ impl Input {
         Ok(Self::File(Some(bytes.into())))
     }
 
-    /// The next message; `number` counts lines, for errors.
+    /// The next message; `number` counts lines, for errors. May be cancelled, and loses nothing.
     async fn next(&mut self, number: u64) -> anyhow::Result<Option<Bytes>> {
-        let lines = match self {
+        let (lines, line) = match self {
             Self::File(bytes) => return Ok(bytes.take()),
-            Self::Lines(lines) => lines,
+            Self::Lines(lines, line) => (lines, line),
         };
-        let mut line = Vec::new();
-        let read = lines.take(MESSAGE_BYTES_MAX + 1).read_until(b'\n', &mut line).await;
-        if read.with_context(|| format!("line {number} of standard input"))? == 0 {
+        let left = (MESSAGE_BYTES_MAX + 1).saturating_sub(line.len() as u64);
+        let read = lines.take(left).read_until(b'\n', line).await;
+        read.with_context(|| format!("line {number} of standard input"))?;
+        if line.is_empty() {
             return Ok(None);
         }
+        let mut line = std::mem::take(line);
         if line.last() == Some(&b'\n') {
             line.pop();
         }
@@ -104,13 +107,19 @@ pub(crate) async fn publish(client: &Client, args: Publish, output: Output) -> a
     };
     let mut input = Input::open(args.file.as_deref())?;
     if let Some(delay) = args.delay {
-        return publish_later(client, &args.topic, input, record, SystemTime::now() + delay, output).await;
+        return publish_later(client, &args.topic, input, record, delay, output).await;
     }
     let producer = Producer::open(client, &args.topic, Options::default()).await?;
     let (outcomes, mut waiting) = mpsc::channel(10_000);
     let sending = async {
         for number in 1.. {
-            let Some(value) = input.next(number).await? else { break };
+            // one that was not published ends this, also where standard input says nothing more
+            let next = tokio::select! {
+                biased;
+                () = outcomes.closed() => break,
+                next = input.next(number) => next,
+            };
+            let Some(value) = next? else { break };
             if outcomes.send((number, producer.send(record(value)).await?)).await.is_err() {
                 break; // one was not published: that is what is reported
             }
@@ -158,6 +167,8 @@ pub(crate) async fn publish(client: &Client, args: Publish, output: Output) -> a
 const LATER_MAX: usize = 1_000;
 /// Bytes of lines scheduled in one call, which fit every topic's batches but the smallest; a larger line is one call.
 const LATER_BYTES_MAX: usize = 256 << 10;
+/// Lines that were read are scheduled once no other one comes for this long.
+const LATER_WAIT: Duration = Duration::from_millis(10);
 /// Bytes that a message takes beside its key, value and headers.
 const OVERHEAD_BYTES: usize = 64;
 
@@ -166,20 +177,26 @@ async fn publish_later(
     topic: &str,
     mut input: Input,
     record: impl Fn(Bytes) -> Record,
-    at: SystemTime,
+    delay: Duration,
     output: Output,
 ) -> anyhow::Result<()> {
-    let (mut count, mut number) = (0u64, 0);
+    client.cluster().topic(topic).ok_or_else(|| weir_client::Error::no_topic(topic))?;
+    let (mut count, mut number, mut ended) = (0u64, 1, false);
     let mut next = None;
-    loop {
+    while !ended {
         let (mut list, mut bytes) = (Vec::new(), 0);
         while list.len() < LATER_MAX {
             let record = match next.take() {
                 Some(record) => record,
                 None => {
+                    let wait = if list.is_empty() { Duration::MAX } else { LATER_WAIT };
+                    let Ok(value) = tokio::time::timeout(wait, input.next(number)).await else { break };
+                    let value = value.with_context(|| format!("{count} messages were scheduled"))?;
+                    let Some(value) = value else {
+                        ended = true;
+                        break;
+                    };
                     number += 1;
-                    let value = input.next(number).await.with_context(|| format!("{count} messages were scheduled"))?;
-                    let Some(value) = value else { break };
                     record(value)
                 }
             };
@@ -188,10 +205,10 @@ async fn publish_later(
                 next = Some(record);
                 break;
             }
-            list.push((record, at));
+            list.push((record, SystemTime::now() + delay));
         }
         if list.is_empty() {
-            break;
+            continue;
         }
         let scheduled = schedule(client, topic, list).await;
         for Scheduled { partition, offset, topic_id, .. } in
@@ -222,7 +239,8 @@ fn bytes_of(record: &Record) -> usize {
   weir consume --topic orders --from earliest
   weir consume --subscription mail --max 10 -o json
 FROM is earliest, latest, an offset, or a time such as 2026-01-31T08:00:00Z, or one as ms since the epoch (from 1000000000000 on).
-Messages whose records cannot be decoded are passed over; with --topic, standard error says which offsets they have (-o json: as JSON).")]
+A time to come, by this machine's clock, is refused: no message has it yet, and latest begins with the next one.
+Messages whose records cannot be decoded are passed over; standard error says which offsets they have (-o json: as JSON).")]
 pub(crate) struct Consume {
     /// Read as this subscription, and acknowledge what was printed.
     #[arg(long, value_parser = args::name)]
@@ -340,11 +358,15 @@ fn say_passed_over(batch: &PassedOver, output: Output) {
     }
 }
 
+/// Batches that were passed over and are not said yet.
+const PASSED_OVER_MAX: usize = 10_000;
+
 async fn consume_subscription(client: &Client, name: &str, max: u64, output: Output) -> anyhow::Result<()> {
-    let options = subscriber::Options { max: Some(max), ..Default::default() };
+    let (passed, mut passed_over) = mpsc::channel(PASSED_OVER_MAX);
+    let options = subscriber::Options { max: Some(max), passed_over: Some(passed), ..Default::default() };
     let mut subscriber = Subscriber::open(client, name, options).await?;
     let printed = tokio::select! {
-        printed = print_subscription(&mut subscriber, max, output) => printed,
+        printed = print_subscription(&mut subscriber, &mut passed_over, max, output) => printed,
         stopped = stop_signal() => stopped,
     };
     // what was prefetched and not printed is for others
@@ -352,9 +374,21 @@ async fn consume_subscription(client: &Client, name: &str, max: u64, output: Out
     printed
 }
 
-async fn print_subscription(subscriber: &mut Subscriber, max: u64, output: Output) -> anyhow::Result<()> {
+async fn print_subscription(
+    subscriber: &mut Subscriber,
+    passed_over: &mut mpsc::Receiver<PassedOver>,
+    max: u64,
+    output: Output,
+) -> anyhow::Result<()> {
     for _ in 0..max {
-        let Some(next) = subscriber.next().await else { break };
+        let next = loop {
+            tokio::select! {
+                biased;
+                Some(batch) = passed_over.recv() => say_passed_over(&batch, output),
+                next = subscriber.next() => break next,
+            }
+        };
+        let Some(next) = next else { break };
         let delivered = next?;
         print(&delivered.message, output)?;
         delivered.ack();

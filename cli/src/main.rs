@@ -121,9 +121,14 @@ fn asks_for_json(arguments: &[std::ffi::OsString]) -> bool {
 fn execute(arguments: Vec<std::ffi::OsString>) -> anyhow::Result<()> {
     let cli = Cli::try_parse_from(arguments)?;
     let few = matches!(cli.command, Command::Serve(_) | Command::Bench(_));
+    let reads_lines = matches!(cli.command, Command::Publish(_));
     let runtime = if few { weir_broker::runtime()? } else { tokio::runtime::Runtime::new()? };
     // on a worker: what it wakes stays on that worker's processor
-    runtime.block_on(runtime.spawn(run(cli)))?
+    let done = runtime.block_on(runtime.spawn(run(cli)));
+    if reads_lines {
+        runtime.shutdown_background(); // a read of standard input that still waits ends with the process
+    }
+    done?
 }
 
 fn report(done: anyhow::Result<()>, output: Output) -> ExitCode {
@@ -153,6 +158,7 @@ fn reason(error: &anyhow::Error) -> &str {
         Some(Error::Refused { reason, .. }) if !reason.is_empty() => reason,
         Some(Error::Deadline { .. }) => "DEADLINE",
         Some(Error::Address(_)) => "ADDRESS",
+        Some(Error::WrongPort { .. }) => "WRONG_PORT",
         _ if error.is::<clap::Error>() => "USAGE",
         _ if error.is::<Unwritten>() => "OUTPUT",
         _ => "FAILED",
@@ -196,47 +202,27 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
 
 async fn connected(client: Client) -> anyhow::Result<Client> {
     use anyhow::Context as _;
-    let reached = client.connect(Duration::from_secs(5)).await;
-    reached.context("no broker was reached; is one running (`weir serve`), and is --server right?")?;
-    Ok(client)
+    match client.connect(Duration::from_secs(5)).await {
+        Ok(_) => Ok(client),
+        Err(error @ weir_client::Error::WrongPort { .. }) => Err(error.into()),
+        Err(error) => {
+            Err(error).context("no broker was reached; is one running (`weir serve`), and is --server right?")
+        }
+    }
 }
 
 #[cfg(test)]
+#[path = "../tests/lines/mod.rs"]
+mod lines;
+
+#[cfg(test)]
 mod tests {
+    use super::lines::COMMANDS;
     use super::*;
     use clap::Arg;
     use clap::error::ErrorKind as Refusal;
     use std::ffi::{OsStr, OsString};
     use std::os::unix::ffi::OsStrExt as _;
-
-    /// Every command with arguments that are right.
-    const COMMANDS: &[&[&str]] = &[
-        &["serve"],
-        &["topic", "list"],
-        &["topic", "describe", "t"],
-        &["topic", "apply", "--file", "f"],
-        &["topic", "delete", "t"],
-        &["topic", "unschedule", "t", "0", "0"],
-        &["subscription", "list"],
-        &["subscription", "describe", "s"],
-        &["subscription", "apply", "--file", "f"],
-        &["subscription", "delete", "s"],
-        &["subscription", "seek", "s", "--to", "latest"],
-        &["subscription", "snapshot", "s", "a"],
-        &["subscription", "snapshots", "s"],
-        &["subscription", "redrive", "s"],
-        &["cluster", "status"],
-        &["cluster", "add", "b"],
-        &["cluster", "drain", "1"],
-        &["publish", "t"],
-        &["consume", "--topic", "t"],
-        &["bench", "produce", "--topic", "t"],
-        &["bench", "consume", "--topic", "t"],
-        &["bench", "latency", "--topic", "t"],
-        &["bench", "share", "--subscription", "s"],
-        &["bench", "verify", "--topic", "t"],
-        &["completions", "bash"],
-    ];
 
     /// Arguments that are numbers, durations, sizes or addresses: for them every value below is wrong.
     const MEASURED: &[&str] = &[
@@ -331,6 +317,8 @@ mod tests {
             }
         }
         assert!(seen > 300, "{seen} lines were tried");
+        let commands: std::collections::BTreeSet<&[&str]> = COMMANDS.iter().map(|c| &c[..c.len().min(2)]).collect();
+        assert_eq!(commands.len(), COMMANDS.len(), "a command has two lines");
     }
 
     #[test]
@@ -346,6 +334,10 @@ mod tests {
             (&["topic", "unschedule", "t"], "<PARTITION>"),
             (&["subscription", "seek", "s"], "--to"),
             (&["subscription", "seek", "s", "--to", "latest", "--to-snapshot", "a"], "--to-snapshot"),
+            (&["subscription", "seek", "s", "--to", "2999-01-01T00:00:00Z"], "is a time to come"),
+            (&["subscription", "seek", "s", "--to", "1700000000000000"], "is a time to come"),
+            (&["consume", "--topic", "t", "--from", "2999-01-01T00:00:00Z"], "is a time to come"),
+            (&["consume", "--topic", "t", "--from", "18446744073709551615"], "is a time to come"),
             (&["cluster", "add", ""], "is not a name"),
             (&["cluster", "drain", "0"], "from 1 to"),
             (&["serve", "--brokers", "2", "--socket", "x"], "--socket"),

@@ -1,5 +1,8 @@
 //! The command line as people and scripts use it, against an embedded broker fed by a folder of manifests.
 
+mod lines;
+
+use lines::{COMMANDS, PATH};
 use serde_json::Value;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::Path;
@@ -101,10 +104,23 @@ fn every_command_does_what_it_says_and_scripts_can_read_it() {
     let (_, _, said) = served.run(&["topic", "unschedule", "orders", "0", &offset, "--topic-id", "999999"], "");
     assert!(said.contains("re-created"), "of another topic of that name: {said}");
     let id = later["topicId"].to_string();
+    served.good(&["topic", "apply", "-f", "-"], &ORDERS.replace("orders", "plain"));
+    let (code, _, said) = served.run(&["topic", "unschedule", "plain", "0", "0"], "");
+    assert!(code == 1 && said.contains("of default/plain: none ever was"), "{said}");
     assert!(
         served.good(&["topic", "unschedule", "orders", "0", &offset, "--topic-id", &id], "").contains("taken back")
     );
-    assert_ne!(served.run(&["topic", "unschedule", "orders", "0", &offset], "").0, 0, "only once");
+    for (partition, offset, reason, says) in [
+        ("0", "0", "NOT_SCHEDULED", "it was published, or cancelled, before"),
+        ("0", "7", "NEVER_SCHEDULED", "at offset 7 of partition 0 of default/orders: those that were have the offsets 0 to 0"),
+        ("0", "18446744073709551615", "NEVER_SCHEDULED", "have the offsets 0 to 0"),
+        ("1", "0", "NO_PARTITION", "there is no partition 1"),
+    ] {
+        let (code, _, said) = served.run(&["topic", "unschedule", "orders", partition, offset, "-o", "json"], "");
+        let error: Value = serde_json::from_str(&said).unwrap();
+        assert_eq!((code, &error["error"]["reason"]), (1, &reason.into()), "{error}");
+        assert!(error["error"]["message"].as_str().unwrap().contains(says), "{error}");
+    }
     // out
     let read = |args: &[&str]| served.good(&[&["consume"], args].concat(), "");
     let first = read(&["--topic", "orders", "--from", "earliest", "--max", "1", "-o", "json"]);
@@ -192,6 +208,60 @@ fn manifests_are_read_again_when_they_change_and_what_is_wrong_with_one_leaves_t
 }
 
 #[test]
+fn a_subscription_is_described_with_its_mode_filter_routing_keys_rate_deadlines_and_dead_letters() {
+    let (data, manifests) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let served = Served::start(data.path(), manifests.path());
+    let spec = "{topic: orders, mode: shared, priorities: true, filter: 'size > 3', routingKeys: ['*.paid.#', b], ackDeadline: 90s, \
+        rate: {messagesPerSecond: 1000, bytesPerSecond: 1Mi, burst: 7}, redelivery: {minBackoff: 100ms, maxBackoff: 5m}, \
+        maxInFlight: 500, maxInFlightPerConsumer: 10, deadLetter: {maxDeliveries: 5, topic: dead}, \
+        push: {endpoint: 'http://127.0.0.1:1/x', concurrency: 3, timeout: 2s}}";
+    let plain = MAIL.replace("mail", "plain");
+    let mail = MAIL.replace("{topic: orders, start: earliest}", spec);
+    served.good(&["topic", "apply", "-f", "-"], &format!("{ORDERS}---\n{mail}---\n{plain}"));
+    let json = served.json(&["subscription", "describe", "mail", "-o", "json"]);
+    let right = serde_json::json!({"mode": "shared", "priorities": true, "filter": "size > 3", "routingKeys": ["*.paid.#", "b"],
+        "messagesPerSecond": 1000, "bytesPerSecond": 1048576, "burst": 7, "ackDeadlineMs": 90000, "minBackoffMs": 100,
+        "maxBackoffMs": 300000, "maxInFlight": 500, "maxInFlightPerConsumer": 10, "maxDeliveries": 5,
+        "deadLetterTopic": "default/dead", "deadLetterTopicExists": false, "pushEndpoint": "http://127.0.0.1:1/x",
+        "pushConcurrency": 3, "pushTimeoutMs": 2000});
+    assert!(has(&json, &right), "{json}");
+    let text = served.good(&["subscription", "describe", "mail"], "");
+    for line in [
+        "  mode         shared, by priority",
+        "  filter       size > 3",
+        "  routing keys *.paid.#, b",
+        "  rate         1000 messages/s, 1.00 MiB/s, bursts of 7 messages",
+        "  ack deadline 1m 30s",
+        "  redelivery   after 100ms, after 5m at most",
+        "  in flight    at most 500 in each partition, at most 10 of each consumer",
+        "  dead letters after 5 failed deliveries, moved to default/dead",
+        "  push         http://127.0.0.1:1/x, 3 at a time in each partition, answered within 2s",
+    ] {
+        assert!(text.lines().any(|l| l == line), "{line}\n{text}");
+    }
+    let json = served.json(&["subscription", "describe", "plain", "-o", "json"]);
+    let right = serde_json::json!({"mode": "exclusive", "filter": null, "routingKeys": [], "messagesPerSecond": null,
+        "ackDeadlineMs": 30000, "maxDeliveries": null, "pushEndpoint": null});
+    assert!(has(&json, &right), "{json}");
+    let text = served.good(&["subscription", "describe", "plain"], "");
+    assert!(text.contains("  mode         exclusive\n") && !text.contains("filter") && !text.contains("dead letters"), "{text}");
+}
+
+#[test]
+fn the_manifest_in_the_readme_works_as_it_is() {
+    let (data, manifests) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let served = Served::start(data.path(), manifests.path());
+    let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md")).unwrap();
+    let block = page.split("\n```").find(|block| block.contains("\nkind: Subscription\n")).unwrap();
+    let (code, applied, said) = served.run(&["subscription", "apply", "-f", "-", "-o", "json"], block);
+    assert_eq!(code, 0, "{said}");
+    assert!(applied.contains("default/recommendation") && !said.contains("does not exist"), "{applied} {said}");
+    served.good(&["publish", "signups", "--header", "region=us"], "not for it\n");
+    served.good(&["publish", "signups", "--header", "region=eu"], "alice\n");
+    assert_eq!(served.good(&["consume", "--subscription", "recommendation", "--max", "1", "-o", "raw"], ""), "alice\n");
+}
+
+#[test]
 fn a_broker_that_cannot_be_spared_is_not_drained_and_the_refusal_says_why() {
     let (data, manifests) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let served = Served::start(data.path(), manifests.path());
@@ -211,6 +281,106 @@ fn a_broker_that_cannot_be_spared_is_not_drained_and_the_refusal_says_why() {
     let status = served.json(&["cluster", "status", "-o", "json"]);
     let id = status["brokers"].as_array().unwrap().iter().find(|b| b["name"] == "weir-1").unwrap()["id"].to_string();
     assert!(served.good(&["cluster", "drain", &id], "").contains("removed"));
+}
+
+/// A command whose standard input stays open.
+struct Open {
+    child: Child,
+    input: std::process::ChildStdin,
+}
+
+impl Open {
+    fn start(served: &Served, args: &[&str]) -> Self {
+        let mut command = Command::new(WEIR);
+        command.args(args).env("WEIR_SERVER", &served.server);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let input = child.stdin.take().unwrap();
+        Self { child, input }
+    }
+
+    /// Waits until it ends by itself; exit code and standard error.
+    fn ends(mut self, what: &str) -> (i32, String) {
+        let begun = Instant::now();
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            if begun.elapsed() > Duration::from_secs(20) {
+                let _ = self.child.kill();
+                panic!("{what}: it waits for standard input");
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        };
+        let mut said = String::new();
+        self.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        drop(self.input);
+        (status.code().unwrap(), said)
+    }
+}
+
+#[test]
+fn a_publish_that_fails_ends_though_standard_input_stays_open() {
+    let (data, manifests) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let served = Served::start(data.path(), manifests.path());
+    let small = ORDERS.replace("spec: {", "spec: {maxMessageBytes: '200', ");
+    served.good(&["topic", "apply", "-f", "-"], &small);
+    let long = "x".repeat(1_000);
+    for (args, line, says) in [
+        (&["publish", "orders"][..], long.as_str(), "line 1 was not published; 0 other messages were published to orders"),
+        (&["publish", "orders", "-o", "json"], &long, "line 1 was not published"),
+        (&["publish", "orders", "--delay", "1h"], &long, "0 messages were scheduled"),
+        (&["publish", "nowhere"], "", "topic nowhere does not exist"),
+        (&["publish", "nowhere", "--delay", "1h"], "", "topic nowhere does not exist"),
+    ] {
+        let mut open = Open::start(&served, args);
+        let _ = open.input.write_all(format!("{line}\n").as_bytes()); // it may have ended before
+        let (code, said) = open.ends(&format!("weir {args:?}"));
+        assert!(code == 1 && said.contains(says), "weir {args:?}: {code} {said}");
+    }
+    // and what was read is scheduled, whatever comes later
+    let mut open = Open::start(&served, &["publish", "orders", "--delay", "1h", "-o", "json"]);
+    for offset in 0..2 {
+        open.input.write_all(b"later\n").unwrap();
+        let status = || served.run(&["topic", "unschedule", "orders", "0", &offset.to_string()], "").0;
+        until("a line is scheduled while standard input stays open", || status() == 0);
+    }
+    drop(open.input);
+    assert!(open.child.wait().unwrap().success());
+}
+
+#[test]
+fn a_port_that_is_not_for_clients_is_named_with_what_answers_there_and_the_right_one() {
+    let (data, manifests) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let served = Served::start(data.path(), manifests.path());
+    let port = |kind: &str| served.said["brokers"][0][kind].as_str().unwrap().to_owned();
+    let web = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let other = web.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for stream in web.incoming() {
+            let mut stream = stream.unwrap();
+            let _ = stream.read(&mut [0; 1024]);
+            let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n");
+        }
+    });
+    let right = "; use the port for clients, 7420 unless it was chosen otherwise";
+    for (server, what) in [
+        (port("peer"), "a gRPC server without weir.v1.Metadata answers there, such as a broker's port for peers (7421)"),
+        (port("metrics"), "a web server answers there, such as a broker's port for metrics (9464)"),
+        (other, "a web server answers there, such as a broker's port for metrics (9464)"),
+    ] {
+        let (code, _, said) = served.run(&["--server", &server, "topic", "list", "-o", "json"], "");
+        let error: Value = serde_json::from_str(&said).unwrap();
+        assert_eq!((code, &error["error"]["reason"]), (1, &"WRONG_PORT".into()), "{error}");
+        assert_eq!(error["error"]["message"], format!("{server} serves no clients: {what}{right}"));
+    }
+    let tls = format!("https://{}", port("client"));
+    let (_, _, said) = served.run(&["--server", &tls, "topic", "list"], "");
+    assert!(said.contains("brokers speak no TLS"), "{said}");
+    // administrators are told where clients are served
+    served.good(&["--server", &port("admin"), "topic", "apply", "-f", "-"], ORDERS);
+    served.good(&["--server", &port("admin"), "publish", "orders"], "one\n");
+    let read = ["--server", &port("admin"), "consume", "--topic", "orders", "--from", "0", "--max", "1", "-o", "raw"];
+    assert_eq!(served.good(&read, ""), "one\n");
 }
 
 /// The row of docs/cli.md that says what a command prints.
@@ -315,7 +485,12 @@ fn with_o_json_every_command_prints_the_fields_that_are_documented_and_errors_ar
         (&["subscription", "describe", "nothing"], 1, "NO_SUBSCRIPTION", "does not exist"),
         (&["topic", "delete", "nowhere"], 1, "NOT_FOUND", "does not exist"),
         (&["cluster", "drain", "1"], 1, "TOO_FEW_BROKERS", "no other broker is active"),
-        (&["topic", "apply", "-f", wrong], 1, "FAILED", "b.yaml:4: spec.partitions"),
+        (
+            &["topic", "apply", "-f", wrong],
+            1,
+            "FAILED",
+            "b.yaml:4: spec.partitions: must be a whole number from 1 to 10000, not 'many'",
+        ),
         (&["cluster", "drain", "0"], 2, "USAGE", "invalid value '0' for '<ID>'"),
         (&["topic", "frobnicate"], 2, "USAGE", "unrecognized subcommand"),
         (&["--server", "127.0.0.1:1", "topic", "list"], 1, "DEADLINE", "no broker was reached"),
@@ -354,50 +529,35 @@ fn writes_to(server: &str, args: &[&str], path: &str) -> (i32, String) {
 #[test]
 fn output_that_cannot_be_written_is_an_error_of_every_command() {
     let (data, manifests) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    std::fs::write(manifests.path().join("a.yaml"), format!("{ORDERS}---\n{MAIL}")).unwrap();
     let file = manifests.path().join("a.yaml");
+    let dead = ORDERS.replace("orders", "dead");
+    let mail = MAIL.replace("start:", "deadLetter: {maxDeliveries: 5, topic: dead}, start:");
+    std::fs::write(&file, format!("{ORDERS}---\n{dead}---\n{mail}")).unwrap();
     let file = file.to_str().unwrap();
     let served = Served::start(data.path(), manifests.path());
     until("the manifests are applied", || served.run(&["subscription", "describe", "mail"], "").0 == 0);
     served.good(&["publish", "orders"], "one\ntwo\nthree\n");
     served.good(&["subscription", "snapshot", "mail", "before"], "");
-    let later = served.json(&["publish", "orders", "--delay", "1h", "-o", "json", "--file", file]);
-    let (offset, one, three) = (later["offset"].to_string(), data.path().join("one"), data.path().join("three"));
-    let lines: [&[&str]; 23] = [
-        &["--help"],
-        &["topic", "apply", "--help"],
-        &["--version"],
-        &["completions", "bash"],
-        &["topic", "list"],
-        &["topic", "describe", "orders"],
-        &["topic", "apply", "-f", file],
-        &["topic", "unschedule", "orders", "0", &offset],
-        &["subscription", "list"],
-        &["subscription", "describe", "mail"],
-        &["subscription", "snapshot", "mail", "after"],
-        &["subscription", "snapshots", "mail"],
-        &["subscription", "seek", "mail", "--to", "earliest"],
-        &["cluster", "status"],
-        &["cluster", "add", "weir-1"],
-        &["cluster", "drain", "1", "--cancel"],
-        &["consume", "--topic", "orders", "--from", "earliest"],
-        &["consume", "--subscription", "mail"],
-        &["publish", "orders", "-o", "json"],
-        &["bench", "latency", "--topic", "orders", "--records", "1"],
-        &["bench", "verify", "--topic", "orders", "--seconds", "1", "--keys", "1"],
-        &["serve", "--listen", "127.0.0.1:0", "--data", one.to_str().unwrap()],
-        &["serve", "--brokers", "3", "--listen", "127.0.0.1:0", "--data", three.to_str().unwrap()],
-    ];
-    for args in lines {
-        let (code, said) = writes_to(&served.server, args, "/dev/full");
+    served.good(&["publish", "orders", "--delay", "1h"], "later\n");
+    let (one, three) = (data.path().join("one"), data.path().join("three"));
+    let with_path = |line: &&[&str]| -> Vec<String> {
+        let path = if line[0] == "serve" { one.to_str().unwrap() } else { file };
+        line.iter().map(|word| word.replace(PATH, path)).collect()
+    };
+    let three = ["serve", "--brokers", "3", "--listen", "127.0.0.1:0", "--data", three.to_str().unwrap()];
+    let more: [&[&str]; 5] =
+        [&["--help"], &["topic", "apply", "--help"], &["--version"], &three, &["consume", "--subscription", "mail"]];
+    for line in more.iter().chain(COMMANDS).map(with_path) {
+        let line: Vec<&str> = line.iter().map(String::as_str).collect();
+        let (code, said) = writes_to(&served.server, &line, "/dev/full");
         let right = "cannot write output: No space left on device (os error 28)";
-        assert!(said.matches(right).count() == 1, "weir {args:?}: {said:?}");
-        assert_eq!(code, 1, "weir {args:?}");
+        assert!(said.matches(right).count() == 1, "weir {line:?}: {said:?}");
+        assert_eq!(code, 1, "weir {line:?}");
     }
     // nor does a command fail since nothing can be said beside its output
     let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
     let mut command = Command::new(WEIR);
-    command.args(["publish", "orders", "--file", file]).env("WEIR_SERVER", &served.server).stderr(full);
+    command.args(["publish", "dead", "--file", file]).env("WEIR_SERVER", &served.server).stderr(full);
     assert!(command.status().unwrap().success());
 }
 

@@ -111,25 +111,30 @@ async fn batches_that_cannot_be_decoded_are_passed_over_by_every_reader_and_bloc
     let read: Vec<Record> = read_all(&client, "t", 1).await.into_iter().map(|m| m.record).collect();
     assert_eq!(read, wanted, "by offset");
     // and the command line says which offsets are missing from what it prints
-    let consume = |output: &str| {
-        let arguments = ["consume", "--topic", "t", "--from", "earliest", "--max", "3", "-o", output];
+    let consume = |from: &[&str], output: &str| {
+        let arguments = [&["consume", "--max", "3", "-o", output], from].concat();
         let printed = Command::new(WEIR).args(["--server", &cluster.servers]).args(arguments).output();
         let printed = printed.unwrap();
         assert!(printed.status.success());
         let lines = |bytes: &[u8]| String::from_utf8_lossy(bytes).lines().map(str::to_owned).collect::<Vec<_>>();
         (lines(&printed.stdout), lines(&printed.stderr))
     };
-    let (printed, said) = consume("text");
+    let topic = ["--topic", "t", "--from", "earliest"];
+    let (printed, said) = consume(&topic, "text");
     assert_eq!((printed.len(), said.len()), (3, bad.len()), "{said:?}");
     assert!(said[0].starts_with("weir: default/t/0: offsets 1 to 3 were passed over: "), "{}", said[0]);
-    let (printed, said) = consume("json");
-    let said: Vec<serde_json::Value> = said.iter().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert_eq!((printed.len(), said.len()), (3, bad.len()));
-    let offset = |at: usize, name: &str| said[at]["passedOver"][name].as_u64().unwrap();
-    for at in 0..bad.len() {
-        let before = if at == 0 { 0 } else { offset(at - 1, "lastOffset") };
-        assert_eq!(offset(at, "firstOffset"), before + 1, "every offset between is named");
-    }
+    let says_all = |from: &[&str]| {
+        let (printed, said) = consume(from, "json");
+        let said: Vec<serde_json::Value> = said.iter().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!((printed.len(), said.len()), (3, bad.len()), "{from:?}: {said:?}");
+        let offset = |at: usize, name: &str| said[at]["passedOver"][name].as_u64().unwrap();
+        for at in 0..bad.len() {
+            let before = if at == 0 { 0 } else { offset(at - 1, "lastOffset") };
+            assert_eq!(offset(at, "firstOffset"), before + 1, "{from:?}: every offset between is named");
+            assert!(!said[at]["passedOver"]["error"].as_str().unwrap().is_empty(), "{from:?}: {said:?}");
+        }
+    };
+    says_all(&topic);
 
     let modes = [
         v1::SubscriptionMode::Exclusive,
@@ -154,6 +159,13 @@ async fn batches_that_cannot_be_decoded_are_passed_over_by_every_reader_and_bloc
             found += bad.len() as u64;
             let counted = metric(&cluster, "weir_undecodable_batches_total{outcome=\"skipped\"}").await;
             assert_eq!(counted, found, "each batch is counted once for each subscription ({name})");
+            // what `weir consume` reads as a subscription, it says too
+            let name = format!("c-{name}");
+            let wanted_spec = v1::SubscriptionSpec { filter: filter.into(), ..spec("t", mode) };
+            subscribe(&client, &name, wanted_spec).await.unwrap();
+            says_all(&["--subscription", &name]);
+            until_is(&name, 0, async || backlog(&client, &name).await).await;
+            found += bad.len() as u64;
         }
     }
     // one call after the other, in a mode of whole batches, for one message each
@@ -193,14 +205,22 @@ async fn batches_that_cannot_be_decoded_are_passed_over_by_every_reader_and_bloc
     requests.send(first).await.unwrap();
     let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
     let mut responses = calls.streaming_pull(stream).await.unwrap().into_inner();
+    let mut passed_over = 0;
     for wanted in &wanted {
-        let mut response = tokio::time::timeout(PATIENCE, responses.message()).await.expect("a message");
-        let message = response.as_mut().unwrap().as_mut().unwrap().messages.remove(0);
+        let message = loop {
+            let response = tokio::time::timeout(PATIENCE, responses.message()).await.expect("a message");
+            let mut response = response.unwrap().unwrap();
+            passed_over += response.passed_over.len();
+            if !response.messages.is_empty() {
+                break response.messages.remove(0);
+            }
+        };
         assert_eq!(Record::from(message.message.unwrap()), *wanted);
         let acks = vec![v1::OffsetRange { start: message.offset, end: message.offset + 1 }];
         let done = v1::PullRequest { acks, credit_messages: 1, ..Default::default() };
         requests.send(done).await.unwrap();
     }
+    assert_eq!(passed_over, bad.len(), "and the stream says so");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -276,6 +276,7 @@ pub struct Pull {
     topic_id: u64,
     subscription_id: u64,
     partition: u32,
+    passed_over: Option<mpsc::Sender<PassedOver>>,
 }
 
 impl Pull {
@@ -327,10 +328,22 @@ impl Pull {
                 let client = v1::subscriber_client::SubscriberClient::new(channel);
                 let mut client = client.max_decoding_message_size(weir_proto::MESSAGE_BYTES_MAX);
                 let responses = client.streaming_pull(ReceiverStream::new(receiver)).await?.into_inner();
-                Ok(Self { requests, responses, topic, topic_id, subscription_id, partition })
+                Ok(Self { requests, responses, topic, topic_id, subscription_id, partition, passed_over: None })
             }
         };
         client.at_leader(&name, partition, Duration::from_secs(10), call).await
+    }
+
+    /// Also sends which batches are passed over since their records cannot be decoded, where there is room for it.
+    pub fn saying(self, passed_over: Option<mpsc::Sender<PassedOver>>) -> Self {
+        Self { passed_over, ..self }
+    }
+
+    fn say(&self, passed: PassedOver) {
+        passed.log();
+        if let Some(to) = &self.passed_over {
+            let _ = to.try_send(passed);
+        }
     }
 
     /// Id of the subscription that delivers; 0 where the client had not heard of it.
@@ -344,14 +357,24 @@ impl Pull {
             Ok(Some(response)) => {
                 let mut out: Vec<Message> =
                     response.messages.into_iter().map(|m| received(&self.topic, self.topic_id, m)).collect();
+                let passed = |offsets: v1::OffsetRange, why| PassedOver {
+                    topic: self.topic.clone(),
+                    partition: self.partition,
+                    first: offsets.start,
+                    next: offsets.end,
+                    why,
+                };
+                for v1::PassedOver { offsets, why } in response.passed_over {
+                    self.say(passed(offsets.unwrap_or_default(), why));
+                }
                 let mut unreadable = Vec::new();
                 for batch in &response.batches {
                     match unpack((&self.topic, self.topic_id), self.partition, batch, response.from_offset) {
                         Ok(messages) => out.extend(messages.into_iter().filter(|m| m.offset < response.until_offset)),
-                        Err(passed) => {
-                            passed.log();
-                            let end = passed.next.min(response.until_offset);
-                            unreadable.push(v1::OffsetRange { start: passed.first, end });
+                        Err(PassedOver { first, next, why, .. }) => {
+                            let range = v1::OffsetRange { start: first, end: next.min(response.until_offset) };
+                            unreadable.push(range);
+                            self.say(passed(range, why));
                         }
                     }
                 }

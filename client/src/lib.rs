@@ -26,6 +26,12 @@ const ASK_NEXT_AFTER: Duration = Duration::from_millis(20);
 const ANSWER_WITHIN: Duration = Duration::from_millis(700);
 /// The same for a page of what it says of partitions, for which it reads.
 const DESCRIBE_WITHIN: Duration = Duration::from_secs(1);
+/// What answers where the service of metadata is not known.
+const NO_METADATA: &str = "a gRPC server without weir.v1.Metadata answers there, such as a broker's port for peers (7421)";
+/// What answers where HTTP/2 is not spoken.
+const HTTP1: &str = "a web server answers there, such as a broker's port for metrics (9464)";
+/// Why a broker is not reached by https.
+const NO_TLS: &str = "brokers speak no TLS, https:// is for a proxy before them";
 /// Topics of one request: even the longest names take less than the 4 MiB that a broker takes.
 const TOPICS_OF_REQUEST_MAX: usize = 5_000;
 
@@ -38,6 +44,9 @@ pub enum Error {
     /// No broker that can serve was reached within the deadline. A publish may or may not have happened.
     #[error("no answer within {after:?}: {last}")]
     Deadline { after: Duration, last: String },
+    /// Something else answers at an address than a broker does to clients.
+    #[error("{address} serves no clients: {what}; use the port for clients, 7420 unless it was chosen otherwise")]
+    WrongPort { address: String, what: &'static str },
     /// An address that is none.
     #[error(
         "'{0}' is not an address: use host:port, https://host:port, unix:PATH, or inproc:NAME of a broker of this process"
@@ -121,6 +130,11 @@ impl Cluster {
     pub fn address(&self, broker: u64) -> Option<String> {
         let found = self.metadata.brokers.iter().find(|b| b.id == broker);
         found.map(|b| b.client_address.clone()).filter(|a| !a.is_empty())
+    }
+
+    /// Whether any broker has answered.
+    fn is_known(&self) -> bool {
+        !self.metadata.brokers.is_empty()
     }
 
     /// Where the broker serves that told this.
@@ -244,6 +258,7 @@ impl Client {
             });
         }
         let mut last = "no broker is there".to_owned();
+        let mut wrong = None;
         while let Some((address, answer)) = asked.next().await {
             match answer {
                 // a broker that has just joined, or was away, knows less than we do
@@ -257,11 +272,30 @@ impl Client {
                 }
                 Err(status) => {
                     self.give_up(&address);
-                    last = format!("{address}: {}", status.message());
+                    let why = match Scheme::split(&address).0 {
+                        _ if status.code() == tonic::Code::Unimplemented => NO_METADATA,
+                        Scheme::Https if !known.is_known() => &format!("{}; {NO_TLS}", status.message()),
+                        _ => status.message(),
+                    };
+                    last = format!("{address}: {why}");
+                    let is_wrong = status.code() == tonic::Code::Unimplemented && !known.is_known();
+                    wrong = wrong.or(is_wrong.then_some(Error::WrongPort { address, what: NO_METADATA }));
                 }
             }
         }
-        Err(Error::Deadline { after: ANSWER_WITHIN, last })
+        Err(wrong.unwrap_or(Error::Deadline { after: ANSWER_WITHIN, last }))
+    }
+
+    /// What a connection that never came about failed at, where a server of another kind answers at one of the addresses.
+    async fn explain(&self, error: Error) -> Error {
+        let is_late = matches!(error, Error::Deadline { .. }) && !self.cluster().is_known();
+        let plain = |seed: &&String| is_late && Scheme::split(seed).0 == Scheme::Http;
+        let asked = self.0.seeds.iter().filter(plain).map(async |seed| {
+            let address = Scheme::split(seed).1;
+            transport::speaks_http1(address, ANSWER_WITHIN).await.then(|| address.to_owned())
+        });
+        let found = futures::future::join_all(asked).await.into_iter().flatten().next();
+        found.map_or(error, |address| Error::WrongPort { address, what: HTTP1 })
     }
 
     /// The cluster, asked about no longer than `age` ago, or as last seen where no broker answers: many streams that end at one time
@@ -287,7 +321,7 @@ impl Client {
         loop {
             match self.refresh().await {
                 Ok(cluster) => return Ok(cluster),
-                Err(error) if tokio::time::Instant::now() >= end => return Err(error),
+                Err(error) if tokio::time::Instant::now() >= end => return Err(self.explain(error).await),
                 Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
             }
         }

@@ -76,7 +76,8 @@ pub async fn schedule(client: &Client, topic: &str, list: Vec<(Record, SystemTim
     Ok(out.into_iter().map(|(_, scheduled)| scheduled).collect())
 }
 
-/// Takes a scheduled message back. Refused with NOT_FOUND where it was published, or cancelled, before.
+/// Takes a scheduled message back. Refused with NOT_FOUND where it was published, or cancelled, before (`NOT_SCHEDULED`), and where none
+/// was ever scheduled at this offset (`NEVER_SCHEDULED`).
 pub async fn cancel(client: &Client, scheduled: &Scheduled) -> Result<(), Error> {
     let Scheduled { topic, partition, offset, topic_id } = scheduled.clone();
     let request = v1::CancelScheduledRequest { topic: topic.clone(), partition, offset, topic_id };

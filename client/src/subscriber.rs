@@ -1,6 +1,6 @@
 //! Reading a subscription: all partitions of all its topics at once, opened again after failovers, new ones as they appear.
 
-use crate::consumer::{From, Message, Pull};
+use crate::consumer::{From, Message, PassedOver, Pull};
 use crate::{Client, Error, Record, full_name, waits};
 use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,11 +25,15 @@ pub struct Options {
     pub credit: u32,
     /// Messages that [`Subscriber::next`] will be asked for at most: no partition is asked for more. `None` for no end.
     pub max: Option<u64>,
+    /// Is sent which batches are passed over since their records cannot be decoded, in whatever mode; it is known before any message
+    /// behind them is delivered. What it has no room for is only logged, as it is where there is none.
+    pub passed_over: Option<mpsc::Sender<PassedOver>>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { member: format!("weir-{}-{:08x}", std::process::id(), fastrand::u32(..)), credit: 1_000, max: None }
+        let member = format!("weir-{}-{:08x}", std::process::id(), fastrand::u32(..));
+        Self { member, credit: 1_000, max: None, passed_over: None }
     }
 }
 
@@ -316,7 +320,7 @@ impl Partition {
         let Options { member, credit, .. } = &self.options;
         let credit = u64::from(*credit).min(self.wanted()) as u32;
         let pull = Pull::open(&self.client, &self.subscription, &self.topic, self.partition, member, credit).await?;
-        Ok((pull, credit.into()))
+        Ok((pull.saying(self.options.passed_over.clone()), credit.into()))
     }
 
     fn all_open(&self) -> MutexGuard<'_, HashSet<(String, u32)>> {

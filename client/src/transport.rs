@@ -6,6 +6,8 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use std::task::{Context, Poll};
 use std::time::Duration;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use tonic::body::Body;
 use tonic::codegen::{Service, StdError, http};
 use tonic::service::Routes;
@@ -67,6 +69,18 @@ impl Scheme {
     pub(crate) fn is_local(self) -> bool {
         matches!(self, Self::Unix | Self::Inproc)
     }
+}
+
+/// Whether what listens at an address answers a request of HTTP/1, which brokers do on their port for metrics only.
+pub(crate) async fn speaks_http1(address: &str, within: Duration) -> bool {
+    let ask = async {
+        let mut stream = TcpStream::connect(address).await?;
+        stream.write_all(format!("GET / HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n").as_bytes()).await?;
+        let mut answer = [0; 7];
+        stream.read_exact(&mut answer).await?;
+        std::io::Result::Ok(answer == *b"HTTP/1.")
+    };
+    matches!(tokio::time::timeout(within, ask).await, Ok(Ok(true)))
 }
 
 /// A lazily connected way to a broker.

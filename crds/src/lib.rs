@@ -8,6 +8,7 @@ pub mod cluster;
 pub mod duration;
 pub mod manifest;
 pub mod quantity;
+mod wording;
 mod yaml;
 
 pub use cluster::{StreamCluster, StreamClusterSpec, StreamClusterStatus};

@@ -1,5 +1,6 @@
 //! Manifests as files: several documents, `kind: List`, and errors that name file, line and field.
 
+use crate::wording::{self, Wrong};
 use crate::{Subscription, Topic, ValidatedSubscription, ValidatedTopic};
 use serde::de::DeserializeOwned;
 use serde_yaml_ng::Value;
@@ -149,12 +150,15 @@ fn read_document(file: &Path, text: &str, start: usize, declared: &mut Declared,
     let value: Value = match serde_yaml_ng::from_str(text) {
         Ok(Value::Null) => return,
         Ok(value) => value,
-        Err(error) => return fail(start + line_of(&error), error.to_string()),
+        Err(error) => return fail(start + line_of(&error), wording::of_syntax(&error.to_string(), start)),
     };
     if value.get("kind").and_then(Value::as_str) == Some("List") {
         let begins = items(text);
-        let list = value.get("items").and_then(Value::as_sequence).into_iter().flatten();
-        for (at, item) in list.enumerate() {
+        let Some(list) = value.get("items").and_then(Value::as_sequence) else {
+            let line = line_from(text, 0, "items").map_or_else(|| line_with(text, "kind"), |at| at + 1);
+            return fail(start + line, "items: a List has a list of resources here, `items: []` at least".to_owned());
+        };
+        for (at, item) in list.iter().enumerate() {
             let first = begins.get(at).copied().unwrap_or(0);
             let lines = begins.get(at + 1).map_or(usize::MAX, |next| next - first);
             // its own lines, for finding fields in; what it says was read with the rest
@@ -184,12 +188,11 @@ fn read_object(
     declared: &mut Declared,
     fail: &mut dyn FnMut(usize, String),
 ) {
-    let field = |name: &str| value.get(name).and_then(Value::as_str).unwrap_or_default();
-    let (api, kind) = (field("apiVersion"), field("kind"));
     let kind_line = line_with(text, "kind");
-    if api != "weir.dev/v1alpha1" {
-        return fail(line_with(text, "apiVersion"), format!("apiVersion: '{api}' is not weir.dev/v1alpha1"));
-    }
+    let kind = match kind_of(value) {
+        Ok(kind) => kind,
+        Err((field, message)) => return fail(line_with(text, field), message),
+    };
     match kind {
         "Topic" => {
             if let Some(topic) = parse::<Topic>(value, text, fail) {
@@ -213,9 +216,38 @@ fn read_object(
                 }
             }
         }
-        "StreamCluster" => {} // what runs it is the cluster
-        other => fail(kind_line, format!("kind: '{other}' is not Topic, Subscription, StreamCluster or List")),
+        _ => {} // a StreamCluster: what runs it is the cluster
     }
+}
+
+/// What every resource begins with.
+const API_VERSION: &str = "weir.dev/v1alpha1";
+/// Kinds of resources.
+const KINDS: [&str; 3] = ["Topic", "Subscription", "StreamCluster"];
+
+/// The kind of a resource, or the field that is wrong and what would be right.
+fn kind_of(value: &Value) -> Result<&str, (&'static str, String)> {
+    if !value.is_mapping() {
+        let text = "is no resource: one has the fields apiVersion, kind, metadata and spec".to_owned();
+        return Err(("", format!("{} {text}", wording::shown(value))));
+    }
+    let field = |name: &str| value.get(name).filter(|value| !value.is_null());
+    let kinds = "Topic, Subscription, StreamCluster or List";
+    let (api, kind) = (field("apiVersion"), field("kind"));
+    match api {
+        None => {
+            let kind = if kind.is_none() { format!(", and kind too, which is {kinds}") } else { String::new() };
+            return Err(("apiVersion", format!("apiVersion is missing: write `apiVersion: {API_VERSION}`{kind}")));
+        }
+        Some(api) if api.as_str() != Some(API_VERSION) => {
+            let text = format!("apiVersion: must be {API_VERSION}, not {}", wording::shown(api));
+            return Err(("apiVersion", text));
+        }
+        Some(_) => {}
+    }
+    let kind = kind.ok_or_else(|| ("kind", format!("kind is missing: write {kinds}")))?;
+    let known = kind.as_str().filter(|kind| KINDS.contains(kind));
+    known.ok_or_else(|| ("kind", format!("kind: must be {kinds}, not {}", wording::shown(kind))))
 }
 
 fn parse<T: DeserializeOwned>(value: &Value, text: &str, fail: &mut dyn FnMut(usize, String)) -> Option<T> {
@@ -226,23 +258,14 @@ fn parse<T: DeserializeOwned>(value: &Value, text: &str, fail: &mut dyn FnMut(us
     // read from text the error names the field it is about; the text of a list's item, or of JSON, is not a document by itself
     let written = serde_yaml_ng::to_string(value).ok();
     let named = written.and_then(|text| serde_yaml_ng::from_str::<T>(&text).err());
-    let mut message = match named {
-        Some(named) => named.to_string(),
+    let Wrong { at, message } = match named {
+        Some(named) => wording::of_value(&named.to_string()),
         None => {
-            format!("{}{wrong}", not_text::<T>(value, &wrong.to_string()).map_or(String::new(), |path| path + ": "))
+            let path = not_text::<T>(value, &wrong.to_string()).map_or(String::new(), |path| path + ": ");
+            wording::of_value(&format!("{path}{wrong}"))
         }
     };
-    if let Some(at) = message.rfind(" at line ") {
-        message.truncate(at); // in a text that nobody has seen
-    }
-    let mut path = message.split_once(": ").map_or("", |(path, _)| path).to_owned();
-    if path.contains([' ', '`']) {
-        path.clear();
-    }
-    if let Some(unknown) = message.split("unknown field `").nth(1).and_then(|behind| behind.split('`').next()) {
-        path = if path.is_empty() { unknown.to_owned() } else { format!("{path}.{unknown}") };
-    }
-    fail(line_of_field(text, &path), message);
+    fail(line_of_field(text, &at), message);
     None
 }
 
@@ -283,12 +306,21 @@ fn line_of(error: &serde_yaml_ng::Error) -> usize {
     error.location().map_or(1, |l| l.line())
 }
 
-fn line_with(text: &str, start: &str) -> usize {
-    line_from(text, 0, start).map_or(1, |at| at + 1)
+fn line_with(text: &str, field: &str) -> usize {
+    line_from(text, 0, field).unwrap_or_else(|| first_line(text)) + 1
+}
+
+/// The first line that holds something, counted from 0.
+fn first_line(text: &str) -> usize {
+    let holds = |line: &str| !line.trim().is_empty() && !line.trim_start().starts_with('#');
+    text.lines().position(holds).unwrap_or(0)
 }
 
 /// The line, from `first` on, that has a field, whether in block style or within braces, in quotes or not.
 fn line_from(text: &str, first: usize, field: &str) -> Option<usize> {
+    if field.is_empty() {
+        return None;
+    }
     let begins = |before: &str| before.is_empty() || before.ends_with([' ', '\t', '{', ',', '-', '"', '\'']);
     let ends = |behind: &str| behind.trim_start_matches(['"', '\'']).trim_start().starts_with(':');
     let has = |l: &str| l.match_indices(field).any(|(at, _)| begins(&l[..at]) && ends(&l[at + field.len()..]));
@@ -297,7 +329,7 @@ fn line_from(text: &str, first: usize, field: &str) -> Option<usize> {
 
 /// The line of `spec.deadLetter.topic`: each part is looked for behind the one before it.
 fn line_of_field(text: &str, path: &str) -> usize {
-    let mut at = 0;
+    let mut at = first_line(text);
     for part in path.split('.').map(|part| part.split('[').next().unwrap_or(part)).filter(|part| !part.is_empty()) {
         at = line_from(text, at, part).unwrap_or(at);
     }
@@ -335,7 +367,7 @@ mod tests {
         let (_, errors) = read(&GOOD.replace("10Gi", "lots"));
         assert!(errors[0].starts_with("a.yaml:9: spec.retention.bytes: 'lots'"), "{errors:?}");
         let (_, errors) = read(&GOOD.replace("kind: Topic", "kind: Queue"));
-        assert!(errors[0].starts_with("a.yaml:2: kind: 'Queue'"), "{errors:?}");
+        assert_eq!(errors, ["a.yaml:2: kind: must be Topic, Subscription, StreamCluster or List, not 'Queue'"]);
         let (_, errors) = read("kind: [\n");
         assert!(errors[0].starts_with("a.yaml:"), "{errors:?}");
         let (declared, errors) = read(&format!("{GOOD}---\n{GOOD}"));
@@ -429,19 +461,34 @@ mod tests {
             let (_, errors) = read(text);
             assert!(errors.len() == 1 && errors[0].starts_with(at), "{errors:?} does not begin with {at}");
         };
-        wrong(&GOOD.replace("6", "many"), "a.yaml:6: spec.partitions: invalid type: string \"many\"");
-        wrong(&GOOD.replace("6", "-1"), "a.yaml:6: spec.partitions: invalid type: integer `-1`");
-        wrong(&GOOD.replace("6", "99999999999999999999"), "a.yaml:6: spec.partitions: ");
-        wrong(&GOOD.replace("7d", "[7d]"), "a.yaml:8: spec.retention.time: invalid type: sequence");
-        wrong(&GOOD.replace("name: orders", "name: 5"), "a.yaml:4: metadata.name: invalid type: integer");
-        wrong(&GOOD.replace("\n  name: orders", " orders"), "a.yaml:3: metadata: invalid type: string");
+        let partitions = "spec.partitions: must be a whole number from 1 to 10000, not";
+        wrong(&GOOD.replace("6", "many"), &format!("a.yaml:6: {partitions} 'many'"));
+        wrong(&GOOD.replace("6", "-1"), &format!("a.yaml:6: {partitions} -1"));
+        wrong(&GOOD.replace("6", "1.5"), &format!("a.yaml:6: {partitions} 1.5"));
+        wrong(&GOOD.replace("6", "true"), &format!("a.yaml:6: {partitions} true"));
+        wrong(&GOOD.replace("6", "{a: b}"), &format!("a.yaml:6: {partitions} a mapping"));
+        wrong(&GOOD.replace("6", "99999999999999999999"), &format!("a.yaml:6: {partitions} 99999999999999999999"));
+        let time =
+            "a.yaml:8: spec.retention.time: must be a duration from 1s to 36500d such as '30s', as text, not a list";
+        wrong(&GOOD.replace("7d", "[7d]"), time);
+        wrong(
+            &GOOD.replace("name: orders", "name: 5"),
+            "a.yaml:4: metadata.name: must be text, not the number 5: put it in quotes",
+        );
+        wrong(
+            &GOOD.replace("\n  name: orders", " orders"),
+            "a.yaml:3: metadata: must be a mapping of fields, not 'orders'",
+        );
         let list = "apiVersion: v1\nkind: List\nitems:\n- apiVersion: weir.dev/v1alpha1\n  kind: Topic\n  metadata: {name: a}\n  spec:\n    partitions: many\n";
-        wrong(list, "a.yaml:8: spec.partitions: invalid type: string \"many\"");
+        wrong(list, &format!("a.yaml:8: {partitions} 'many'"));
         let json = "{\n  \"apiVersion\": \"weir.dev/v1alpha1\",\n  \"kind\": \"Topic\",\n  \"metadata\": {\"name\": \"a\"},\n  \"spec\": {\n    \"partitions\" : 0\n  }\n}\n";
         wrong(json, "a.yaml:6: spec.partitions: must be 1 to 10000, not 0");
-        wrong(&json.replace(": 0", ": \"many\""), "a.yaml:6: spec.partitions: invalid type: string");
-        wrong(&json.replace("partitions", "partitons"), "a.yaml:6: spec: unknown field `partitons`");
-        wrong("apiVersion: weir.dev/v1alpha1\nkind: Topic\nmetadata: {name: a}\n", "a.yaml:1: missing field `spec`");
+        wrong(&json.replace(": 0", ": \"many\""), &format!("a.yaml:6: {partitions} 'many'"));
+        wrong(
+            &json.replace("partitions", "partitons"),
+            "a.yaml:6: spec.partitons: is no field; use partitions, replicas, retention, ",
+        );
+        wrong("apiVersion: weir.dev/v1alpha1\nkind: Topic\nmetadata: {name: a}\n", "a.yaml:1: spec: is missing");
     }
 
     #[test]
@@ -455,7 +502,9 @@ mod tests {
             refused("7d", long, &format!("{time}{long}"));
         }
         refused("7d", "1month", "a.yaml:8: spec.retention.time: '1month' is not a duration such as 30s, 1h30m or 7d");
-        refused("10Gi", "0", "a.yaml:9: spec.retention.bytes: invalid type: integer `0`, expected a string");
+        let size =
+            "a.yaml:9: spec.retention.bytes: must be a size from 1 to 1024Ti such as '1Mi', as text, not the number 0";
+        refused("10Gi", "0", size);
         refused("10Gi", "'0'", "a.yaml:9: spec.retention.bytes: must be 1 to 1024Ti, not 0");
         refused("10Gi", "99999999999Ti", "a.yaml:9: spec.retention.bytes: must be 1 to 1024Ti, not 99999999999Ti");
         let subscription = |spec: &str| {
@@ -475,7 +524,28 @@ mod tests {
             ("redelivery: {minBackoff: 1y}", "spec.redelivery.minBackoff: '1y' is not a duration"),
             ("push: {endpoint: 'http://a', timeout: 1h}", "spec.push.timeout: must be 1ms to 10m, not 1h"),
             ("push: {endpoint: 'http://a', concurrency: 101}", "spec.push.concurrency: must be 1 to 100, not 101"),
-            ("rate: {bytesPerSecond: 0}", "spec.rate.bytesPerSecond: invalid type: integer `0`, expected a string"),
+            (
+                "rate: {bytesPerSecond: 0}",
+                "spec.rate.bytesPerSecond: must be a size from 1 to 1Ti such as '1Mi', as text, not the number 0",
+            ),
+            ("rate: {burst: many}", "spec.rate.burst: must be a whole number from 1 to 1000000000, not 'many'"),
+            ("maxInFlight: -1", "spec.maxInFlight: must be a whole number from 1 to 1000000, not -1"),
+            ("mode: queue", "spec.mode: must be exclusive, failover, shared or keyShared, not 'queue'"),
+            ("mode: 5", "spec.mode: must be exclusive, failover, shared or keyShared, not "),
+            ("priorities: yes please", "spec.priorities: must be true or false, not 'yes please'"),
+            ("routingKeys: '#'", "spec.routingKeys: must be a list, not '#'"),
+            ("routingKeys: [{a: b}]", "spec.routingKeys[0]: must be text, not a mapping"),
+            (
+                "startTime: 5",
+                "spec.startTime: must be a time in UTC such as '2026-01-31T08:00:00Z', as text, not the number 5",
+            ),
+            ("filter: 5", "spec.filter: must be text of 1 to 2048 characters, not the number 5"),
+            (
+                "deadLetter: {topic: b}",
+                "spec.deadLetter.maxDeliveries: is missing; it is a whole number from 1 to 1000",
+            ),
+            ("deadLetter: 5", "spec.deadLetter: must be a mapping of fields, not the number 5"),
+            ("rate: {}\n  topics: b", "spec.topics: is no field; use topic, mode, start, "),
             ("rate: {bytesPerSecond: '0'}", "spec.rate.bytesPerSecond: must be 1 to 1Ti, not 0"),
             (
                 "startTime: 1969-12-31T23:59:59Z",
@@ -494,5 +564,88 @@ mod tests {
         assert_eq!(subscription("startTime: 1970-01-01T00:00:00Z"), "");
         let epoch = "apiVersion: weir.dev/v1alpha1\nkind: Subscription\nmetadata: {name: s}\nspec: {topic: a, startTime: 1970-01-01T00:00:00Z}\n";
         assert_eq!(read(epoch).0.subscriptions[0].spec.start_ms, Some(0), "a time like others");
+    }
+
+    #[test]
+    fn what_is_no_resource_is_named_with_its_line_and_what_would_be_right() {
+        let wrong = |text: &str, error: &str| assert_eq!(read(text).1, [error], "{text}");
+        let without = |field: &str| GOOD.lines().filter(|l| !l.starts_with(field)).flat_map(|l| [l, "\n"]).collect();
+        let no_api: String = without("apiVersion");
+        let no_kind: String = without("kind");
+        let kinds = "Topic, Subscription, StreamCluster or List";
+        wrong(&no_api, "a.yaml:1: apiVersion is missing: write `apiVersion: weir.dev/v1alpha1`");
+        wrong(&no_kind, &format!("a.yaml:1: kind is missing: write {kinds}"));
+        wrong(
+            &format!("{GOOD}---\n\n# mail\n{}", no_kind.replace("orders", "b")),
+            &format!("a.yaml:13: kind is missing: write {kinds}"),
+        );
+        wrong(
+            "metadata: {name: a}\n",
+            &format!(
+                "a.yaml:1: apiVersion is missing: write `apiVersion: weir.dev/v1alpha1`, and kind too, which is {kinds}"
+            ),
+        );
+        wrong(&GOOD.replace("v1alpha1", "v1"), "a.yaml:1: apiVersion: must be weir.dev/v1alpha1, not 'weir.dev/v1'");
+        wrong(
+            &GOOD.replace("weir.dev/v1alpha1", "1"),
+            "a.yaml:1: apiVersion: must be weir.dev/v1alpha1, not the number 1",
+        );
+        wrong(&GOOD.replace("Topic", "topic"), &format!("a.yaml:2: kind: must be {kinds}, not 'topic'"));
+        wrong(&GOOD.replace("Topic", "[Topic]"), &format!("a.yaml:2: kind: must be {kinds}, not a list"));
+        for (text, what) in [("hello\n", "'hello'"), ("- a\n- b\n", "a list"), ("5\n", "the number 5")] {
+            let right = "is no resource: one has the fields apiVersion, kind, metadata and spec";
+            wrong(text, &format!("a.yaml:1: {what} {right}"));
+        }
+        let list = "apiVersion: v1\nkind: List\n";
+        let right = "items: a List has a list of resources here, `items: []` at least";
+        wrong(list, &format!("a.yaml:2: {right}"));
+        wrong(&format!("{list}items: {{}}\n"), &format!("a.yaml:3: {right}"));
+        assert_eq!(read(&format!("{list}items: []\n")).1, Vec::<String>::new());
+        wrong(
+            &format!("{list}items:\n- kind: Topic\n  metadata: {{name: a}}\n"),
+            "a.yaml:4: apiVersion is missing: write `apiVersion: weir.dev/v1alpha1`",
+        );
+    }
+
+    #[test]
+    fn errors_of_syntax_name_the_lines_of_the_file_and_none_is_longer_than_a_page() {
+        let (_, errors) = read(&format!("{GOOD}---\nkind: [\n"));
+        assert_eq!(errors, ["a.yaml:11: did not find expected node content, while parsing a flow node"]);
+        let (_, errors) = read(&format!("{GOOD}---\na: [1\n\nb: 2\n"));
+        let said = "did not find expected ',' or ']', while parsing a flow sequence at line 11 column 4";
+        assert_eq!(errors, [format!("a.yaml:13: {said}")]);
+        let long = "x".repeat(100_000);
+        for text in [
+            GOOD.replace("6", &long),
+            GOOD.replace("Topic", &long),
+            GOOD.replace("v1alpha1", &long),
+            GOOD.replace("partitions", &long),
+            GOOD.replace("7d", &long),
+            GOOD.replace("orders", &long),
+            long.clone(),
+        ] {
+            let (_, errors) = read(&text);
+            assert!(errors.len() == 1 && errors[0].chars().count() < 600, "{} characters", errors[0].len());
+        }
+    }
+
+    #[test]
+    fn every_manifest_in_the_documents_is_right() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
+        let mut found = 0;
+        for page in
+            ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/cli.md", "docs/guarantees.md", "docs/runbook.md"]
+        {
+            let text = std::fs::read_to_string(root.join(page)).expect("a page");
+            // every second part is within a fence
+            for block in text.split("\n```").skip(1).step_by(2) {
+                let block = block.split_once('\n').map_or("", |(_, block)| block);
+                if block.lines().any(|line| line.starts_with("kind: ")) {
+                    found += 1;
+                    assert_eq!(read(block).1, Vec::<String>::new(), "{page}: {block}");
+                }
+            }
+        }
+        assert!(found > 0, "no page shows a manifest");
     }
 }

@@ -36,9 +36,15 @@ pub enum BatchError {
     /// CRC-32C differs.
     #[error("the batch's CRC-32C is {said:#010x}, its bytes give {found:#010x}")]
     Checksum { said: u32, found: u32 },
-    /// The record count is out of range or disagrees with the last offset delta.
-    #[error("the batch says {count} records and a last offset delta of {last_delta}")]
+    /// The record count is out of bounds.
+    #[error("the batch says it has {0} records; a batch takes 1 to {max}: send several", max = RECORDS_MAX)]
+    Records(i32),
+    /// The record count disagrees with the last offset delta, which is one less.
+    #[error("the batch says it has {count} records and a last offset delta of {last_delta}; it must be one less")]
     Count { count: i32, last_delta: i32 },
+    /// More records than there are bytes for.
+    #[error("the batch says it has {count} records, and {bytes} bytes of them came; a record takes 7 or more")]
+    Missing { count: i32, bytes: usize },
     /// A codec that does not exist.
     #[error("compression codec {0} is unknown; use none, gzip, snappy, lz4 or zstd")]
     Codec(u8),
@@ -116,10 +122,16 @@ impl BatchHeader {
         }
         let last_delta = i32::from_be_bytes(array(bytes, 23));
         let count = i32::from_be_bytes(array(bytes, 57));
-        // a record takes at least 7 bytes uncompressed; a count beyond the bytes is a lie when nothing is compressed
-        let too_many = codec == 0 && count as i64 * 7 > (bytes.len() - HEADER_BYTES) as i64;
-        if !(1..=RECORDS_MAX).contains(&count) || last_delta != count - 1 || too_many {
+        // a record takes at least 7 bytes uncompressed
+        let bytes_left = bytes.len() - HEADER_BYTES;
+        if !(1..=RECORDS_MAX).contains(&count) {
+            return Err(BatchError::Records(count));
+        }
+        if last_delta != count - 1 {
             return Err(BatchError::Count { count, last_delta });
+        }
+        if codec == 0 && count as usize * 7 > bytes_left {
+            return Err(BatchError::Missing { count, bytes: bytes_left });
         }
         Ok(Self {
             count: count as u32,
@@ -208,8 +220,16 @@ mod tests {
         assert_eq!(BatchHeader::validate(&good[..10]), Err(BatchError::Truncated(10)));
         assert!(matches!(BatchHeader::validate(&good[..70]), Err(BatchError::Length { .. })));
         let mut bad = good.clone();
-        bad[57..61].copy_from_slice(&i32::MAX.to_be_bytes());
-        assert!(matches!(BatchHeader::validate(&bad), Err(BatchError::Count { .. })));
+        for count in [i32::MAX, RECORDS_MAX + 1, 0, -1] {
+            bad[57..61].copy_from_slice(&count.to_be_bytes());
+            let refused = BatchHeader::check_shape(&bad).unwrap_err();
+            assert_eq!(refused, BatchError::Records(count));
+            assert!(refused.to_string().contains("takes 1 to 1000000"), "{refused}");
+        }
+        bad[57..61].copy_from_slice(&3i32.to_be_bytes());
+        assert_eq!(BatchHeader::check_shape(&bad), Err(BatchError::Count { count: 3, last_delta: 1 }));
+        bad[23..27].copy_from_slice(&2i32.to_be_bytes());
+        assert_eq!(BatchHeader::check_shape(&bad), Err(BatchError::Missing { count: 3, bytes: 15 }));
         let mut bad = good.clone();
         bad[22] = 6;
         assert_eq!(BatchHeader::validate(&bad), Err(BatchError::Codec(6)));

@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use std::ffi::OsString;
+use std::ops::RangeInclusive;
 use std::os::unix::ffi::OsStringExt as _;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use weir_client::consumer::From;
@@ -26,20 +27,29 @@ pub(crate) fn part(text: &str) -> Result<String, String> {
     if names::is_part(text) { Ok(text.to_owned()) } else { Err(names::refusal(text)) }
 }
 
-/// A whole number.
+/// A whole number within bounds.
+pub(crate) fn number<T: TryFrom<u64>>(
+    bounds: RangeInclusive<u64>,
+) -> impl Fn(&str) -> Result<T, String> + Clone + Send + Sync + 'static {
+    move |text| {
+        let within = text.parse().ok().filter(|n| bounds.contains(n)).and_then(|n| T::try_from(n).ok());
+        within.ok_or_else(|| format!("use a whole number from {} to {}", bounds.start(), bounds.end()))
+    }
+}
+
+/// An offset.
 pub(crate) fn whole(text: &str) -> Result<u64, String> {
-    text.parse().map_err(|_| format!("use a whole number from 0 to {}", u64::MAX))
+    number(0..=u64::MAX)(text)
 }
 
 /// A partition.
 pub(crate) fn partition(text: &str) -> Result<u32, String> {
-    text.parse().map_err(|_| "partitions are numbered from 0".to_owned())
+    number(0..=u32::MAX.into())(text).map_err(|right| format!("partitions are numbered from 0: {right}"))
 }
 
 /// How many, at least one.
 pub(crate) fn count(text: &str) -> Result<u64, String> {
-    let wrong = || format!("use a whole number from 1 to {}", u64::MAX);
-    text.parse().ok().filter(|n| *n > 0).ok_or_else(wrong)
+    number(1..=u64::MAX)(text)
 }
 
 /// How long to wait before a delivery.
@@ -99,14 +109,16 @@ fn place(text: &str) -> Result<From, String> {
     }
 }
 
-/// A header, `name=value`; the value may be any bytes.
-pub(crate) fn header(text: OsString) -> anyhow::Result<(String, Option<Bytes>)> {
+/// A header; the value may be any bytes.
+pub(crate) type Header = (String, Option<Bytes>);
+
+/// Reads a header, `name=value`.
+pub(crate) fn header(text: OsString) -> Result<Header, String> {
     let bytes = text.into_vec();
-    let shown = || String::from_utf8_lossy(&bytes).into_owned();
     let at = bytes.iter().position(|b| *b == b'=').filter(|at| *at > 0);
-    let at = at.ok_or_else(|| anyhow::anyhow!("--header: '{}' is not name=value", shown()))?;
+    let at = at.ok_or_else(|| "use name=value".to_owned())?;
     let name = std::str::from_utf8(&bytes[..at]);
-    let name = name.map_err(|_| anyhow::anyhow!("--header: the name in '{}' is not UTF-8", shown()))?.to_owned();
+    let name = name.map_err(|_| "the name must be UTF-8, the value may be any bytes".to_owned())?.to_owned();
     Ok((name, Some(Bytes::copy_from_slice(&bytes[at + 1..]))))
 }
 
@@ -141,7 +153,7 @@ mod tests {
         assert_eq!(header("k=v=w".into()).unwrap(), ("k".to_owned(), Some("v=w".into())));
         assert_eq!(header(OsString::from_vec(b"k=\xff".to_vec())).unwrap().1.unwrap(), &b"\xff"[..]);
         for bad in ["", "=v", "k"] {
-            assert!(header(bad.into()).unwrap_err().to_string().contains("is not name=value"), "{bad}");
+            assert!(header(bad.into()).unwrap_err().contains("use name=value"), "{bad}");
         }
     }
 }

@@ -51,10 +51,10 @@ pub(crate) struct Load {
     #[arg(long, default_value_t = 100, value_parser = args::size, allow_hyphen_values = true)]
     size: usize,
     /// Records a second in all; 0 for as many as possible. Latency is then counted from when a record was due.
-    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1_000_000_000), allow_hyphen_values = true)]
+    #[arg(long, default_value_t = 0, value_parser = args::number::<u64>(0..=1_000_000_000), allow_hyphen_values = true)]
     rate: u64,
     /// Producers, each with its own stream to each partition.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=10_000), allow_hyphen_values = true)]
+    #[arg(long, default_value_t = 1, value_parser = args::number::<u64>(1..=10_000), allow_hyphen_values = true)]
     producers: u64,
     /// How long a batch waits for more records, such as 500us or 5ms.
     #[arg(long, value_parser = args::linger, default_value = "500us", allow_hyphen_values = true)]
@@ -86,7 +86,7 @@ pub(crate) struct Single {
     #[arg(long, default_value_t = 100, value_parser = args::size, allow_hyphen_values = true)]
     size: usize,
     /// Records a second; 0 for one as soon as the last is answered.
-    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1_000_000_000), allow_hyphen_values = true)]
+    #[arg(long, default_value_t = 0, value_parser = args::number::<u64>(0..=1_000_000_000), allow_hyphen_values = true)]
     rate: u64,
     /// What a record's time ends with.
     #[arg(long, value_enum, default_value_t = Until::Acked)]
@@ -107,13 +107,13 @@ pub(crate) struct Share {
     #[arg(long, value_parser = args::name)]
     subscription: String,
     /// Members.
-    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000), allow_hyphen_values = true)]
+    #[arg(long, default_value_t = 100, value_parser = args::number::<u32>(1..=100_000), allow_hyphen_values = true)]
     members: u32,
     /// Messages in all.
     #[arg(long, default_value_t = 1_000_000, value_parser = args::count, allow_hyphen_values = true)]
     records: u64,
     /// Messages a member has at one time, of each partition.
-    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=1_000_000), allow_hyphen_values = true)]
+    #[arg(long, default_value_t = 200, value_parser = args::number::<u32>(1..=1_000_000), allow_hyphen_values = true)]
     credit: u32,
 }
 

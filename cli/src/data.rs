@@ -7,6 +7,7 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
 use clap::Args;
+use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use serde_json::Value;
 use std::ffi::OsString;
 use std::io::Read as _;
@@ -37,8 +38,8 @@ pub(crate) struct Publish {
     #[arg(long)]
     key: Option<OsString>,
     /// A header, name=value; may be repeated.
-    #[arg(long)]
-    header: Vec<OsString>,
+    #[arg(long, value_parser = OsStringValueParser::new().try_map(args::header))]
+    header: Vec<args::Header>,
     /// Publish this file as one message, not standard input's lines.
     #[arg(long)]
     file: Option<PathBuf>,
@@ -65,9 +66,9 @@ impl Input {
         let Some(file) = file else { return Ok(Self::Lines(BufReader::new(tokio::io::stdin()), Vec::new())) };
         let mut bytes = Vec::new();
         let read = std::fs::File::open(file).and_then(|f| f.take(MESSAGE_BYTES_MAX + 1).read_to_end(&mut bytes));
-        read.with_context(|| file.display().to_string())?;
+        read.with_context(|| format!("--file {}", file.display()))?;
         let fits = bytes.len() as u64 <= MESSAGE_BYTES_MAX;
-        anyhow::ensure!(fits, "{} is larger than 32 MiB, more than any topic takes in one message", file.display());
+        anyhow::ensure!(fits, "--file {} is larger than 32 MiB, more than any topic takes in one message", file.display());
         Ok(Self::File(Some(bytes.into())))
     }
 
@@ -97,7 +98,7 @@ impl Input {
 }
 
 pub(crate) async fn publish(client: &Client, args: Publish, output: Output) -> anyhow::Result<()> {
-    let headers = args.header.iter().cloned().map(args::header).collect::<anyhow::Result<Vec<_>>>()?;
+    let headers = args.header.clone();
     let key = args.key.clone().map(|key| Bytes::from(key.into_vec()));
     let record = |value: Bytes| Record {
         key: key.clone(),

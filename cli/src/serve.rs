@@ -1,7 +1,7 @@
 //! `weir serve`: one broker in this process, or several as processes on loopback, and a folder of manifests applied to them.
 
 use crate::admin::{apply_subscription, apply_topic};
-use crate::{Output, usage};
+use crate::{Output, args, usage};
 use anyhow::Context as _;
 use clap::{Args, Parser as _};
 use std::collections::{BTreeSet, HashMap};
@@ -34,7 +34,7 @@ pub(crate) struct Serve {
     #[arg(long, default_value = "weir-data")]
     data: PathBuf,
     /// Brokers to run; more than one run as processes of their own, which end with this one.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=9), allow_hyphen_values = true)]
+    #[arg(long, default_value_t = 1, value_parser = args::number::<u16>(1..=9), allow_hyphen_values = true)]
     brokers: u16,
     /// Where clients are served. Peers, administrators: the next two ports; the second broker: ten ports on. Port 0: free ones.
     #[arg(long, default_value = "127.0.0.1:7420", value_parser = config::listen_address, allow_hyphen_values = true)]
@@ -54,7 +54,7 @@ pub(crate) struct Serve {
     #[arg(long)]
     no_restart: bool,
     /// Goes on without acknowledged records that are lost: the write that the error of a start names. Of no effect at any other loss.
-    #[arg(long, env = "WEIR_ACCEPT_LOSS", value_name = "WRITE")]
+    #[arg(long, env = "WEIR_ACCEPT_LOSS", value_name = "WRITE", value_parser = args::number::<u64>(0..=u64::MAX), allow_hyphen_values = true)]
     accept_loss: Option<u64>,
 }
 

@@ -24,10 +24,10 @@ pub(crate) struct Verify {
     #[arg(long, default_value_t = 60, value_parser = args::count, allow_hyphen_values = true)]
     seconds: u64,
     /// Keys, each published to in order, one record in flight for each.
-    #[arg(long, default_value_t = 12, value_parser = clap::value_parser!(u32).range(1..=100_000), allow_hyphen_values = true)]
+    #[arg(long, default_value_t = 12, value_parser = args::number::<u32>(1..=100_000), allow_hyphen_values = true)]
     keys: u32,
     /// Records a second in all.
-    #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000), allow_hyphen_values = true)]
+    #[arg(long, default_value_t = 1_000, value_parser = args::number::<u32>(1..=1_000_000), allow_hyphen_values = true)]
     rate: u32,
     /// Bytes of a record's value.
     #[arg(long, default_value_t = 1_024, value_parser = args::size, allow_hyphen_values = true)]

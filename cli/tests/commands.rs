@@ -283,6 +283,36 @@ fn a_broker_that_cannot_be_spared_is_not_drained_and_the_refusal_says_why() {
     assert!(served.good(&["cluster", "drain", &id], "").contains("removed"));
 }
 
+#[test]
+fn a_seek_that_one_partition_cannot_follow_moves_none_and_names_it() {
+    let (data, manifests) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let served = Served::start(data.path(), manifests.path());
+    let two = ORDERS.replace("partitions: 1", "partitions: 3");
+    served.good(&["subscription", "apply", "-f", "-"], &format!("{two}---\n{MAIL}"));
+    for key in ["a", "b", "c", "d", "e"] {
+        served.good(&["publish", "orders", "--key", key], "one\n");
+    }
+    let positions = || -> Vec<u64> {
+        let json = served.json(&["subscription", "describe", "mail", "-o", "json"]);
+        json["partitions"].as_array().unwrap().iter().map(|p| p["position"].as_u64().unwrap()).collect()
+    };
+    let most = served.json(&["topic", "describe", "orders", "-o", "json"])["assignment"].as_array().unwrap().iter()
+        .map(|p| p["highWatermark"].as_u64().unwrap()).max().unwrap();
+    let (code, _, said) = served.run(&["subscription", "seek", "mail", "--to", &most.to_string(), "-o", "json"], "");
+    let error: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!((code, &error["error"]["reason"]), (1, &"OFFSET".into()), "{error}");
+    let text = error["error"]["message"].as_str().unwrap();
+    assert!(text.contains("of the log of partition ") && text.ends_with("; no partition was moved"), "{text}");
+    assert_eq!(positions(), [0, 0, 0]);
+    let (code, _, said) = served.run(&["subscription", "seek", "mail", "--to", "2999-01-01T00:00:00Z"], "");
+    assert!(code == 2 && said.contains("--to") && said.contains("is a time to come"), "{said}");
+    let (code, _, said) = served.run(&["consume", "--topic", "orders", "--from", "99"], "");
+    assert!(code == 1 && said.contains("outside of the log of partition "), "{said}");
+    assert_eq!(positions(), [0, 0, 0]);
+    served.good(&["subscription", "seek", "mail", "--to", "latest"], "");
+    assert_eq!(positions().iter().sum::<u64>(), 5);
+}
+
 /// A command whose standard input stays open.
 struct Open {
     child: Child,

@@ -131,7 +131,7 @@ pub async fn offsets(
 }
 
 /// As [`offsets`], of the topic with this id only; 0 stands for any.
-async fn offsets_of(
+pub(crate) async fn offsets_of(
     client: &Client,
     topic: &str,
     topic_id: u64,

@@ -1,7 +1,7 @@
 //! Reading a subscription: all partitions of all its topics at once, opened again after failovers, new ones as they appear.
 
-use crate::consumer::{From, Message, PassedOver, Pull};
-use crate::{Client, Error, Record, full_name, waits};
+use crate::consumer::{From, Message, PassedOver, Pull, offsets_of};
+use crate::{Client, Cluster, Error, Record, full_name, waits};
 use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -209,8 +209,8 @@ impl Subscriber {
     }
 }
 
-/// Moves a subscription's position in all partitions, whoever reads it. What was leased before the move comes again where it lies
-/// behind the new position.
+/// Moves a subscription's position in all partitions, whoever reads it; to an offset only where all partitions have it. What was
+/// leased before the move comes again where it lies behind the new position.
 pub async fn seek(client: &Client, subscription: &str, to: From) -> Result<(), Error> {
     use v1::seek_request::To;
     let topic_id = if let From::OffsetOf { topic_id, .. } = to { topic_id } else { 0 };
@@ -228,11 +228,37 @@ pub async fn seek_to_snapshot(client: &Client, subscription: &str, snapshot: &st
     seek_all(client, subscription, v1::seek_request::To::Snapshot(snapshot.to_owned()), 0).await
 }
 
+/// Refuses an offset that one of the partitions does not have, before any is moved.
+async fn check_all(
+    client: &Client,
+    cluster: &Cluster,
+    topics: &[String],
+    (offset, topic_id): (u64, u64),
+) -> Result<(), Error> {
+    for topic in topics {
+        for partition in 0..cluster.topic(topic).map_or(0, |t| t.partitions.len() as u32) {
+            let v1::ListOffsetsResponse { start_offset: start, high_watermark: end, .. } =
+                offsets_of(client, topic, topic_id, partition, None).await?;
+            if !(start..=end).contains(&offset) {
+                let text = format!(
+                    "offset {offset} is outside of the log of partition {partition} of {topic}, which has {start} to {end}; \
+                     no partition was moved"
+                );
+                return Err(Error::Refused { code: tonic::Code::OutOfRange, reason: "OFFSET".to_owned(), message: text });
+            }
+        }
+    }
+    Ok(())
+}
+
 async fn seek_all(client: &Client, subscription: &str, to: v1::seek_request::To, topic_id: u64) -> Result<(), Error> {
     let cluster = client.connect(Duration::from_secs(10)).await?;
     let full = full_name(subscription);
     let topics = cluster.subscription(&full).map(|s| s.topics.clone());
     let topics = topics.ok_or_else(|| Error::no_subscription(&full))?;
+    if let v1::seek_request::To::Offset(offset) = to {
+        check_all(client, &cluster, &topics, (offset, topic_id)).await?;
+    }
     for topic in &topics {
         let count = cluster.topic(topic).map_or(0, |t| t.partitions.len() as u32);
         for partition in 0..count {

@@ -48,7 +48,8 @@ pub async fn check_range(context: &Context, partition: &mut Partition, offset: u
     if (start..=end).contains(&offset) {
         return Ok(());
     }
-    let text = format!("offset {offset} is outside of the log, which has {start} to {end}");
+    let number = context.shared.meta().assignment(partition.group).map_or(0, |a| a.partition);
+    let text = format!("offset {offset} is outside of the log of partition {number}, which has {start} to {end}");
     Err(Failure::new(Code::OutOfRange, "OFFSET", text))
 }
 

@@ -464,6 +464,18 @@ pub struct PullResponse {
     /// Of the batches' messages, those that are not delivered for the first time.
     #[prost(message, repeated, tag = "6")]
     pub redelivered: ::prost::alloc::vec::Vec<Redelivered>,
+    /// Offsets that the broker passed over since the response before, since their records cannot be decoded; those of batches that the
+    /// member was given, and can see this of by itself, are not named. A response may hold nothing else.
+    #[prost(message, repeated, tag = "7")]
+    pub passed_over: ::prost::alloc::vec::Vec<PassedOver>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PassedOver {
+    #[prost(message, optional, tag = "1")]
+    pub offsets: ::core::option::Option<OffsetRange>,
+    /// What is wrong with the records.
+    #[prost(string, tag = "2")]
+    pub why: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Redelivered {
@@ -1435,7 +1447,8 @@ pub mod publisher_client {
                 .insert(GrpcMethod::new("weir.v1.Publisher", "PublishStream"));
             self.inner.streaming(req, path, codec).await
         }
-        /// Takes a scheduled message back. NOT_FOUND where it was published, or cancelled, before.
+        /// Takes a scheduled message back. NOT_FOUND where it was published, or cancelled, before (NOT_SCHEDULED), and where none was ever
+        /// scheduled at this offset (NEVER_SCHEDULED).
         pub async fn cancel_scheduled(
             &mut self,
             request: impl tonic::IntoRequest<super::CancelScheduledRequest>,
@@ -1519,7 +1532,8 @@ pub mod publisher_server {
             tonic::Response<Self::PublishStreamStream>,
             tonic::Status,
         >;
-        /// Takes a scheduled message back. NOT_FOUND where it was published, or cancelled, before.
+        /// Takes a scheduled message back. NOT_FOUND where it was published, or cancelled, before (NOT_SCHEDULED), and where none was ever
+        /// scheduled at this offset (NEVER_SCHEDULED).
         async fn cancel_scheduled(
             &self,
             request: tonic::Request<super::CancelScheduledRequest>,

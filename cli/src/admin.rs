@@ -213,7 +213,8 @@ async fn apply_files(client: &Client, files: &[PathBuf], output: Output) -> anyh
         if !topic.says_replicas && brokers < topic.spec.replicas as usize {
             topic.spec.replicas = replicas_on(brokers);
             let v1::TopicSpec { replicas, .. } = topic.spec;
-            output.note(format_args!("topic {} gets replicas: {replicas}, since active brokers: {brokers}", topic.name));
+            output
+                .note(format_args!("topic {} gets replicas: {replicas}, since active brokers: {brokers}", topic.name));
         }
         took("topic", &topic.name, apply_topic(client, &topic).await)?;
     }

@@ -68,7 +68,11 @@ impl Input {
         let read = std::fs::File::open(file).and_then(|f| f.take(MESSAGE_BYTES_MAX + 1).read_to_end(&mut bytes));
         read.with_context(|| format!("--file {}", file.display()))?;
         let fits = bytes.len() as u64 <= MESSAGE_BYTES_MAX;
-        anyhow::ensure!(fits, "--file {} is larger than 32 MiB, more than any topic takes in one message", file.display());
+        anyhow::ensure!(
+            fits,
+            "--file {} is larger than 32 MiB, more than any topic takes in one message",
+            file.display()
+        );
         Ok(Self::File(Some(bytes.into())))
     }
 

@@ -34,17 +34,17 @@ impl Served {
     }
 
     /// Exit code, standard output, standard error.
-    fn run(&self, args: &[&str], input: &str) -> (i32, String, String) {
+    fn run(&self, args: &[&str], input: impl AsRef<[u8]>) -> (i32, String, String) {
         let mut command = Command::new(WEIR);
         command.args(args).env("WEIR_SERVER", &self.server);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+        child.stdin.take().unwrap().write_all(input.as_ref()).unwrap();
         let out = child.wait_with_output().unwrap();
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
         (out.status.code().unwrap(), text(out.stdout), text(out.stderr))
     }
 
-    fn good(&self, args: &[&str], input: &str) -> String {
+    fn good(&self, args: &[&str], input: impl AsRef<[u8]>) -> String {
         let (code, out, err) = self.run(args, input);
         assert_eq!(code, 0, "weir {args:?}: {err}");
         out
@@ -112,7 +112,12 @@ fn every_command_does_what_it_says_and_scripts_can_read_it() {
     );
     for (partition, offset, reason, says) in [
         ("0", "0", "NOT_SCHEDULED", "it was published, or cancelled, before"),
-        ("0", "7", "NEVER_SCHEDULED", "at offset 7 of partition 0 of default/orders: those that were have the offsets 0 to 0"),
+        (
+            "0",
+            "7",
+            "NEVER_SCHEDULED",
+            "at offset 7 of partition 0 of default/orders: those that were have the offsets 0 to 0",
+        ),
         ("0", "18446744073709551615", "NEVER_SCHEDULED", "have the offsets 0 to 0"),
         ("1", "0", "NO_PARTITION", "there is no partition 1"),
     ] {
@@ -121,6 +126,8 @@ fn every_command_does_what_it_says_and_scripts_can_read_it() {
         assert_eq!((code, &error["error"]["reason"]), (1, &reason.into()), "{error}");
         assert!(error["error"]["message"].as_str().unwrap().contains(says), "{error}");
     }
+    let (code, _, said) = served.run(&["topic", "unschedule", "nope", "0", "0"], "");
+    assert!(code == 1 && said.ends_with("topic nope does not exist\n"), "{said}");
     // out
     let read = |args: &[&str]| served.good(&[&["consume"], args].concat(), "");
     let first = read(&["--topic", "orders", "--from", "earliest", "--max", "1", "-o", "json"]);
@@ -244,7 +251,58 @@ fn a_subscription_is_described_with_its_mode_filter_routing_keys_rate_deadlines_
         "ackDeadlineMs": 30000, "maxDeliveries": null, "pushEndpoint": null});
     assert!(has(&json, &right), "{json}");
     let text = served.good(&["subscription", "describe", "plain"], "");
-    assert!(text.contains("  mode         exclusive\n") && !text.contains("filter") && !text.contains("dead letters"), "{text}");
+    assert!(
+        text.contains("  mode         exclusive\n") && !text.contains("filter") && !text.contains("dead letters"),
+        "{text}"
+    );
+}
+
+#[test]
+fn lines_that_are_published_are_any_bytes_up_to_the_line_feed() {
+    let (data, manifests) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let served = Served::start(data.path(), manifests.path());
+    served.good(&["topic", "apply", "-f", "-"], ORDERS);
+    served.good(&["publish", "orders"], b"one\r\n\xff\xfe\0\r\n\n\r\nno line feed");
+    let read = ["consume", "--topic", "orders", "--from", "earliest", "--max", "5", "-o", "json"];
+    let printed = served.good(&read, "");
+    let printed: Vec<Value> = printed.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let values: Vec<&Value> = printed.iter().map(|message| &message["value"]).collect();
+    assert_eq!(values, [&"one\r".into(), &Value::Null, &"".into(), &"\r".into(), &"no line feed".into()]);
+    assert_eq!(printed[1]["valueBase64"], "//4ADQ==");
+    assert_eq!(printed[0].get("valueBase64"), None);
+}
+
+#[test]
+fn manifests_come_from_a_file_a_folder_or_standard_input_and_one_broker_takes_the_example() {
+    let (data, manifests) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let served = Served::start(data.path(), manifests.path());
+    let example = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/orders.yaml");
+    let (code, applied, said) = served.run(&["topic", "apply", "-f", example], "");
+    assert_eq!((code, applied.matches(" applied").count()), (0, 3), "{applied} {said}");
+    assert!(said.contains("default/orders gets replicas: 1"), "what it is not as declared is said: {said}");
+    let topic = served.json(&["topic", "describe", "orders", "-o", "json"]);
+    assert_eq!((&topic["partitions"], &topic["replicas"]), (&6.into(), &1.into()));
+    // a folder: what is wrong with one of its files is named, and the others are applied
+    let folder = tempfile::tempdir().unwrap();
+    let named = |name: &str| ORDERS.replace("orders", name);
+    std::fs::write(folder.path().join("a.yaml"), named("a")).unwrap();
+    std::fs::write(folder.path().join("b.yaml"), b"# na\xefve\n").unwrap();
+    std::fs::write(folder.path().join("c.yml"), named("c")).unwrap();
+    std::fs::write(folder.path().join("notes.txt"), "no manifest").unwrap();
+    let path = folder.path().to_str().unwrap();
+    let (code, applied, said) = served.run(&["topic", "apply", "-f", path, "-f", "-"], named("d"));
+    assert_eq!(applied, "topic default/a applied\ntopic default/c applied\ntopic default/d applied\n");
+    assert_eq!(code, 1);
+    assert!(said.contains("b.yaml:1: is not UTF-8: it has the byte 0xef") && !said.contains("notes.txt"), "{said}");
+    let (code, _, said) = served.run(&["topic", "apply", "-f", "-"], "kind: [\n");
+    assert!(code == 1 && said.contains("standard input:"), "{said}");
+    let empty = tempfile::tempdir().unwrap();
+    for path in [empty.path().to_str().unwrap(), "-"] {
+        let (code, _, said) = served.run(&["topic", "apply", "-f", path], "");
+        assert!(code == 1 && said.contains("there is no Topic and no Subscription"), "{path}: {said}");
+    }
+    let (code, _, said) = served.run(&["topic", "apply", "-f", "/nowhere/at all"], "");
+    assert!(code == 1 && said.contains("/nowhere/at all: cannot be read: No such file"), "{said}");
 }
 
 #[test]
@@ -296,8 +354,13 @@ fn a_seek_that_one_partition_cannot_follow_moves_none_and_names_it() {
         let json = served.json(&["subscription", "describe", "mail", "-o", "json"]);
         json["partitions"].as_array().unwrap().iter().map(|p| p["position"].as_u64().unwrap()).collect()
     };
-    let most = served.json(&["topic", "describe", "orders", "-o", "json"])["assignment"].as_array().unwrap().iter()
-        .map(|p| p["highWatermark"].as_u64().unwrap()).max().unwrap();
+    let most = served.json(&["topic", "describe", "orders", "-o", "json"])["assignment"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|p| p["highWatermark"].as_u64().unwrap())
+        .max()
+        .unwrap();
     let (code, _, said) = served.run(&["subscription", "seek", "mail", "--to", &most.to_string(), "-o", "json"], "");
     let error: Value = serde_json::from_str(&said).unwrap();
     assert_eq!((code, &error["error"]["reason"]), (1, &"OFFSET".into()), "{error}");
@@ -356,7 +419,11 @@ fn a_publish_that_fails_ends_though_standard_input_stays_open() {
     served.good(&["topic", "apply", "-f", "-"], &small);
     let long = "x".repeat(1_000);
     for (args, line, says) in [
-        (&["publish", "orders"][..], long.as_str(), "line 1 was not published; 0 other messages were published to orders"),
+        (
+            &["publish", "orders"][..],
+            long.as_str(),
+            "line 1 was not published; 0 other messages were published to orders",
+        ),
         (&["publish", "orders", "-o", "json"], &long, "line 1 was not published"),
         (&["publish", "orders", "--delay", "1h"], &long, "0 messages were scheduled"),
         (&["publish", "nowhere"], "", "topic nowhere does not exist"),
@@ -394,7 +461,10 @@ fn a_port_that_is_not_for_clients_is_named_with_what_answers_there_and_the_right
     });
     let right = "; use the port for clients, 7420 unless it was chosen otherwise";
     for (server, what) in [
-        (port("peer"), "a gRPC server without weir.v1.Metadata answers there, such as a broker's port for peers (7421)"),
+        (
+            port("peer"),
+            "a gRPC server without weir.v1.Metadata answers there, such as a broker's port for peers (7421)",
+        ),
         (port("metrics"), "a web server answers there, such as a broker's port for metrics (9464)"),
         (other, "a web server answers there, such as a broker's port for metrics (9464)"),
     ] {

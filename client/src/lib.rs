@@ -27,7 +27,8 @@ const ANSWER_WITHIN: Duration = Duration::from_millis(700);
 /// The same for a page of what it says of partitions, for which it reads.
 const DESCRIBE_WITHIN: Duration = Duration::from_secs(1);
 /// What answers where the service of metadata is not known.
-const NO_METADATA: &str = "a gRPC server without weir.v1.Metadata answers there, such as a broker's port for peers (7421)";
+const NO_METADATA: &str =
+    "a gRPC server without weir.v1.Metadata answers there, such as a broker's port for peers (7421)";
 /// What answers where HTTP/2 is not spoken.
 const HTTP1: &str = "a web server answers there, such as a broker's port for metrics (9464)";
 /// Why a broker is not reached by https.

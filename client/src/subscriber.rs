@@ -244,7 +244,11 @@ async fn check_all(
                     "offset {offset} is outside of the log of partition {partition} of {topic}, which has {start} to {end}; \
                      no partition was moved"
                 );
-                return Err(Error::Refused { code: tonic::Code::OutOfRange, reason: "OFFSET".to_owned(), message: text });
+                return Err(Error::Refused {
+                    code: tonic::Code::OutOfRange,
+                    reason: "OFFSET".to_owned(),
+                    message: text,
+                });
             }
         }
     }

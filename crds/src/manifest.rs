@@ -463,6 +463,7 @@ mod tests {
         };
         let partitions = "spec.partitions: must be a whole number from 1 to 10000, not";
         wrong(&GOOD.replace("6", "many"), &format!("a.yaml:6: {partitions} 'many'"));
+        wrong(&GOOD.replace("6", r#""a\tb\"c""#), &format!(r#"a.yaml:6: {partitions} 'a\tb\"c'"#));
         wrong(&GOOD.replace("6", "-1"), &format!("a.yaml:6: {partitions} -1"));
         wrong(&GOOD.replace("6", "1.5"), &format!("a.yaml:6: {partitions} 1.5"));
         wrong(&GOOD.replace("6", "true"), &format!("a.yaml:6: {partitions} true"));

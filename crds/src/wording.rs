@@ -31,9 +31,15 @@ pub(crate) fn shown(value: &Value) -> String {
 }
 
 fn quoted(text: &str) -> String {
-    let part: String = text.chars().take(SHOWN_MAX).flat_map(char::escape_debug).collect();
-    let more = if text.chars().nth(SHOWN_MAX).is_some() { "…" } else { "" };
-    format!("'{part}{more}'")
+    in_quotes(&text.chars().take(SHOWN_MAX + 1).flat_map(char::escape_debug).collect::<String>())
+}
+
+/// As [`quoted`], of what is escaped already.
+fn in_quotes(text: &str) -> String {
+    match text.char_indices().nth(SHOWN_MAX) {
+        Some((at, _)) => format!("'{}…'", &text[..at]),
+        None => format!("'{text}'"),
+    }
 }
 
 fn cut(message: &str) -> String {
@@ -111,7 +117,7 @@ fn of_type(path: &str, found: &str, expected: &str) -> String {
         (None, "map") => "a mapping".to_owned(),
         (None, "unit value" | "Option value" | "null") => "nothing".to_owned(),
         (None, found) => match found.strip_prefix("string \"") {
-            Some(text) => quoted(&text.strip_suffix('"').unwrap_or(text).replace("\\\"", "\"")),
+            Some(text) => in_quotes(text.strip_suffix('"').unwrap_or(text)),
             None => found.replace("boolean ", "").replace('`', ""),
         },
     };

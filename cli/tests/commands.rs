@@ -314,6 +314,8 @@ fn the_manifest_in_the_readme_works_as_it_is() {
     let (code, applied, said) = served.run(&["subscription", "apply", "-f", "-", "-o", "json"], block);
     assert_eq!(code, 0, "{said}");
     assert!(applied.contains("default/recommendation") && !said.contains("does not exist"), "{applied} {said}");
+    let begun = || served.json(&["subscription", "describe", "recommendation", "-o", "json"])["partitions"].clone();
+    until("it begins in all partitions", || begun().as_array().is_some_and(|list| list.len() == 6));
     served.good(&["publish", "signups", "--header", "region=us"], "not for it\n");
     served.good(&["publish", "signups", "--header", "region=eu"], "alice\n");
     assert_eq!(served.good(&["consume", "--subscription", "recommendation", "--max", "1", "-o", "raw"], ""), "alice\n");

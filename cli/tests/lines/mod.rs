@@ -2,10 +2,10 @@
 //! subscription `mail` of it with a dead-letter topic and a snapshot `before`, and one broker. In this order each of them succeeds.
 
 /// Stands for a file of manifests, or a folder of data.
-pub const PATH: &str = "PATH";
+pub(crate) const PATH: &str = "PATH";
 
 /// The lines.
-pub const COMMANDS: &[&[&str]] = &[
+pub(crate) const COMMANDS: &[&[&str]] = &[
     &["serve", "--listen", "127.0.0.1:0", "--data", PATH],
     &["topic", "list"],
     &["topic", "describe", "orders"],

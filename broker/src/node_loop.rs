@@ -192,6 +192,17 @@ pub trait PeerSender: Send + 'static {
     fn send(&mut self, effects: &mut Effects);
 }
 
+/// Readings of the two clocks, of which the quickest is used.
+const CLOCK_READINGS: usize = 10;
+
+/// Reads the monotonic clock and the wall clock (ms) as close together as possible. `read` returns the wall clock between two readings of
+/// the monotonic clock. The thread may be preempted between them, so the quickest of [`CLOCK_READINGS`] is used.
+fn read_clocks(mut read: impl FnMut() -> (Instant, u64, Instant)) -> (Instant, u64) {
+    let readings = (0..CLOCK_READINGS).map(|_| read());
+    let (started, wall_ms, _) = readings.min_by_key(|(before, _, after)| *after - *before).expect("at least one");
+    (started, wall_ms)
+}
+
 /// Monotonic time, and the wall clock as it was at start moved on by it.
 pub struct Clock {
     started: Instant,
@@ -202,8 +213,9 @@ impl Clock {
     /// Starts now.
     #[allow(clippy::new_without_default)]
     pub fn new() -> Self {
-        let wall_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
-        Self { started: Instant::now(), wall_ms }
+        let wall_ms = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
+        let (started, wall_ms) = read_clocks(|| (Instant::now(), wall_ms(), Instant::now()));
+        Self { started, wall_ms }
     }
 
     /// Now.
@@ -472,5 +484,28 @@ fn run_reader(store: &dyn Store, reads: &Receiver<Fetch>, handle: &NodeHandle) {
     while let Ok(fetch) = reads.recv() {
         let read = store.entries(fetch.group, fetch.low, fetch.high, fetch.bytes_max);
         handle.send(Event::Fetched(fetch, read));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn log_time_is_not_set_back_by_a_thread_that_is_preempted_at_start() {
+        let begun = Instant::now();
+        // ms before and after the wall clock is read; only one reading is not interrupted
+        let mut preempted = [(80, 0), (0, 90), (0, 0), (200, 1)].into_iter().cycle();
+        let mut now_ms = 0;
+        let read = || {
+            let (first, second) = preempted.next().expect("endless");
+            let before = now_ms;
+            let wall = before + first;
+            now_ms = wall + second;
+            let at = |ms| begun + Duration::from_millis(ms);
+            (at(before), 5_000 + wall, at(now_ms))
+        };
+        let (started, wall_ms) = read_clocks(read);
+        assert_eq!(wall_ms - 5_000, (started - begun).as_millis() as u64);
     }
 }

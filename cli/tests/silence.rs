@@ -1,22 +1,29 @@
-//! A producer whose broker says nothing that counts, among brokers that play their parts.
+//! A producer whose broker says nothing that counts, and brokers that do not know a change yet, which play their parts.
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::{IntervalStream, TcpListenerStream};
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 use weir_client::producer::{Options, Producer};
-use weir_client::{Client, Record};
+use weir_client::{Client, Error, Record};
 use weir_proto::v1;
+
+/// What takes moments takes no longer.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Version of the metadata with the last change.
+const CHANGED: u64 = 5;
 
 /// What both brokers know.
 struct Cluster {
     addresses: [String; 2],
     /// the first was given a batch: from then on the second leads
     given: AtomicBool,
+    /// answers until they know the last change
+    behind: AtomicU32,
 }
 
 #[derive(Clone)]
@@ -37,7 +44,10 @@ impl v1::metadata_server::Metadata for Broker {
         let leader = if self.cluster.given.load(Ordering::SeqCst) { 2 } else { 1 };
         let partitions = vec![v1::Partition { group: 5, leader, replicas: vec![1, 2], ..Default::default() }];
         let topic = v1::Topic { name: "default/t".into(), id: 4, partitions, ..Default::default() };
+        let count = |left: u32| left.checked_sub(1);
+        let is_behind = self.cluster.behind.fetch_update(Ordering::SeqCst, Ordering::SeqCst, count).is_ok();
         Ok(Response::new(v1::GetMetadataResponse {
+            version: if is_behind { CHANGED - 1 } else { CHANGED },
             brokers: (1..).zip(&self.cluster.addresses).map(broker).collect(),
             topics: vec![topic],
             answered_by: self.id,
@@ -98,12 +108,12 @@ impl v1::publisher_server::Publisher for Broker {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_producer_leaves_a_broker_that_answers_nothing_where_another_leads() {
+/// Two brokers whose first answers, so many, lack the last change, and a client.
+async fn start(behind: u32) -> (Arc<Cluster>, Client) {
     let listeners = [TcpListener::bind("127.0.0.1:0").await.unwrap(), TcpListener::bind("127.0.0.1:0").await.unwrap()];
     let addresses = listeners.each_ref().map(|l| l.local_addr().unwrap().to_string());
     let server = addresses.join(",");
-    let cluster = Arc::new(Cluster { addresses, given: AtomicBool::new(false) });
+    let cluster = Arc::new(Cluster { addresses, given: AtomicBool::new(false), behind: behind.into() });
     for (id, listener) in (1..).zip(listeners) {
         let broker = Broker { id, cluster: cluster.clone() };
         let serving = tonic::transport::Server::builder()
@@ -112,11 +122,26 @@ async fn a_producer_leaves_a_broker_that_answers_nothing_where_another_leads() {
             .serve_with_incoming(TcpListenerStream::new(listener));
         tokio::spawn(serving);
     }
-    let client = Client::new(&server).unwrap();
-    client.connect(Duration::from_secs(20)).await.unwrap();
+    (cluster, Client::new(&server).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_producer_leaves_a_broker_that_answers_nothing_where_another_leads() {
+    let (cluster, client) = start(0).await;
+    client.connect(PATIENCE).await.unwrap();
     let producer = Producer::open(&client, "t", Options::default()).await.unwrap();
     let receipt = producer.send(Record { value: Some("value".into()), ..Default::default() }).await.unwrap();
-    let position = tokio::time::timeout(Duration::from_secs(60), receipt).await.unwrap().unwrap();
+    let position = tokio::time::timeout(PATIENCE, receipt).await.unwrap().unwrap();
     assert_eq!(position.offset, 7);
     assert!(cluster.given.load(Ordering::SeqCst), "the first broker was never asked");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_waits_for_metadata_that_contain_its_change() {
+    let (cluster, client) = start(6).await;
+    assert_eq!(client.refresh_to(CHANGED, PATIENCE).await.unwrap().metadata.version, CHANGED);
+    let left = cluster.behind.load(Ordering::SeqCst);
+    assert_eq!(left, 0, "a broker that was behind was believed");
+    let never = client.refresh_to(CHANGED + 1, Duration::ZERO).await;
+    assert!(matches!(&never, Err(Error::Deadline { last, .. }) if last.contains("not 6 yet")), "{never:?}");
 }

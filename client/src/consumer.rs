@@ -10,6 +10,9 @@ use weir_proto::v1;
 
 /// What the broker reads for one answer. Buffers of more are given back to the system and taken anew each time.
 const ANSWER_BYTES: u32 = 1 << 20;
+/// Time that [`Pull::close`] waits for the broker to end the stream. A process that exits earlier drops its connection, and the messages
+/// in flight to it count as failed deliveries.
+const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 /// How often a subscription is opened again whose topic or which itself was re-created.
 const RECREATED_TRIES: u32 = 10;
 
@@ -380,13 +383,13 @@ impl Pull {
         tokio::spawn(async move { requests.send(request).await });
     }
 
-    /// Leaves: ends the stream once the broker has taken all that was sent on it, or after a second. What was not answered is for
+    /// Leaves: ends the stream once the broker has taken all that was sent on it, or after five seconds. What was not answered is for
     /// others at once, and does not count as failed.
     pub async fn close(self) {
         let Self { requests, mut responses, .. } = self;
         drop(requests);
         let to_the_end = async { while let Ok(Some(_)) = responses.message().await {} };
-        let _ = tokio::time::timeout(Duration::from_secs(1), to_the_end).await;
+        let _ = tokio::time::timeout(CLOSE_WITHIN, to_the_end).await;
     }
 
     /// Acks these messages, and gives credit for as many more.

@@ -293,6 +293,27 @@ impl Client {
         }
     }
 
+    /// Refreshes until a broker answers with metadata of this `version` or a later one, and returns it. An administrative call returns the
+    /// version that contains its change; other brokers than the metadata leader receive it a moment later.
+    ///
+    /// # Errors
+    /// [`Error::Deadline`] if all answers were older, or the last error if no broker answered in time.
+    pub async fn refresh_to(&self, version: u64, within: Duration) -> Result<Arc<Cluster>, Error> {
+        let end = tokio::time::Instant::now() + within;
+        loop {
+            let cluster = self.connect(end.saturating_duration_since(tokio::time::Instant::now())).await?;
+            if cluster.metadata.version >= version {
+                return Ok(cluster);
+            }
+            if tokio::time::Instant::now() >= end {
+                let last =
+                    format!("brokers have version {} of the metadata, not {version} yet", cluster.metadata.version);
+                return Err(Error::Deadline { after: within, last });
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     /// How the partitions stand (all, where `topics` is empty), gathered from their leaders. A broker that does not
     /// answer a call within a second is left out, and its partitions with it.
     pub async fn describe(&self, topics: &[String]) -> Result<Vec<v1::PartitionStatus>, Error> {

@@ -3,7 +3,10 @@
 
 mod cluster;
 
-use cluster::{Cluster, PATIENCE, make_topic, read_all, spec, start, subscribe, until, weir};
+use cluster::{
+    Cluster, PATIENCE, change, delete_subscription, delete_topic, make_topic, read_all, refreshed, spec, start,
+    subscribe, until, weir,
+};
 use std::time::{Duration, Instant, SystemTime};
 use tonic::Code;
 use weir_client::consumer::{From, read_partition};
@@ -29,12 +32,6 @@ async fn publish(client: &Client, topic: &str, values: &[&str]) {
 async fn values(client: &Client, topic: &str) -> Vec<String> {
     let all = read_all(client, topic, 1).await;
     all.iter().map(|m| String::from_utf8_lossy(m.record.value.as_deref().unwrap_or_default()).into_owned()).collect()
-}
-
-async fn delete_topic(client: &Client, name: &str) {
-    let request = v1::DeleteRequest { name: name.into(), ..Default::default() };
-    client.admin().await.unwrap().delete_topic(request).await.unwrap();
-    client.refresh().await.unwrap();
 }
 
 async fn recreate(client: &Client, name: &str) -> (u64, u64) {
@@ -104,8 +101,12 @@ async fn a_topic_of_a_user_is_its_own_whatever_its_name_ends_with() {
         assert!(!metrics.contains("weir-system") && metrics.contains("weir_partitions_led"), "{metrics}");
     }
     delete_topic(&client, "jobs").await;
-    let left = weir(&cluster, &["topic", "list", "--all", "-o", "json"]);
-    assert_eq!(left.matches("weir-system/scheduled-").count(), 2, "{left}");
+    // (any broker is asked, which may hear of it a moment later)
+    until("its schedule goes with it", async || {
+        let left = weir(&cluster, &["topic", "list", "--all", "-o", "json"]);
+        if left.matches("weir-system/scheduled-").count() == 2 { Ok(()) } else { Err(left) }
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -120,7 +121,7 @@ async fn nobody_reaches_what_brokers_keep_for_themselves() {
     schedule(&client, "t", vec![(record("far"), SystemTime::now() + PATIENCE * 60)]).await.unwrap();
     weir(&cluster, &["subscription", "snapshot", "s", "kept"]);
     weir(&cluster, &["subscription", "redrive", "s"]);
-    let seen = client.refresh().await.unwrap();
+    let seen = refreshed(&client).await;
     let topics = seen.metadata.topics.iter().filter(|t| t.internal).map(|t| t.name.clone());
     let subscriptions = seen.metadata.subscriptions.iter().filter(|s| s.internal).map(|s| s.name.clone());
     let (topics, subscriptions): (Vec<_>, Vec<_>) = (topics.collect(), subscriptions.collect());
@@ -201,9 +202,11 @@ async fn a_reader_by_offset_is_told_that_its_topic_was_re_created() {
     let (before, now) = recreate(&client, "t").await;
     assert_ne!(before, now);
     publish(&client, "t", &["c", "d", "e"]).await;
-    // it neither goes on at offset 2 of the new topic, which would skip two records, nor waits for ever
+    // it neither goes on at offset 2 of the new topic, which would skip two records, nor waits for ever; it may have looked while there
+    // was none
     let ended = tokio::time::timeout(PATIENCE, reader.recv()).await.expect("in time").expect("an error");
-    assert_eq!(reason(ended.unwrap_err()), "TOPIC_RECREATED");
+    let ended = reason(ended.unwrap_err());
+    assert!(["TOPIC_RECREATED", "NO_TOPIC"].contains(&&*ended), "{ended}");
     assert!(reader.recv().await.is_none());
     // so does one that kept its place over a restart, where it kept the id with it
     assert_eq!((read[1].topic_id, read[1].offset), (before, 1));
@@ -258,7 +261,7 @@ async fn acks_seeks_and_cancellations_of_a_topic_that_was_re_created_touch_nothi
         subscription: "s".into(),
         topic: "t.one".into(),
         partition: Some(0),
-        wait_ms: 20_000,
+        wait_ms: 30_000,
         ..Default::default()
     };
     let old = subscriber.pull(pull.clone()).await.unwrap().into_inner().messages.remove(0);
@@ -302,7 +305,7 @@ async fn what_a_subscription_delivered_says_nothing_to_the_one_that_is_made_agai
     publish(&client, "t", &["a", "b"]).await;
     let mut calls = SubscriberClient::new(client.channel(&cluster.servers).unwrap());
     let pull =
-        v1::PullMessagesRequest { subscription: "s".into(), partition: Some(0), wait_ms: 20_000, ..Default::default() };
+        v1::PullMessagesRequest { subscription: "s".into(), partition: Some(0), wait_ms: 30_000, ..Default::default() };
     let mut reader = Subscriber::open(&client, "s", Default::default()).await.unwrap();
     let mut held = Vec::new();
     for _ in 0..2 {
@@ -310,8 +313,7 @@ async fn what_a_subscription_delivered_says_nothing_to_the_one_that_is_made_agai
     }
     drop(reader);
     let old = calls.pull(pull.clone()).await.unwrap().into_inner().messages.remove(0).subscription_id;
-    let delete = v1::DeleteRequest { name: "s".into(), ..Default::default() };
-    client.admin().await.unwrap().delete_subscription(delete).await.unwrap();
+    delete_subscription(&client, "s").await;
     subscribe(&client, "s", spec("t", v1::SubscriptionMode::Shared)).await.unwrap();
     // the new one has delivered both to somebody when the answers of the earlier one's consumers come
     let mut delivered = Vec::new();
@@ -374,10 +376,9 @@ async fn a_topic_that_is_made_again_on_three_brokers_is_ready_each_time() {
         delete_topic(&client, "t").await;
         let spec = v1::TopicSpec { partitions: 1, replicas: 3, ..Default::default() };
         let request = v1::ApplyTopicRequest { name: "t".into(), spec: Some(spec), ..Default::default() };
-        let mut admin = client.admin().await.unwrap();
         let begun = Instant::now();
-        admin.apply_topic(request).await.unwrap();
-        while client.refresh().await.unwrap().topic("t").is_none_or(|t| t.partitions[0].leader == 0) {
+        change(&client, async |mut admin| admin.apply_topic(request.clone()).await).await.unwrap();
+        while refreshed(&client).await.topic("t").is_none_or(|t| t.partitions[0].leader == 0) {
             assert!(begun.elapsed() < PATIENCE, "nobody leads it");
             tokio::time::sleep(Duration::from_millis(2)).await;
         }

@@ -4,16 +4,23 @@
 mod cluster;
 
 use bytes::Bytes;
-use cluster::{Cluster, PATIENCE, WEIR, make_topic, make_topic_of, read_all, spec, start, subscribe, until, until_is};
+use cluster::power::Power;
+use cluster::{
+    Cluster, PATIENCE, WEIR, delete_subscription, make_topic, make_topic_of, read_all, refreshed, spec, start,
+    subscribe, until, until_is,
+};
 use std::collections::BTreeSet;
 use std::process::Command;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 use weir_client::consumer::Message;
 use weir_client::producer::{Options, Producer};
 use weir_client::schedule::{cancel, schedule};
 use weir_client::subscriber::Subscriber;
 use weir_client::{Client, Compression, Record, proto as v1};
 use weir_proto::records::{Stamp, encode, of_encoded};
+
+/// What is due then is so once the brokers' clock has been moved, however long it takes to schedule it.
+const DAY: Duration = Duration::from_secs(86_400);
 
 fn text(value: &str) -> Record {
     Record { value: Some(value.to_owned().into()), timestamp_ms: 1_700_000_000_000, ..Default::default() }
@@ -58,14 +65,21 @@ async fn publish(client: &Client, topic: &str, batches: Vec<Bytes>) {
     }
 }
 
+/// Publishes a batch as it is, at the leader, which is asked for again where it has changed.
 async fn send(client: &Client, topic: &str, batch: Bytes) -> Result<u64, v1::Error> {
-    let leader = client.cluster().leader(topic, 0).unwrap();
-    let mut publisher = v1::publisher_client::PublisherClient::new(client.channel(&leader).unwrap());
-    let batch = v1::PublishBatch { id: 1, topic: topic.to_owned(), partition: 0, batch, ..Default::default() };
-    let mut acks = publisher.publish_stream(futures::stream::iter([batch])).await.unwrap().into_inner();
-    match acks.message().await.unwrap().unwrap().outcome.unwrap() {
-        v1::publish_ack::Outcome::BaseOffset(offset) => Ok(offset),
-        v1::publish_ack::Outcome::Error(error) => Err(error),
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let leader = refreshed(client).await.leader(topic, 0).expect("known since the topic was made");
+        let mut publisher = v1::publisher_client::PublisherClient::new(client.channel(&leader).unwrap());
+        let batch = batch.clone();
+        let batch = v1::PublishBatch { id: 1, topic: topic.to_owned(), partition: 0, batch, ..Default::default() };
+        let mut acks = publisher.publish_stream(futures::stream::iter([batch])).await.unwrap().into_inner();
+        match acks.message().await.unwrap().unwrap().outcome.unwrap() {
+            v1::publish_ack::Outcome::BaseOffset(offset) => return Ok(offset),
+            v1::publish_ack::Outcome::Error(error) if error.reason == "NOT_LEADER" && Instant::now() < end => {}
+            v1::publish_ack::Outcome::Error(error) => return Err(error),
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 
@@ -78,15 +92,14 @@ async fn next(subscriber: &mut Subscriber, what: &str) -> weir_client::subscribe
     next.unwrap_or_else(|_| panic!("{what}: nothing comes")).expect(what).expect(what)
 }
 
+/// Of a subscription to `t`.
 async fn backlog(client: &Client, subscription: &str) -> u64 {
-    let full = weir_client::full_name(subscription);
-    let statuses = client.describe(&[]).await.unwrap();
-    statuses.iter().flat_map(|p| &p.subscriptions).filter(|s| s.subscription == full).map(|s| s.backlog).sum()
+    cluster::backlog(client, subscription, &["t"]).await
 }
 
 /// The internal topic that holds what is scheduled for `t`, and the subscription with its position.
 async fn schedule_of_t(client: &Client) -> String {
-    let cluster = client.refresh().await.unwrap();
+    let cluster = refreshed(client).await;
     let schedule = cluster.metadata.topics.iter().find(|t| t.scheduled_for == "default/t");
     schedule.expect("something was scheduled").name.clone()
 }
@@ -166,7 +179,7 @@ async fn batches_that_cannot_be_decoded_are_passed_over_by_every_reader_and_bloc
             partition: Some(0),
             member: "m".into(),
             messages_max: Some(1),
-            wait_ms: 20_000,
+            wait_ms: 30_000,
             ..Default::default()
         };
         let mut messages = calls.pull(pull).await.unwrap().into_inner().messages;
@@ -303,15 +316,16 @@ async fn dead_letters_are_moved_whole_and_put_back_whole_whatever_their_compress
     assert_eq!(cluster::weir(&cluster, &["subscription", "redrive", "s"]), "0 dead letters of s were put back\n");
     subscriber.close().await;
     // what put them back is deleted with its subscription
-    let mut admin = client.admin().await.unwrap();
-    admin.delete_subscription(v1::DeleteRequest { name: "s".into(), ..Default::default() }).await.unwrap();
-    until_is("no subscription is left", 0, async || client.refresh().await.unwrap().metadata.subscriptions.len()).await;
+    delete_subscription(&client, "s").await;
+    until_is("no subscription is left", 0, async || refreshed(&client).await.metadata.subscriptions.len()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_scheduled_message_is_lost_however_large_its_headers_are_and_whatever_its_topic_takes_later() {
-    let (_cluster, client) = start(3).await;
-    let at = SystemTime::now() + Duration::from_secs(15);
+    let power = Power::new();
+    let (_cluster, client, _) = power.start();
+    make_topic(&client, "t", 1, 3).await;
+    let at = SystemTime::now() + DAY;
     let record = |number: u32| Record {
         value: Some(Bytes::from_static(b"x")),
         headers: vec![
@@ -326,11 +340,11 @@ async fn no_scheduled_message_is_lost_however_large_its_headers_are_and_whatever
     }
     let large = Record { value: Some(vec![1; 900_000].into()), ..Default::default() };
     schedule(&client, "t", vec![(large.clone(), at)]).await.unwrap();
-    assert!(SystemTime::now() < at, "this machine is too slow to schedule them in time");
     let small = v1::TopicSpec { partitions: 1, replicas: 3, message_bytes_max: Some(64 << 10), ..Default::default() };
     make_topic_of(&client, "t", small).await;
     let too_late = schedule(&client, "t", vec![(large.clone(), at)]).await;
     assert!(too_late.is_err(), "more than the topic takes now is refused when it is scheduled");
+    power.jump(DAY.as_secs() as i64 + 60);
     until_is("all are published", 1_001, async || read_all(&client, "t", 1).await.len()).await;
     let mut numbers = BTreeSet::new();
     for message in read_all(&client, "t", 1).await {
@@ -353,7 +367,7 @@ async fn what_was_scheduled_and_published_takes_no_disk_any_more() {
     let (_cluster, client) = start(1).await;
     let now = SystemTime::now();
     // due much later, it keeps nothing that is scheduled after it
-    let later = schedule(&client, "t", vec![(legal(), now + Duration::from_secs(86_400))]).await.unwrap().remove(0);
+    let later = schedule(&client, "t", vec![(legal(), now + DAY)]).await.unwrap().remove(0);
     // more than two checkpoints apart
     for _ in 0..70 {
         let record = Record { value: Some(vec![1; 900_000].into()), ..Default::default() };
@@ -367,19 +381,22 @@ async fn what_was_scheduled_and_published_takes_no_disk_any_more() {
         }
     })
     .await;
-    assert_eq!(read_all(&client, "t", 1).await.len(), 70);
+    until_is("all are published", 70, async || read_all(&client, "t", 1).await.len()).await;
     // it is still there, under the place that it was given
     cancel(&client, &later).await.unwrap();
     assert!(cancel(&client, &later).await.is_err(), "twice");
-    until_is("nothing is scheduled any more", 0, async || backlog(&client, &schedule_of_t(&client).await).await).await;
+    let schedule = schedule_of_t(&client).await;
+    until_is("nothing is scheduled any more", 0, async || cluster::backlog(&client, &schedule, &[&schedule]).await)
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn scheduled_messages_that_were_written_again_are_published_once_and_whole() {
-    let (cluster, client) = start(3).await;
+    let power = Power::new();
+    let (cluster, client, _) = power.start();
+    make_topic(&client, "t", 1, 3).await;
     let now = SystemTime::now();
-    let due = now + Duration::from_secs(45);
-    schedule(&client, "t", (0..50).map(|_| (legal(), due)).collect()).await.unwrap();
+    schedule(&client, "t", (0..50).map(|_| (legal(), now + DAY)).collect()).await.unwrap();
     let large = Record { value: Some(vec![1; 900_000].into()), ..Default::default() };
     for _ in 0..70 {
         schedule(&client, "t", vec![(large.clone(), now)]).await.unwrap();
@@ -394,6 +411,7 @@ async fn scheduled_messages_that_were_written_again_are_published_once_and_whole
     .await;
     cluster.kill("weir-0");
     cluster.kill("weir-1");
+    power.jump(DAY.as_secs() as i64 + 60);
     until_is("all are published", 120, async || read_all(&client, "t", 1).await.len()).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     let found = read_all(&client, "t", 1).await;

@@ -2,7 +2,7 @@
 
 mod cluster;
 
-use cluster::{Cluster, PATIENCE, in_sync, make_topic, start, until};
+use cluster::{Cluster, PATIENCE, change, in_sync, make_topic, make_topic_of, refreshed, start, until};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -81,23 +81,19 @@ async fn killed(cluster: &Cluster, name: &str, meanwhile: impl Fn(&Path) -> bool
     // what is in the write-ahead log goes to table and blob files with a start
     loop {
         let before = cluster.pid(name);
-        cluster.kill(name);
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        if meanwhile(&folder) {
+        if cluster.kill_and(name, || meanwhile(&folder)) {
             return;
         }
         assert!(Instant::now() < end, "its folder never looks as it should");
-        while cluster.pid(name).is_none_or(|pid| Some(pid) == before) {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        cluster.started_again(name, before).await;
         tokio::time::sleep(Duration::from_secs(2)).await;
     }
 }
 
 /// The partitions in which no broker of this name votes, as their leaders see it: other brokers hear of it later. What is not caught up
-/// does not vote.
+/// does not vote. An error where a leader says nothing.
 async fn without_vote_of(client: &Client, name: &str) -> Result<Vec<String>, Error> {
-    let metadata = client.refresh().await?.metadata.clone();
+    let metadata = refreshed(client).await.metadata.clone();
     // the one whose disk was lost may still be named, and vote
     let id = metadata.brokers.iter().filter(|b| b.name == name).map(|b| b.id).max();
     let statuses = client.describe(&[]).await?;
@@ -106,6 +102,11 @@ async fn without_vote_of(client: &Client, name: &str) -> Result<Vec<String>, Err
         status.into_iter().flat_map(|s| &s.replicas).any(|r| r.voter && Some(r.broker) == id)
     };
     let partitions = metadata.topics.iter().flat_map(|t| t.partitions.iter().map(|p| (&t.name, p)));
+    let silent = partitions.clone().find(|(_, p)| statuses.iter().all(|s| s.group != p.group));
+    if let Some((topic, partition)) = silent {
+        let last = format!("the leader of {topic}/{} says nothing", partition.partition);
+        return Err(Error::Deadline { after: PATIENCE, last });
+    }
     Ok(partitions.filter(|(_, p)| !votes(p)).map(|(topic, p)| format!("{topic}/{}", p.partition)).collect())
 }
 
@@ -118,13 +119,8 @@ async fn a_broker_is_ready_again_only_once_it_has_everything_also_where_its_disk
     publish(&client, "t", 2_000, 50 << 10).await;
     in_sync(&client, "t", 3).await;
     let before = cluster.pid("weir-2");
-    cluster.kill("weir-2");
-    std::fs::remove_dir_all(cluster.data.path().join("weir-2/db")).unwrap();
-    until("another process", async || {
-        let now = cluster.pid("weir-2");
-        if now.is_some() && now != before { Ok(()) } else { Err(now) }
-    })
-    .await;
+    cluster.kill_and("weir-2", || std::fs::remove_dir_all(cluster.data.path().join("weir-2/db")).unwrap());
+    cluster.started_again("weir-2", before).await;
     let (end, mut said) = (Instant::now() + PATIENCE, std::collections::BTreeSet::new());
     loop {
         assert!(Instant::now() < end, "not ready: {said:?}");
@@ -135,7 +131,12 @@ async fn a_broker_is_ready_again_only_once_it_has_everything_also_where_its_disk
         said.extend(answer.lines().last().map(str::to_owned));
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    let lacks = without_vote_of(&client, "weir-2").await.unwrap();
+    let lacks = loop {
+        match without_vote_of(&client, "weir-2").await {
+            Ok(lacks) => break lacks,
+            Err(error) => assert!(Instant::now() < end, "{error}"),
+        }
+    };
     assert!(lacks.is_empty(), "ready, and not a voter of {lacks:?}; before: {said:?}");
     in_sync(&client, "t", 3).await;
     assert!(said.iter().any(|s| s.contains("lack something that was committed")), "{said:?}");
@@ -203,7 +204,7 @@ async fn fault_10_a_store_that_is_damaged_as_a_whole_is_set_aside_and_rebuilt_fr
 /// Waits until the second broker is [`replaced`] and everything is read; gives the folder set aside.
 async fn rebuilt(cluster: &Cluster, client: &Client, count: u64) -> PathBuf {
     replaced(client).await;
-    let cluster_now = client.refresh().await.unwrap();
+    let cluster_now = refreshed(client).await;
     let new = cluster_now.metadata.brokers.iter().find(|b| b.name == "weir-1").unwrap();
     assert!(new.rebuilt_because.starts_with("its store was damaged: "), "the others know why: {new:?}");
     let metrics = cluster.metrics(1).await;
@@ -360,8 +361,9 @@ async fn fault_14_a_broker_that_was_drained_and_removed_joins_again_under_its_na
     publish(&client, "t", 100, 100).await;
     let brokers = async || client.refresh().await.map(|c| c.metadata.brokers.clone()).map_err(|e| e.to_string());
     let drain = async |id, cancel| {
-        let drained = client.admin().await.unwrap().drain_broker(v1::DrainBrokerRequest { id, cancel }).await;
-        drained.map(drop).map_err(|e| e.message().to_owned())
+        let drained =
+            change(&client, async |mut admin| admin.drain_broker(v1::DrainBrokerRequest { id, cancel }).await);
+        drained.await.map_err(|e| e.to_string())
     };
     make_topic(&client, "three", 1, 3).await;
     let refusal = drain(3, false).await.unwrap_err();
@@ -373,7 +375,11 @@ async fn fault_14_a_broker_that_was_drained_and_removed_joins_again_under_its_na
         if seen.iter().all(|b| b.id != 3) { Ok(()) } else { Err(format!("{seen:?}")) }
     })
     .await;
-    client.admin().await.unwrap().add_broker(v1::AddBrokerRequest { name: "weir-2".into() }).await.unwrap();
+    until("it may join again", async || {
+        let request = v1::AddBrokerRequest { name: "weir-2".into() };
+        client.admin().await.map_err(|e| e.to_string())?.add_broker(request).await.map(drop).map_err(|e| e.to_string())
+    })
+    .await;
     until("it joins again", async || {
         let seen = brokers().await?;
         let again = seen.iter().any(|b| b.name == "weir-2" && b.id > 3 && b.phase == "active");
@@ -389,10 +395,10 @@ async fn fault_14_a_broker_that_was_drained_and_removed_joins_again_under_its_na
 async fn batches_of_the_largest_size_are_published_replicated_rebuilt_and_read() {
     let (cluster, client) = start(3).await;
     let spec = v1::TopicSpec { partitions: 1, replicas: 3, message_bytes_max: Some(32 << 20), ..Default::default() };
-    let request = v1::ApplyTopicRequest { name: "t".into(), spec: Some(spec), ..Default::default() };
-    client.admin().await.unwrap().apply_topic(request).await.unwrap();
+    make_topic_of(&client, "t", spec).await;
     let largest = (32 << 20) - 1_000; // the batch's own header and the record's
-    let producer = Producer::open(&client, "t", Options::default()).await.unwrap();
+    let options = Options { deadline: PATIENCE, ..Default::default() };
+    let producer = Producer::open(&client, "t", options).await.unwrap();
     for at in 0..4 {
         let mut value = format!("{at} ").into_bytes();
         value.resize(largest, b'.');
@@ -400,11 +406,7 @@ async fn batches_of_the_largest_size_are_published_replicated_rebuilt_and_read()
         sent.await.unwrap();
     }
     // a replica that has nothing gets a checkpoint and all of them
-    let folder = cluster.data.path().join("weir-1");
-    cluster.kill("weir-1");
-    while folder.exists() {
-        let _ = std::fs::remove_dir_all(&folder);
-    }
+    cluster.kill_and("weir-1", || std::fs::remove_dir_all(cluster.data.path().join("weir-1")).unwrap());
     until("a new broker", async || {
         let seen = client.refresh().await.map_err(|e| e.to_string())?;
         if seen.metadata.brokers.iter().any(|b| b.id > 3) { Ok(()) } else { Err(String::new()) }

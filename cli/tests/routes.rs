@@ -214,7 +214,7 @@ async fn messages_are_pushed_until_taken_over_a_killed_leader_and_what_is_refuse
     })
     .await;
     let wanted = v1::SubscriptionSpec {
-        push: Some(v1::Push { endpoint, concurrency: Some(4), timeout_ms: Some(2_000) }),
+        push: Some(v1::Push { endpoint, concurrency: Some(4), timeout_ms: Some(30_000) }),
         deliveries_max: Some(3),
         dead_letter_topic: "dead".into(),
         ..spec("t", v1::SubscriptionMode::Shared)

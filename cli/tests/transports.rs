@@ -63,7 +63,7 @@ async fn a_broker_of_the_same_process_is_reached_without_a_socket() {
     let running = weir_broker::start(config(&folder.path().join("one"))).await.unwrap();
     running.ready().await;
     let client = Client::new("inproc:here").unwrap();
-    client.connect(Duration::from_secs(10)).await.unwrap();
+    client.connect(PATIENCE).await.unwrap();
     make_topic(&client, "t", 2, 1).await;
     subscribe(&client, "s", spec("t", v1::SubscriptionMode::Shared)).await.unwrap();
     goes_through(&client).await;
@@ -95,7 +95,7 @@ fn serve(folder: &Path, name: &str, socket: &Path) -> Served {
 fn said(mut served: Served) -> String {
     let begun = Instant::now();
     while served.0.try_wait().unwrap().is_none() {
-        assert!(begun.elapsed() < Duration::from_secs(20), "it runs on");
+        assert!(begun.elapsed() < PATIENCE, "it runs on");
         std::thread::sleep(Duration::from_millis(50));
     }
     std::io::read_to_string(served.0.stderr.take().unwrap()).unwrap()
@@ -109,7 +109,7 @@ async fn a_broker_on_the_same_machine_is_reached_by_its_socket_also_after_it_was
     for round in 0..2 {
         let served = serve(folder.path(), "one", &socket);
         let client = Client::new(&server).unwrap();
-        let cluster = client.connect(Duration::from_secs(20)).await.unwrap();
+        let cluster = client.connect(PATIENCE).await.unwrap();
         if round == 0 {
             make_topic(&client, "t", 2, 1).await;
             subscribe(&client, "s", spec("t", v1::SubscriptionMode::Shared)).await.unwrap();

@@ -9,14 +9,17 @@ pub(crate) mod writer;
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use weir_client::consumer::{From, Message, read_partition};
+use weir_client::transport::Transport;
 use weir_client::{Client, Error};
 use weir_proto::v1;
+use weir_proto::v1::admin_client::AdminClient;
 
-/// What takes moments takes no longer.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+/// What takes moments takes no longer, also beside a compiler.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 pub(crate) const WEIR: &str = env!("CARGO_BIN_EXE_weir");
 
@@ -24,7 +27,7 @@ pub(crate) const WEIR: &str = env!("CARGO_BIN_EXE_weir");
 static TURN: Mutex<()> = Mutex::new(());
 
 pub(crate) struct Cluster {
-    _turn: Option<std::sync::MutexGuard<'static, ()>>,
+    _turn: std::sync::MutexGuard<'static, ()>,
     serve: Child,
     pub(crate) servers: String,
     metrics: Vec<String>,
@@ -43,25 +46,9 @@ impl Cluster {
         })
     }
 
-    /// Another cluster of one broker, beside this one.
-    pub(crate) fn another(&self) -> Self {
-        Self::start_in_turn(None, tempfile::tempdir().unwrap(), 1, |serve| {
-            serve.args(["--listen", "127.0.0.1:0"]);
-        })
-    }
-
     /// With more arguments and variables for `weir serve`.
     fn start_with(data: tempfile::TempDir, brokers: u32, more: impl FnOnce(&mut Command)) -> Self {
         let turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        Self::start_in_turn(Some(turn), data, brokers, more)
-    }
-
-    fn start_in_turn(
-        turn: Option<std::sync::MutexGuard<'static, ()>>,
-        data: tempfile::TempDir,
-        brokers: u32,
-        more: impl FnOnce(&mut Command),
-    ) -> Self {
         let mut serve = serve(data.path(), brokers);
         more(&mut serve);
         let mut serve = serve.spawn().unwrap();
@@ -103,10 +90,32 @@ impl Cluster {
         self.signal(name, "-KILL");
     }
 
+    /// Kills a broker and does something before it is started again.
+    pub(crate) fn kill_and<T>(&self, name: &str, meanwhile: impl FnOnce() -> T) -> T {
+        let pid = self.pid(name).expect("the broker runs").to_string();
+        let starter = self.serve.id().to_string();
+        send(&starter, "-STOP");
+        send(&pid, "-KILL");
+        while runs(&pid) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let done = meanwhile();
+        send(&starter, "-CONT");
+        done
+    }
+
     /// Sends a signal to a broker, a process of this test's own.
     pub(crate) fn signal(&self, name: &str, signal: &str) {
-        let pid = self.pid(name).expect("the broker runs");
-        assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
+        send(&self.pid(name).expect("the broker runs").to_string(), signal);
+    }
+
+    /// Waits until a broker runs in another process than this one.
+    pub(crate) async fn started_again(&self, name: &str, before: Option<i32>) {
+        until("another process", async || match self.pid(name) {
+            now if now.is_some() && now != before => Ok(()),
+            now => Err(now),
+        })
+        .await;
     }
 
     /// Everything is killed, first what would start brokers again.
@@ -130,10 +139,14 @@ impl Cluster {
     }
 
     pub(crate) fn stop(mut self) -> tempfile::TempDir {
-        assert!(Command::new("kill").args(["-TERM", &self.serve.id().to_string()]).status().unwrap().success());
+        send(&self.serve.id().to_string(), "-TERM");
         self.serve.wait().unwrap();
         std::mem::replace(&mut self.data, tempfile::tempdir().unwrap())
     }
+}
+
+fn send(pid: &str, signal: &str) {
+    assert!(Command::new("kill").args([signal, pid]).status().unwrap().success());
 }
 
 /// `weir serve` in a folder.
@@ -175,6 +188,17 @@ pub(crate) fn runs(pid: &str) -> bool {
     !has_ended || threads() > 1
 }
 
+/// A port for the first broker's clients where three brokers can listen, 40 ports before their metrics. It is given to no other test of
+/// this program, and lies below those that the system gives to connections: nobody takes it while a broker is not running.
+pub(crate) fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let free = |port: u16| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
+    let all = |port: &u16| (0..3).all(|b| (0..3).all(|p| free(port + 10 * b + p)) && free(port + 40 + b));
+    let first = (std::process::id() % 200) as u16;
+    let next = || 20_000 + 50 * (first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % 200);
+    std::iter::repeat_with(next).find(all).unwrap()
+}
+
 /// Brokers that do not run, with their data and ports.
 pub(crate) struct Down {
     pub(crate) data: tempfile::TempDir,
@@ -190,10 +214,7 @@ impl Down {
 
     /// The same with so many brokers, three at most.
     pub(crate) fn of(brokers: u32) -> Self {
-        let free = |port: u16| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
-        let all = |port: &u16| (0..3).all(|b| (0..3).all(|p| free(port + 10 * b + p)) && free(port + 40 + b));
-        let port = (0..).map(|_| fastrand::u16(20_000..30_000)).find(all).unwrap();
-        Self { data: tempfile::tempdir().unwrap(), port, brokers }
+        Self { data: tempfile::tempdir().unwrap(), port: free_port(), brokers }
     }
 
     /// Starts it, at the same ports each time.
@@ -254,22 +275,45 @@ pub(crate) async fn make_topic(client: &Client, name: &str, partitions: u32, rep
 }
 
 pub(crate) async fn make_topic_of(client: &Client, name: &str, spec: v1::TopicSpec) {
-    client.connect(Duration::from_secs(20)).await.unwrap();
+    client.connect(PATIENCE).await.unwrap();
     let request = v1::ApplyTopicRequest { name: name.to_owned(), spec: Some(spec), ..Default::default() };
-    let end = Instant::now() + Duration::from_secs(20);
-    loop {
-        let applied = match client.admin().await {
-            Ok(mut admin) => admin.apply_topic(request.clone()).await.map_err(|e| e.to_string()),
-            Err(error) => Err(error.to_string()),
-        };
-        let _ = client.refresh().await;
-        let led = client.cluster().topic(name).is_some_and(|t| t.partitions.iter().all(|p| p.leader != 0));
-        if applied.is_ok() && led {
-            return;
+    change(client, async |mut admin| admin.apply_topic(request.clone()).await).await.unwrap();
+    until("the topic has leaders", async || {
+        let cluster = client.refresh().await.map_err(|e| e.to_string())?;
+        let topic = cluster.topic(name);
+        if topic.is_some_and(|t| t.partitions.iter().all(|p| p.leader != 0)) {
+            Ok(())
+        } else {
+            Err(format!("{topic:?}"))
         }
-        assert!(Instant::now() < end, "the topic was not made: {applied:?}");
+    })
+    .await;
+}
+
+/// Makes an administrative call, again while no metadata leader takes it; afterwards this client knows what it changed. Brokers that were
+/// not asked may hear of it a moment later.
+pub(crate) async fn change(
+    client: &Client,
+    call: impl AsyncFn(AdminClient<Transport>) -> Result<tonic::Response<v1::ApplyResponse>, tonic::Status>,
+) -> Result<(), Error> {
+    let end = Instant::now() + PATIENCE;
+    let version = loop {
+        match client.admin().await {
+            Ok(admin) => match call(admin).await {
+                Ok(applied) => break applied.into_inner().version,
+                Err(status) if status.code() == tonic::Code::Unavailable && Instant::now() < end => {}
+                Err(status) => return Err(status.into()),
+            },
+            Err(error) => assert!(Instant::now() < end, "{error}"),
+        }
         tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    };
+    client.refresh_to(version, PATIENCE).await.map(drop)
+}
+
+/// The cluster as a broker knows it now, however long it takes to answer.
+pub(crate) async fn refreshed(client: &Client) -> Arc<weir_client::Cluster> {
+    client.connect(PATIENCE).await.unwrap()
 }
 
 /// A subscription from the beginning, with its position in every partition.
@@ -285,9 +329,38 @@ pub(crate) fn spec(topic: &str, mode: v1::SubscriptionMode) -> v1::SubscriptionS
 /// Declares a subscription.
 pub(crate) async fn subscribe(client: &Client, name: &str, spec: v1::SubscriptionSpec) -> Result<(), Error> {
     let request = v1::ApplySubscriptionRequest { name: name.into(), spec: Some(spec), ..Default::default() };
-    client.admin().await?.apply_subscription(request).await?;
-    client.refresh().await?;
-    Ok(())
+    change(client, async |mut admin| admin.apply_subscription(request.clone()).await).await
+}
+
+/// Deletes a topic.
+pub(crate) async fn delete_topic(client: &Client, name: &str) {
+    let request = v1::DeleteRequest { name: name.into(), ..Default::default() };
+    change(client, async |mut admin| admin.delete_topic(request.clone()).await).await.unwrap();
+}
+
+/// Deletes a subscription.
+pub(crate) async fn delete_subscription(client: &Client, name: &str) {
+    let request = v1::DeleteRequest { name: name.into(), ..Default::default() };
+    change(client, async |mut admin| admin.delete_subscription(request.clone()).await).await.unwrap();
+}
+
+/// Messages of a subscription that are not acknowledged, once the leaders of all partitions of these topics have said so: one that takes
+/// long to answer says nothing, which is not none.
+pub(crate) async fn backlog(client: &Client, subscription: &str, topics: &[&str]) -> u64 {
+    let full = weir_client::full_name(subscription);
+    let left = Mutex::new(0);
+    until("all leaders say how much is left", async || {
+        let cluster = refreshed(client).await;
+        let partitions = topics.iter().map(|t| cluster.topic(t).map_or(0, |t| t.partitions.len())).sum::<usize>();
+        let names: Vec<String> = topics.iter().map(|t| (*t).to_owned()).collect();
+        let statuses = client.describe(&names).await.map_err(|e| e.to_string())?;
+        let of_each = statuses.iter().filter_map(|p| p.subscriptions.iter().find(|s| s.subscription == full));
+        let of_each: Vec<u64> = of_each.map(|s| s.backlog).collect();
+        *left.lock().unwrap() = of_each.iter().sum();
+        if of_each.len() == partitions { Ok(()) } else { Err(format!("{} of {partitions}", of_each.len())) }
+    })
+    .await;
+    left.into_inner().unwrap()
 }
 
 /// What the command line prints; it must succeed.
@@ -295,7 +368,8 @@ pub(crate) fn weir(cluster: &Cluster, args: &[&str]) -> String {
     let run = || Command::new(WEIR).args(args).env("WEIR_SERVER", &cluster.servers).output().unwrap();
     let mut output = run();
     // the metadata's leader may be the one that was killed: whoever changes something asks again
-    for _ in 0..50 {
+    let end = Instant::now() + PATIENCE;
+    while Instant::now() < end {
         if output.status.success() || !String::from_utf8_lossy(&output.stderr).contains("metadata leader") {
             break;
         }
@@ -317,10 +391,26 @@ pub(crate) async fn read_all(client: &Client, topic: &str, partitions: u32) -> V
 
 /// The messages of a partition, one after the other, from the beginning to where it ends now.
 async fn read(client: &Client, topic: &str, partition: u32, mut take: impl FnMut(Message)) {
-    let (sender, mut receiver) = tokio::sync::mpsc::channel(16);
-    tokio::spawn(read_partition(client.clone(), topic.to_owned(), partition, From::Earliest, true, sender));
-    while let Some(messages) = receiver.recv().await {
-        messages.unwrap().into_iter().for_each(&mut take);
+    let (mut from, end) = (From::Earliest, Instant::now() + PATIENCE);
+    loop {
+        let (sender, mut receiver) = tokio::sync::mpsc::channel(16);
+        tokio::spawn(read_partition(client.clone(), topic.to_owned(), partition, from, true, sender));
+        let mut ended = Ok(());
+        while let Some(read) = receiver.recv().await {
+            match read {
+                Ok(messages) => messages.into_iter().for_each(|message| {
+                    from = From::Offset(message.offset + 1);
+                    take(message);
+                }),
+                Err(error) => ended = Err(error),
+            }
+        }
+        match ended {
+            Ok(()) => return,
+            // brokers that were killed may take longer to come back than a call waits
+            Err(Error::Deadline { .. }) if Instant::now() < end => {}
+            Err(error) => panic!("{topic}/{partition}: {error}"),
+        }
     }
 }
 

@@ -1,11 +1,13 @@
 //! Brokers on a disk that can lose power: a small library, preloaded, writes down how far each file was synced; a cut then takes
 //! what lies beyond, or leaves some of it, torn.
 
+use super::{Cluster, Down};
 use std::collections::HashMap;
 use std::fs::{self, OpenOptions};
 use std::io::{Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use weir_client::Client;
 
 /// Of a test; in a folder of its own.
 pub(crate) struct Power {
@@ -29,6 +31,15 @@ impl Power {
         let built = Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).args([&library, &source]).status();
         assert!(built.expect("a C compiler").success());
         Self { folder }
+    }
+
+    /// Three brokers under it, and their folder.
+    pub(crate) fn start(&self) -> (Cluster, Client, PathBuf) {
+        let down = Down::new();
+        let folder = down.data.path().to_owned();
+        let cluster = down.start(|serve| self.preload(serve, &folder));
+        let client = Client::new(&cluster.servers).unwrap();
+        (cluster, client, folder)
     }
 
     fn file(&self, name: &str) -> PathBuf {

@@ -1,6 +1,6 @@
 //! Load with a history, and the history held against what is stored in the end.
 
-use super::{make_topic, read};
+use super::{make_topic, read, until};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -98,6 +98,16 @@ impl Writer {
     /// Records acknowledged so far.
     pub(crate) fn acknowledged(&self) -> usize {
         self.seen.lock().unwrap().acknowledged()
+    }
+
+    /// Waits until so many more records are acknowledged.
+    pub(crate) async fn goes_on(&self, more: usize) {
+        let before = self.acknowledged();
+        until("more is acknowledged", async || match self.acknowledged() - before {
+            count if count < more => Err(count),
+            _ => Ok(()),
+        })
+        .await;
     }
 
     /// Ends at once, whatever is under way: its brokers are gone.

@@ -151,11 +151,11 @@ pub(crate) enum Cluster {
     },
 }
 
-/// Applies a checked topic.
-pub(crate) async fn apply_topic(client: &Client, topic: &ValidatedTopic) -> anyhow::Result<()> {
+/// Applies a checked topic, and returns the version of the metadata that contains it.
+pub(crate) async fn apply_topic(client: &Client, topic: &ValidatedTopic) -> anyhow::Result<u64> {
     let request = v1::ApplyTopicRequest { name: topic.name.clone(), spec: Some(topic.spec), ..Default::default() };
-    client.admin().await?.apply_topic(request).await.map_err(Error::from)?;
-    Ok(())
+    let applied = client.admin().await?.apply_topic(request).await.map_err(Error::from)?;
+    Ok(applied.into_inner().version)
 }
 
 /// Applies a checked subscription.
@@ -165,6 +165,9 @@ pub(crate) async fn apply_subscription(client: &Client, subscription: &Validated
     client.admin().await?.apply_subscription(request).await.map_err(Error::from)?;
     Ok(())
 }
+
+/// A change reaches the brokers that follow the metadata within this time.
+const KNOWN_WITHIN: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// What manifests declare, and what is wrong with them.
 fn read(files: &[PathBuf]) -> (manifest::Declared, Vec<String>) {
@@ -194,7 +197,7 @@ async fn apply_files(client: &Client, files: &[PathBuf], output: Output) -> anyh
     if wrong.is_empty() && topics.is_empty() && subscriptions.is_empty() {
         anyhow::bail!("there is no Topic and no Subscription in what -f names");
     }
-    let mut applied = Vec::new();
+    let (mut applied, mut version) = (Vec::new(), 0);
     let mut took = |kind: &str, name: &str, done: anyhow::Result<()>| match done {
         Ok(()) => {
             applied.push(json!({"kind": kind, "name": name}));
@@ -214,7 +217,8 @@ async fn apply_files(client: &Client, files: &[PathBuf], output: Output) -> anyh
             let v1::TopicSpec { replicas, .. } = topic.spec;
             output.note(format_args!("topic {} gets {replicas} replicas: {brokers} brokers are active", topic.name));
         }
-        took("topic", &topic.name, apply_topic(client, &topic).await)?;
+        let done = apply_topic(client, &topic).await.map(|applied| version = version.max(applied));
+        took("topic", &topic.name, done)?;
     }
     for subscription in &subscriptions {
         took("subscription", &subscription.name, apply_subscription(client, subscription).await)?;
@@ -222,7 +226,7 @@ async fn apply_files(client: &Client, files: &[PathBuf], output: Output) -> anyh
     if output == Output::Json {
         outln!("{}", json!({"applied": applied, "wrong": wrong}))?;
     }
-    let known = client.refresh().await.unwrap_or_else(|_| client.cluster());
+    let known = client.refresh_to(version, KNOWN_WITHIN).await.unwrap_or_else(|_| client.cluster());
     for ValidatedSubscription { name, spec } in &subscriptions {
         let dead = &spec.dead_letter_topic;
         if !dead.is_empty() && known.topic(dead).is_none() {
@@ -369,9 +373,9 @@ pub(crate) async fn subscription(client: &Client, command: Subscription, output:
                 let json = json!({"subscription": full_name(&name), "snapshot": snapshot, "deleted": true});
                 return Ok(output.done(format_args!("snapshot {snapshot} of {name} deleted"), json)?);
             }
-            admin.take_snapshot(request).await.map_err(Error::from)?;
+            let version = admin.take_snapshot(request).await.map_err(Error::from)?.into_inner().version;
             // taken where every partition has its part
-            let cluster = client.refresh().await?;
+            let cluster = client.refresh_to(version, KNOWN_WITHIN).await?;
             let of = cluster.subscription(&name).map_or(0, |s| s.id);
             let taken = cluster.metadata.subscriptions.iter().find(|s| s.snapshot_of == of && s.snapshot == snapshot);
             let taken = taken.ok_or_else(|| anyhow::anyhow!("snapshot {snapshot} was deleted meanwhile"))?;

@@ -14,6 +14,7 @@ use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use weir_broker::outln;
 use weir_broker::output::{self, Unwritten};
@@ -22,6 +23,9 @@ use weir_client::producer::{Options, Producer};
 use weir_client::schedule::{Scheduled, schedule};
 use weir_client::subscriber::{self, Subscriber};
 use weir_client::{Client, Record};
+
+/// Time that a consumer which is stopped while it opens partitions waits for them, to leave them as planned. A second signal ends the wait.
+const OPENS_WITHIN: Duration = Duration::from_secs(20);
 
 #[derive(Args)]
 #[command(after_help = "Examples:
@@ -342,10 +346,29 @@ fn say_passed_over(batch: &PassedOver, output: Output) {
 
 async fn consume_subscription(client: &Client, name: &str, max: u64, output: Output) -> anyhow::Result<()> {
     let options = subscriber::Options { max: Some(max), ..Default::default() };
-    let mut subscriber = Subscriber::open(client, name, options).await?;
+    // Signals are handled before partitions are opened: a consumer that ended between would drop its connections, and the messages in
+    // flight from the first partitions would count as failed.
+    let mut stop = Stop::new()?;
+    let opening = Subscriber::open(client, name, options);
+    tokio::pin!(opening);
+    let opened = tokio::select! {
+        opened = &mut opening => Some(opened?),
+        () = stop.requested() => None,
+    };
+    let Some(mut subscriber) = opened else {
+        return tokio::select! {
+            opened = tokio::time::timeout(OPENS_WITHIN, opening) => {
+                if let Ok(Ok(subscriber)) = opened {
+                    subscriber.close().await;
+                }
+                Ok(())
+            }
+            () = stop.requested() => Ok(()), // a second signal
+        };
+    };
     let printed = tokio::select! {
         printed = print_subscription(&mut subscriber, max, output) => printed,
-        stopped = stop_signal() => stopped,
+        () = stop.requested() => Ok(()),
     };
     // what was prefetched and not printed is for others
     subscriber.close().await;
@@ -362,12 +385,20 @@ async fn print_subscription(subscriber: &mut Subscriber, max: u64, output: Outpu
     Ok(())
 }
 
-/// Waits until this process is asked to end.
-async fn stop_signal() -> anyhow::Result<()> {
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    tokio::select! {
-        interrupted = tokio::signal::ctrl_c() => Ok(interrupted?),
-        _ = terminate.recv() => Ok(()),
+/// SIGTERM and SIGINT. Once it is created, they no longer end the process by themselves.
+struct Stop {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Stop {
+    fn new() -> anyhow::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    /// Waits for the next signal.
+    async fn requested(&mut self) {
+        tokio::select! { _ = self.terminate.recv() => {}, _ = self.interrupt.recv() => {} }
     }
 }
 

@@ -73,21 +73,46 @@ pub(crate) async fn redrive(client: &Client, name: &str, max: u64) -> anyhow::Re
     Ok(done)
 }
 
+/// Sums the backlog of a subscription. Returns `None` unless the leaders of all `partitions` reported it: one that is slow to answer is
+/// missing from `statuses`.
+fn backlog_of(statuses: &[proto::PartitionStatus], subscription: &str, partitions: usize) -> Option<u64> {
+    let mine = statuses.iter().flat_map(|p| p.subscriptions.iter().find(|s| s.subscription == subscription));
+    let mine: Vec<u64> = mine.map(|s| s.backlog).collect();
+    (mine.len() == partitions).then(|| mine.iter().sum())
+}
+
 /// Messages before a subscription that may just have been made.
 pub(crate) async fn backlog(client: &Client, subscription: &str) -> anyhow::Result<u64> {
     let end = Instant::now() + Duration::from_secs(10);
     loop {
-        if let Some(found) = client.cluster().subscription(subscription) {
+        let cluster = client.cluster();
+        if let Some(found) = cluster.subscription(subscription) {
             let statuses = read_by(client, found).await?;
-            let mine = statuses.iter().flat_map(|p| p.subscriptions.iter().find(|s| s.subscription == subscription));
-            let mine: Vec<u64> = mine.map(|s| s.backlog).collect();
-            // of a pattern that no topic has yet, nothing is told
-            if mine.len() == statuses.len() && statuses.is_empty() == found.topics.is_empty() {
-                return Ok(mine.iter().sum());
+            let partitions: usize =
+                found.topics.iter().map(|topic| cluster.topic(topic).map_or(0, |t| t.partitions.len())).sum();
+            if let Some(messages) = backlog_of(&statuses, subscription, partitions) {
+                return Ok(messages);
             }
         }
-        anyhow::ensure!(Instant::now() < end, "the brokers do not tell how much there is");
+        anyhow::ensure!(Instant::now() < end, "not all leaders reported the backlog of {subscription}; retry later");
         tokio::time::sleep(Duration::from_millis(100)).await;
         client.refresh().await?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_backlog_that_a_leader_does_not_report_is_not_counted_as_empty() {
+        let position =
+            |name: &str| proto::SubscriptionStatus { subscription: name.into(), backlog: 5, ..Default::default() };
+        let status = |subscriptions| proto::PartitionStatus { subscriptions, ..Default::default() };
+        let both = [status(vec![position("own"), position("other")]), status(vec![position("own")])];
+        assert_eq!(backlog_of(&both, "own", 2), Some(10));
+        assert_eq!(backlog_of(&both[..1], "own", 2), None, "a broker was left out");
+        assert_eq!(backlog_of(&both, "other", 2), None, "a partition does not know it yet");
+        assert_eq!(backlog_of(&[], "own", 0), Some(0), "no topic has the pattern yet");
     }
 }

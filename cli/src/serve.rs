@@ -9,6 +9,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{ErrorKind, Read as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -64,6 +65,11 @@ pub(crate) const BROKER: &str = "__broker";
 const WITH_PARENT: &str = "--with-parent";
 /// Connections to each listener of a broker.
 const CONNECTIONS_MAX: usize = 8_192;
+/// Range of the ports that are chosen for port 0. It lies below the ephemeral ports, so that no outgoing connection takes the port of a
+/// broker while it is restarted.
+const FREE_PORTS: Range<u16> = 10_000..32_768;
+/// Attempts to find a free port in this range; after that the system chooses an ephemeral one.
+const FREE_TRIES: u32 = 1_000;
 /// Where metrics are served by default.
 const METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9464);
 /// A cluster whose brokers all run answers within this time; a store that is large takes a while to open.
@@ -106,13 +112,23 @@ struct Ports {
 }
 
 impl Ports {
+    /// Takes a free port, outside the ephemeral ports if possible.
+    fn take_free(&mut self, ip: IpAddr) -> std::io::Result<SocketAddr> {
+        let bind = |port| TcpListener::bind(SocketAddr::new(ip, port));
+        let in_use = |tried: &std::io::Result<_>| tried.as_ref().is_err_and(|e| e.kind() == ErrorKind::AddrInUse);
+        let free = (0..FREE_TRIES).map(|_| bind(fastrand::u16(FREE_PORTS))).find(|tried| !in_use(tried));
+        let listener = free.unwrap_or_else(|| bind(0))?;
+        let bound = listener.local_addr()?;
+        self.taken.push(listener);
+        Ok(bound)
+    }
+
     /// The port `plus` behind an argument's, or a free one where that is 0.
     fn take(&mut self, flag: &str, base: SocketAddr, plus: u16, what: &str) -> anyhow::Result<SocketAddr> {
-        let port = match base.port() {
-            0 => Some(0),
-            port => port.checked_add(plus),
-        };
-        let Some(port) = port else {
+        if base.port() == 0 {
+            return self.take_free(base.ip()).with_context(|| format!("cannot listen on {base} for {what}"));
+        }
+        let Some(port) = base.port().checked_add(plus) else {
             let wanted = u32::from(base.port()) + u32::from(plus);
             return Err(usage(format!(
                 "{flag} {base}: {what} would have port {wanted}, and ports end at 65535; use a smaller one"
@@ -120,7 +136,7 @@ impl Ports {
         };
         let at = SocketAddr::new(base.ip(), port);
         let ours = |l: &TcpListener| l.local_addr().is_ok_and(|bound| bound.port() == port);
-        if port != 0 && self.taken.iter().any(ours) {
+        if self.taken.iter().any(ours) {
             return Err(usage(format!(
                 "--listen and --metrics-listen overlap: {what} would have port {port}, which another one has"
             )));
@@ -497,7 +513,7 @@ impl Feed {
             let (what, text) = (format!("topic {}", topic.name), format!("{topic:?}"));
             if self.applied.get(&what) != Some(&text) {
                 match apply_topic(client, &topic).await {
-                    Ok(()) => drop(self.applied.insert(what, text)),
+                    Ok(_) => drop(self.applied.insert(what, text)),
                     Err(error) => refused(&what, error),
                 }
             }

@@ -72,7 +72,7 @@ impl Drop for Served {
 fn until(what: &str, ask: impl Fn() -> bool) {
     let begun = Instant::now();
     while !ask() {
-        assert!(begun.elapsed() < Duration::from_secs(20), "{what}");
+        assert!(begun.elapsed() < Duration::from_secs(120), "{what}");
         std::thread::sleep(Duration::from_millis(100));
     }
 }

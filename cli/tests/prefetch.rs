@@ -2,9 +2,9 @@
 
 mod cluster;
 
-use cluster::{Cluster, PATIENCE, make_topic, read_all, spec, subscribe, weir};
+use cluster::{Cluster, PATIENCE, make_topic, read_all, spec, subscribe, until_is, weir};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use weir_client::producer::{Options, Producer};
 use weir_client::subscriber::{self, Subscriber};
 use weir_client::{Client, Record};
@@ -52,17 +52,54 @@ async fn consumers_that_take_one_message_and_leave_make_no_dead_letters() {
         let printed = weir(&cluster, &["consume", "--subscription", "s", "--max", "1"]);
         assert_eq!(printed.lines().count(), 1, "{printed:?}");
     }
-    // one that is asked to end, as Kubernetes asks
     for _ in 0..3 {
-        let mut consume = Command::new(cluster::WEIR);
-        consume.args(["consume", "--subscription", "s", "--max", "1000000"]).env("WEIR_SERVER", &cluster.servers);
-        let mut consume = consume.stdout(Stdio::null()).spawn().unwrap();
-        // (whatever it has printed by then is acknowledged)
-        tokio::time::sleep(Duration::from_millis(300)).await;
-        assert!(Command::new("kill").args(["-TERM", &consume.id().to_string()]).status().unwrap().success());
-        assert!(consume.wait().unwrap().success());
+        consumer_that_is_asked_to_end(&cluster).await;
     }
     assert_eq!(read_all(&client, "dead", 1).await.len(), 0);
+}
+
+/// Runs one that is asked to end, as Kubernetes asks, as soon as the broker delivers to it. Whatever it has printed by then is
+/// acknowledged.
+async fn consumer_that_is_asked_to_end(cluster: &Cluster) {
+    let streams = async || {
+        let metrics = cluster.metrics(0).await;
+        let line = metrics.lines().find_map(|l| l.strip_prefix("weir_open_streams ")).map(str::to_owned);
+        line.expect("the metric is there").parse::<u64>().unwrap()
+    };
+    until_is("earlier ones are gone", 0, &streams).await;
+    let mut consume = Command::new(cluster::WEIR);
+    consume.args(["consume", "--subscription", "s", "--max", "1000000"]).env("WEIR_SERVER", &cluster.servers);
+    let mut consume = consume.stdout(Stdio::null()).spawn().unwrap();
+    let end = Instant::now() + PATIENCE;
+    while streams().await == 0 {
+        assert!(Instant::now() < end, "it opens nothing");
+    }
+    assert!(Command::new("kill").args(["-TERM", &consume.id().to_string()]).status().unwrap().success());
+    let status = consume.wait().unwrap();
+    assert!(status.success(), "{status}");
+}
+
+/// Opening many partitions takes a while, in which messages of the first ones are delivered already.
+#[tokio::test(flavor = "multi_thread")]
+async fn consumers_that_are_asked_to_end_while_they_begin_make_no_failed_deliveries() {
+    let cluster = Cluster::start(1);
+    let client = begin(&cluster, 100).await;
+    for _ in 0..3 {
+        consumer_that_is_asked_to_end(&cluster).await;
+    }
+    let metrics = cluster.metrics(0).await;
+    let dead = metrics.lines().filter(|l| l.starts_with("weir_dead_letters_total")).map(str::to_owned);
+    assert_eq!(dead.collect::<Vec<_>>(), [""; 0]);
+    let mut rest = Subscriber::open(&client, "s", Default::default()).await.unwrap();
+    let end = Instant::now() + PATIENCE;
+    while cluster::backlog(&client, "s", &["t"]).await > 0 {
+        assert!(Instant::now() < end, "the backlog is never empty");
+        let Ok(next) = tokio::time::timeout(Duration::from_secs(1), rest.next()).await else { continue };
+        let delivered = next.unwrap().unwrap();
+        assert_eq!(delivered.message.delivery, 1, "offset {}", delivered.message.offset);
+        delivered.ack();
+    }
+    rest.close().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -124,13 +124,14 @@ async fn fault_03_a_leader_that_was_stopped_acknowledges_nothing_and_names_its_s
     loop {
         let (request, value) = attempt();
         let refused = publisher.publish(request).await.expect_err("it does not lead");
-        let info = refused.get_details_error_info().unwrap_or_default(); // none where the connection was given up meanwhile
-        if info.reason == "NOT_LEADER" {
+        // none where the connection was given up meanwhile
+        let (reason, metadata) = refused.get_details_error_info().map(|i| (i.reason, i.metadata)).unwrap_or_default();
+        if reason == "NOT_LEADER" {
             refused_for_good.push(Event::Refused { value });
         }
         let (new, _) = leader(&client, "t").await;
-        let named = info.metadata.get("leader").cloned().unwrap_or_default();
-        if (info.reason.as_str(), Some(&named)) == ("NOT_LEADER", client.cluster().address(new).as_ref()) {
+        let named = metadata.get("leader").cloned().unwrap_or_default();
+        if (reason.as_str(), Some(&named)) == ("NOT_LEADER", client.cluster().address(new).as_ref()) {
             break;
         }
         assert!(Instant::now() < end, "{refused:?} and {named}");

@@ -2,7 +2,7 @@
 
 mod cluster;
 
-use cluster::{WEIR, make_topic, spec, subscribe};
+use cluster::{PATIENCE, WEIR, make_topic, spec, subscribe};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
